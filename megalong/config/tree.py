@@ -1,0 +1,243 @@
+"""The typed config tree. Defaults live here and nowhere else; YAML recipes and `a.b=c` override them.
+
+Imports no torch: `megalong plan` runs on a laptop.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from omegaconf import MISSING
+
+
+class Dtype(Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class LayerSpec(Enum):
+    auto = "auto"  # te on a GPU, local on a CPU
+    local = "local"
+    te = "te"
+
+
+class Recompute(Enum):
+    none = "none"
+    full = "full"
+
+
+class FrameSampling(Enum):
+    uniform = "uniform"
+    fps = "fps"
+
+
+class LearningRateSchedule(Enum):
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+class Aggregation(Enum):
+    token = "token"  # mean over all response tokens of the global batch
+    sequence = "sequence"  # mean over responses of the mean over their tokens
+    constant = "constant"  # sum over tokens / (responses * max_response_tokens), as Dr.GRPO
+
+
+class AdvantageKind(Enum):
+    grpo = "grpo"  # (r - mean) / (std + 1e-6) within the group
+    dr_grpo = "dr_grpo"  # r - mean within the group
+    rloo = "rloo"  # r - mean of the others
+    reinforce_pp = "reinforce_pp"  # (r - batch mean) / (batch std + 1e-6)
+
+
+class RatioLevel(Enum):
+    token = "token"
+    sequence = "sequence"  # GSPO
+
+
+class KlEstimator(Enum):
+    k1 = "k1"
+    k2 = "k2"
+    k3 = "k3"
+
+
+class RolloutEngine(Enum):
+    auto = "auto"  # vllm on a GPU when installed, embedded otherwise
+    embedded = "embedded"
+    vllm = "vllm"
+
+
+@dataclass
+class ModelConfig:
+    family: str = "longvila"
+    path: str = MISSING
+    """Hugging Face checkpoint folder (for longvila: config.json, llm/, vision_tower/, mm_projector/)."""
+    init_from: str | None = None
+    """Megatron checkpoint folder whose weights replace those of `path` (for example SFT's, before GRPO)."""
+    dtype: Dtype = Dtype.bfloat16
+    layer_spec: LayerSpec = LayerSpec.auto
+    recompute: Recompute = Recompute.full
+    train_llm: bool = True
+    train_projector: bool = False
+    train_tower: bool = False
+
+
+@dataclass
+class ParallelConfig:
+    tp: int = 1
+    cp: int = 1
+    pp: int = 1
+    sequence_parallel: bool = False
+    """Shard activations between tensor-parallel regions along the sequence (needs tp > 1)."""
+    timeout_minutes: int = 30
+
+
+@dataclass
+class VideoConfig:
+    sampling: FrameSampling = FrameSampling.uniform
+    num_frames: int = 256
+    """uniform: this many frames, or all of a shorter file."""
+    fps: float = 2.0
+    """fps: one frame every 1/fps seconds..."""
+    max_frames: int = 8192
+    """...and at most this many, then spread uniformly."""
+    tower_batch_frames: int = 64
+    """Frames per forward of the vision tower."""
+    cache_embeddings: bool = True
+    """Keep a video's embeddings between steps. Must be off when the tower or the projector is trained."""
+    cache_gib: float = 16.0
+    """Host-memory budget of the embedding store; the least recently used go first."""
+
+
+@dataclass
+class DataConfig:
+    train: str = MISSING
+    video_dir: str | None = None
+    """Folder that relative video paths start from; default: the manifest's folder."""
+    shuffle: bool = True
+    seed: int = 1
+    thinking: bool = True
+    """Ask for <think>..</think><answer>..</answer>; false sends the bare question."""
+    max_prompt_tokens: int = 131072
+    max_response_tokens: int = 2048
+    pack_tokens: int = 131072
+    """Tokens per micro-batch; groups are packed up to this, a larger group gets a pack of its own."""
+    decode_workers: int = 4
+    """Threads that decode videos of this rank."""
+
+
+@dataclass
+class SftConfig:
+    steps: int = 100
+    batch_size: int = 32
+    """Samples per optimizer step, over all replicas."""
+
+
+@dataclass
+class RolloutConfig:
+    engine: RolloutEngine = RolloutEngine.auto
+    group_size: int = 8
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0: off."""
+    batch_prompts: int = 8
+    """Prompts that one generate call of the embedded engine takes together."""
+
+
+@dataclass
+class RewardConfig:
+    weights: dict[str, float] = field(default_factory=lambda: {"accuracy": 0.9, "format": 0.1})
+    """Reward function name -> weight; names are keys of megalong.rewards.REWARDS."""
+    overlong_buffer: int = 0
+    """DAPO soft penalty: from 0 to -1 over the last `overlong_buffer` tokens before the limit; 0: off."""
+
+
+@dataclass
+class GrpoConfig:
+    steps: int = 100
+    batch_size: int = 32
+    """Prompts per rollout batch, over all replicas."""
+    updates_per_batch: int = 1
+    """Optimizer steps that share one rollout batch (more than 1 needs an old-logprob pass)."""
+    advantage: AdvantageKind = AdvantageKind.grpo
+    ratio: RatioLevel = RatioLevel.token
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    aggregation: Aggregation = Aggregation.sequence
+    kl_coef: float = 1e-2
+    kl_estimator: KlEstimator = KlEstimator.k3
+    dynamic_sampling: bool = False
+    """DAPO: drop groups whose accuracy has no spread and refill the batch."""
+    dynamic_sampling_max_batches: int = 20
+    tis_cap: float = 0.0
+    """Truncated importance sampling between sampler and trainer: weight min(pi_old/pi_sampler, cap); 0: off."""
+
+
+@dataclass
+class OptimizerConfig:
+    lr: float = 1e-6
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 1e-2
+    clip_grad: float = 1.0
+    warmup_steps: int = 0
+    schedule: LearningRateSchedule = LearningRateSchedule.constant
+    min_lr: float = 0.0
+    max_skipped_in_a_row: int = 5
+    """Stop when this many steps in a row had a non-finite loss or gradient."""
+
+
+@dataclass
+class CheckpointConfig:
+    save_every: int = 100
+    """Steps between checkpoints; 0: only at the end and on SIGTERM."""
+    keep: int = 2
+    resume: bool = True
+    """Continue from the latest complete checkpoint of the run folder, if there is one."""
+
+
+@dataclass
+class EvalConfig:
+    manifest: str | None = None
+    video_dir: str | None = None
+    at_start: bool = False
+    at_end: bool = False
+    every: int = 0
+    num_samples: int = 1
+    temperature: float = 0.0
+    """0: greedy."""
+    batch_prompts: int = 32
+
+
+@dataclass
+class LoggerConfig:
+    run_dir: str = MISSING
+    tensorboard: bool = True
+    wandb: bool = False
+    wandb_project: str = "megalong"
+    samples_per_step: int = 8
+    """Rollouts written to samples.jsonl each step."""
+
+
+@dataclass
+class RunConfig:
+    """A run: `megalong sft|grpo|eval|plan RECIPE` reads the sections it needs."""
+
+    seed: int = 1
+    gpus: int = 0
+    """Processes the launch starts; read by `megalong plan` and the launch scripts. 0: CPU."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    video: VideoConfig = field(default_factory=VideoConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    grpo: GrpoConfig = field(default_factory=GrpoConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)

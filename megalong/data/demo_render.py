@@ -1,0 +1,138 @@
+"""Pixels of the demo's little world: one frame of a scenario at a moment of its story."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from megalong.data.demo_tasks import DIRECTIONS, Goal, Plot, Scenario, Spatial, Temporal, Thing
+
+FRAME_SIZE = 96
+"""Height and width of a frame in pixels; the picture is a grid of 3 x 3 cells."""
+CELL = FRAME_SIZE // 3
+RGB = {
+    "red": (225, 40, 40),
+    "green": (40, 185, 60),
+    "blue": (45, 75, 235),
+    "yellow": (240, 220, 40),
+    "purple": (180, 50, 210),
+    "white": (250, 250, 250),
+}
+STEPS = {"up": (0.0, -1.0), "down": (0.0, 1.0), "left": (-1.0, 0.0), "right": (1.0, 0.0)}
+BALL_SHOWN, BALL_HIDDEN, SWAPS_START, SWAPS_END = 0.20, 0.28, 0.35, 0.80
+"""Moments of a spatial story, as fractions of the video."""
+
+_Y, _X = np.mgrid[0:FRAME_SIZE, 0:FRAME_SIZE].astype(np.float32)
+
+
+def render(scenario: Scenario, moment: float, *, backdrop: tuple[int, int, int]) -> np.ndarray:
+    """moment: 0 (start) to 1 (end) of the story. Returns uint8 RGB [FRAME_SIZE, FRAME_SIZE, 3]."""
+    if not 0.0 <= moment <= 1.0:
+        raise ValueError(f"moment must be within 0..1, got {moment}")
+    frame_HWC = np.empty((FRAME_SIZE, FRAME_SIZE, 3), dtype=np.uint8)
+    frame_HWC[:] = backdrop
+    PAINT[type(scenario)](frame_HWC, scenario, moment)
+    return frame_HWC
+
+
+def paint_temporal(frame_HWC: np.ndarray, scenario: Temporal, moment: float) -> None:
+    """Each event fills an equal share of the story; the shape bobs a little."""
+    share = moment * len(scenario.events)
+    index = min(int(share), len(scenario.events) - 1)
+    thing = scenario.events[index]
+    x, y = cell_centre(thing.cell)
+    paint_shape(frame_HWC, thing.shape, at=(x, y + 2.0 * math.sin(4 * math.pi * share)), colour=thing.colour)
+
+
+def paint_spatial(frame_HWC: np.ndarray, scenario: Spatial, moment: float) -> None:
+    """The ball sinks into its box, the boxes trade places along arcs, the ball may come out."""
+    places = [float(place) for place in range(3)]  # current place of each box, by start place
+    order = [0, 1, 2]  # box at each place
+    arcs = [0.0, 0.0, 0.0]
+    for number, (one, other) in enumerate(scenario.swaps):
+        span = (SWAPS_END - SWAPS_START) / len(scenario.swaps)
+        done = smooth((moment - SWAPS_START - number * span) / (0.7 * span))
+        first, second = order[one], order[other]
+        places[first] = one + (other - one) * done
+        places[second] = other + (one - other) * done
+        arcs[first], arcs[second] = math.sin(math.pi * done), -math.sin(math.pi * done)
+        if done < 1.0:
+            break
+        order[one], order[other] = second, first
+    for box, colour in enumerate(scenario.boxes):
+        x, y = CELL * (places[box] + 0.5), FRAME_SIZE / 2 + 0.6 * CELL * arcs[box]
+        paint_shape(frame_HWC, "square", at=(x, y), colour=colour)
+    if moment < BALL_HIDDEN:
+        sink = smooth((moment - BALL_SHOWN) / (BALL_HIDDEN - BALL_SHOWN))
+        paint_ball(frame_HWC, (CELL * (scenario.ball + 0.5), CELL * (0.5 + 0.5 * sink)))
+    elif scenario.taken_out and moment > SWAPS_END:
+        paint_ball(frame_HWC, (FRAME_SIZE / 2, FRAME_SIZE - CELL / 2))
+
+
+def paint_goal(frame_HWC: np.ndarray, scenario: Goal, moment: float) -> None:
+    """The agent looks one way, then walks most of the way to its target and stops."""
+    for direction, colour in zip(DIRECTIONS, scenario.targets, strict=True):
+        dx, dy = STEPS[direction]
+        centre = (FRAME_SIZE / 2 + dx * CELL, FRAME_SIZE / 2 + dy * CELL)
+        paint_shape(frame_HWC, "square", at=centre, colour=colour)
+    look, walk = STEPS[DIRECTIONS[scenario.detour]], STEPS[DIRECTIONS[scenario.heading]]
+    glance = 4.0 * math.sin(math.pi * min(moment / 0.2, 1.0))
+    way = 0.7 * CELL * smooth((moment - 0.25) / 0.45)
+    paint_ball(
+        frame_HWC, (FRAME_SIZE / 2 + look[0] * glance + walk[0] * way, FRAME_SIZE / 2 + look[1] * glance + walk[1] * way)
+    )
+
+
+def paint_plot(frame_HWC: np.ndarray, scenario: Plot, moment: float) -> None:
+    """Two scenes with a short black cut in the middle; the floor shows whether the light is on."""
+    if 0.49 < moment < 0.51:
+        frame_HWC[:] = 0
+        return
+    second = moment >= 0.5
+    thing: Thing = scenario.after if second else scenario.before
+    dark = scenario.dark_after if second else scenario.dark_before
+    if not dark:
+        frame_HWC[:] = 255 - frame_HWC // 2
+    x, y = cell_centre(thing.cell)
+    paint_shape(frame_HWC, thing.shape, at=(x, y), colour=thing.colour)
+
+
+def paint_shape(frame_HWC: np.ndarray, shape: str, *, at: tuple[float, float], colour: str) -> None:
+    """Fill a shape about as large as a cell around pixel (x, y)."""
+    across, along = np.abs(_X + 0.5 - at[0]), np.abs(_Y + 0.5 - at[1])
+    radius = 0.42 * CELL
+    if shape == "circle":
+        inside = across**2 + along**2 <= radius**2
+    elif shape == "square":
+        inside = np.maximum(across, along) <= radius
+    elif shape == "cross":
+        inside = (np.maximum(across, along) <= radius) & (np.minimum(across, along) <= 0.3 * radius)
+    else:
+        raise ValueError(f"shape must be circle, square or cross, got {shape!r}")
+    frame_HWC[inside] = RGB[colour]
+
+
+def paint_ball(frame_HWC: np.ndarray, at: tuple[float, float]) -> None:
+    """A small white disc: the ball, and the agent."""
+    frame_HWC[(_X + 0.5 - at[0]) ** 2 + (_Y + 0.5 - at[1]) ** 2 <= (0.25 * CELL) ** 2] = RGB["white"]
+
+
+def cell_centre(cell: int) -> tuple[float, float]:
+    """Pixel (x, y) of the middle of a cell."""
+    return CELL * (cell % 3 + 0.5), CELL * (cell // 3 + 0.5)
+
+
+def smooth(progress: float) -> float:
+    """Ease in and out: 0 before the movement, 1 after it."""
+    clamped = min(max(progress, 0.0), 1.0)
+    return clamped * clamped * (3.0 - 2.0 * clamped)
+
+
+PAINT: dict[type, Callable[..., None]] = {
+    Temporal: paint_temporal,
+    Spatial: paint_spatial,
+    Goal: paint_goal,
+    Plot: paint_plot,
+}

@@ -1,0 +1,180 @@
+"""Make the demo's data: small H.264 videos of the demo world and LongVideo-Reason style manifests.
+
+    <out_dir>/videos/*.mp4   train_sft.jsonl (with reasoning)   train_rl.jsonl   heldout.jsonl
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+
+from megalong.data.demo_render import FRAME_SIZE, render
+from megalong.data.demo_tasks import ASK, CATEGORIES, DRAW, Question, Scenario
+
+LETTERS = "ABCD"
+VIDEO_FPS = 4
+KEYFRAME_EVERY = 8
+"""Frames between keyframes: a short distance keeps reading a few frames of a file cheap."""
+MAX_DRAWS = 10_000
+"""Tries to find a scenario that no other video shows before giving up."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Video:
+    """One video to make: what it shows, for how long, on which background."""
+
+    name: str  # file name below <out_dir>/videos
+    category: str
+    scenario: Scenario
+    seconds: int
+    backdrop: tuple[int, int, int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoData:
+    """Paths of what `make_demo_data` wrote."""
+
+    train_sft: Path
+    train_rl: Path
+    heldout: Path
+    videos: Path
+
+
+def make_demo_data(
+    out_dir: Path,
+    *,
+    num_train_sft: int = 320,
+    num_train_rl: int = 640,
+    num_heldout: int = 200,
+    seed: int = 1,
+    questions_per_video: int = 2,
+    workers: int = 2,
+) -> DemoData:
+    """Write videos and manifests; the same arguments give the same files.
+
+    num_*: questions (manifest lines) per split, categories in turn; each video carries `questions_per_video`
+    of them. No scenario is shown by two videos, so held-out videos share nothing with training ones.
+    workers: processes that draw and encode.
+    """
+    if min(num_train_sft, num_train_rl, num_heldout, questions_per_video, workers) < 1:
+        raise ValueError("num_train_sft, num_train_rl, num_heldout, questions_per_video and workers must be >= 1")
+    out_dir = Path(out_dir)
+    (out_dir / "videos").mkdir(parents=True, exist_ok=True)
+    rng = random.Random(seed)
+    used: set[Scenario] = set()
+    todo: list[Video] = []
+    paths = {}
+    for split, count in (("train_sft", num_train_sft), ("train_rl", num_train_rl), ("heldout", num_heldout)):
+        videos = draw_videos(split, -(-count // questions_per_video), rng=rng, used=used)
+        lines = ask_questions(split, videos, per_video=questions_per_video, rng=rng)[:count]
+        if split != "train_sft":
+            lines = [{**line, "reasoning": ""} for line in lines]
+        paths[split] = out_dir / f"{split}.jsonl"
+        paths[split].write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        todo += videos
+    folder = out_dir / "videos"
+    with ProcessPoolExecutor(max_workers=workers) as pool:
+        for _ in pool.map(write_video, todo, [folder] * len(todo), chunksize=8):
+            pass
+    return DemoData(videos=folder, **paths)
+
+
+def draw_videos(split: str, count: int, *, rng: random.Random, used: set[Scenario]) -> list[Video]:
+    """`count` videos with scenarios not in `used` (which grows by them), categories in turn."""
+    videos = []
+    for index in range(count):
+        category = CATEGORIES[index % len(CATEGORIES)]
+        videos.append(
+            Video(
+                name=f"{split}_{index:05d}_{category}.mp4",
+                category=category,
+                scenario=draw_new(category, rng=rng, used=used),
+                seconds=rng.randint(30, 60),
+                backdrop=(rng.randint(10, 50), rng.randint(10, 50), rng.randint(10, 50)),
+            )
+        )
+    return videos
+
+
+def draw_new(category: str, *, rng: random.Random, used: set[Scenario]) -> Scenario:
+    """A scenario of the category that is not in `used`; it is added to `used`."""
+    for _ in range(MAX_DRAWS):
+        scenario = DRAW[category](rng)
+        if scenario not in used:
+            used.add(scenario)
+            return scenario
+    raise ValueError(f"no unused {category} scenario left after {MAX_DRAWS} draws; ask for fewer demo videos")
+
+
+def ask_questions(split: str, videos: list[Video], *, per_video: int, rng: random.Random) -> list[dict]:
+    """Manifest lines; the right letters are dealt from a deck per category, so they are balanced."""
+    decks: dict[str, list[str]] = {category: [] for category in CATEGORIES}
+    lines = []
+    for video in videos:
+        questions = ASK[video.category](video.scenario)
+        for number, question in enumerate(rng.sample(questions, min(per_video, len(questions)))):
+            base = {
+                "problem_id": f"{video.name.removesuffix('.mp4')}_{number}",
+                "data_type": "video",
+                "videos": f"videos/{video.name}",
+                "category": video.category,
+            }
+            lines.append({**base, **phrase(question, deck=decks[video.category], rng=rng)})
+    return lines
+
+
+def phrase(question: Question, *, deck: list[str], rng: random.Random) -> dict[str, str]:
+    """Most questions become multiple choice, one in eight asks for the answer itself."""
+    if rng.random() < 0.125:
+        kind = "numerical" if question.answer.isdigit() else "open-ended"
+        how = "a number" if kind == "numerical" else "one word"
+        return {
+            "problem": f"{question.text} Answer with {how}.",
+            "problem_type": kind,
+            "reasoning": question.reasoning,
+            "answer": f"<answer>{question.answer}</answer>",
+        }
+    if not deck:
+        deck.extend(rng.sample(LETTERS, len(LETTERS)))
+    letter = deck.pop()
+    options = rng.sample([choice for choice in question.pool if choice != question.answer], len(LETTERS) - 1)
+    options.insert(LETTERS.index(letter), question.answer)
+    listed = "\n".join(f"{name}. {option}" for name, option in zip(LETTERS, options, strict=True))
+    return {
+        "problem": f"{question.text}\n{listed}",
+        "problem_type": "multiple choice",
+        "reasoning": f"{question.reasoning} So {letter}.",
+        "answer": f"<answer>{letter}</answer>",
+    }
+
+
+def write_video(video: Video, folder: Path) -> None:
+    """Draw and encode one video as H.264 in an MP4 file."""
+    num_frames = video.seconds * VIDEO_FPS
+    with av.open(str(folder / video.name), "w") as container:
+        stream = container.add_stream("libx264", rate=VIDEO_FPS)
+        stream.width = stream.height = FRAME_SIZE
+        stream.pix_fmt = "yuv420p"
+        stream.time_base = Fraction(1, VIDEO_FPS)
+        stream.gop_size = KEYFRAME_EVERY
+        # One thread: the bytes then depend on the pixels alone.
+        stream.codec_context.thread_count = 1
+        stream.options = {"preset": "ultrafast", "crf": "20"}
+        for index in range(num_frames):
+            frame = av.VideoFrame.from_ndarray(draw_frame(video, index), format="rgb24")
+            frame.pts, frame.time_base = index, Fraction(1, VIDEO_FPS)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+def draw_frame(video: Video, index: int) -> np.ndarray:
+    """Frame `index` of the video before encoding: uint8 RGB [FRAME_SIZE, FRAME_SIZE, 3]."""
+    last = video.seconds * VIDEO_FPS - 1
+    return render(video.scenario, index / last, backdrop=video.backdrop)

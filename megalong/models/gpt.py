@@ -1,0 +1,230 @@
+"""The LLM of every family: megatron-core's GPTModel over packs of groups, returning hidden states."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
+from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from megalong.attention.core import PackCoreAttention, encode_spans
+from megalong.records import MEDIA_TOKEN, TokenBatch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GptShape:
+    """Sizes of a Qwen2-style decoder: grouped-query attention, QKV bias, RoPE, RMSNorm, SwiGLU."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int  # rows of the embedding in the checkpoint
+    tied: bool
+    rope_theta: float
+    rope_scaling: float  # linear position scaling factor; 1.0: none
+    norm_eps: float
+    max_positions: int
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm in float32, weight applied in the input's dtype, as Qwen2.
+
+    Marks its weight for megatron's sequence-parallel gradient reduction, which the local spec's own
+    norm refuses.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.rms_norm(hidden.float(), hidden.shape[-1:], eps=self.eps).to(hidden.dtype) * self.weight
+
+
+class PackRotary(nn.Module):
+    """Rotary angles at given positions (megatron asks this through its M-RoPE call, which passes position ids).
+
+    Angles are made in float64 and reduced modulo 2 pi before they become float32: at position
+    2,000,000 a float32 product is off by up to 0.1 rad.
+    """
+
+    def __init__(self, *, head_dim: int, theta: float, scaling: float) -> None:
+        super().__init__()
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
+        self.inv_freq_64 = theta**-exponents / scaling  # float64, CPU; no buffer: never cast or saved
+
+    def forward(self, position_ids: Tensor, *_: Any, **__: Any) -> Tensor:
+        """position_ids: [1, T] int64. Returns angles [T, 1, 1, head_dim] float32, on the same device."""
+        inv_freq = self.inv_freq_64.to(position_ids.device)
+        angles = position_ids[0].double()[:, None] * inv_freq[None, :]
+        angles = torch.remainder(angles, 2 * torch.pi).float()
+        return torch.cat((angles, angles), dim=-1)[:, None, None, :]
+
+
+class PackGpt(GPTModel):
+    """GPTModel that takes a TokenBatch and returns log-probabilities of the response rows only."""
+
+    def __init__(
+        self, config: TransformerConfig, shape: GptShape, *, use_te: bool, padded_vocab: int,
+        pre_process: bool = True, post_process: bool = True,
+    ) -> None:  # fmt: skip
+        super().__init__(
+            config=config,
+            transformer_layer_spec=_block_spec(config.num_layers, use_te=use_te),
+            vocab_size=padded_vocab,
+            max_sequence_length=shape.max_positions,
+            pre_process=pre_process,
+            post_process=post_process,
+            share_embeddings_and_output_weights=shape.tied,
+            position_embedding_type="mrope",
+            rotary_base=shape.rope_theta,
+            # Vision embeddings are put in before the sequence is split.
+            scatter_embedding_sequence_parallel=False,
+        )
+        self.rotary_pos_emb = PackRotary(
+            head_dim=shape.head_dim, theta=shape.rope_theta, scaling=shape.rope_scaling
+        )
+        self.real_vocab = shape.vocab
+
+    def _postprocess(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        # megatron would compute logits of every token here; response rows are picked first.
+        return hidden_states
+
+    def embed(self, ids_T: Tensor, embeds_ND: Tensor | None) -> Tensor:
+        """ids_T: [T] int64, replicated; embeds_ND fills the MEDIA_TOKEN places in order.
+
+        Returns [T (/tp with sequence parallel), 1, D] in the model's dtype. Raises ValueError when the
+        number of places and embeddings differ.
+        """
+        media_T = ids_T == MEDIA_TOKEN
+        places, given = int(media_T.sum()), 0 if embeds_ND is None else embeds_ND.shape[0]
+        if places != given:
+            raise ValueError(f"the pack has {places} vision-token places but {given} embeddings were given")
+        hidden = self.embedding(input_ids=ids_T.clamp_min(0)[None], position_ids=None)
+        if embeds_ND is not None:
+            hidden = hidden.masked_scatter(media_T[:, None, None], embeds_ND.to(hidden.dtype))
+        if self.config.sequence_parallel:
+            hidden = scatter_to_sequence_parallel_region(hidden)
+        return hidden
+
+    def response_hidden(self, tokens: TokenBatch, embeds_ND: Tensor | None) -> Tensor:
+        """Final hidden state of the rows that predict a response token.
+
+        embeds_ND: [N, D] vision embeddings of the pack, replicated over TP. Returns [R, D], replicated
+        over TP, in the model's dtype; its backward sums the gradient over the TP group, so each rank
+        hands in the part that comes from its own vocabulary rows.
+        """
+        device = next(self.parameters()).device
+        ids_T, positions_T, spans = _pad_to_multiple(tokens, self._sequence_multiple())
+        ids_T, positions_T = ids_T.to(device), positions_T.to(device)
+        hidden = self(
+            input_ids=None,
+            position_ids=positions_T[None],
+            attention_mask=encode_spans(spans),
+            decoder_input=self.embed(ids_T, embeds_ND),
+        )
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden)
+        return hidden[tokens.rows_R.to(device), 0]
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[padded V / tp, D]: this rank's rows of the output head."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+    def _sequence_multiple(self) -> int:
+        return self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+
+
+def _pad_to_multiple(tokens: TokenBatch, multiple: int) -> tuple[Tensor, Tensor, tuple]:
+    """Append a group of padding so that sequence parallelism can cut the pack evenly. No row reads it."""
+    missing = -len(tokens.ids_T) % multiple
+    if not missing:
+        return tokens.ids_T, tokens.positions_T, tokens.spans
+    padding = type(tokens.spans[0])(start=len(tokens.ids_T), prefix_len=missing, response_lens=())
+    return (
+        F.pad(tokens.ids_T, (0, missing)),
+        F.pad(tokens.positions_T, (0, missing)),
+        (*tokens.spans, padding),
+    )
+
+
+def _block_spec(num_layers: int, *, use_te: bool) -> TransformerBlockSubmodules:
+    """Megatron's own layer with our core attention; Transformer Engine's linears and norms on a GPU."""
+    if use_te:
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        layer, norm = get_gpt_layer_with_transformer_engine_spec(), TENorm
+    else:
+        layer, norm = get_gpt_layer_local_spec(normalization="RMSNorm"), RMSNorm
+        layer.submodules.input_layernorm = RMSNorm
+        layer.submodules.pre_mlp_layernorm = RMSNorm
+    attention: ModuleSpec = layer.submodules.self_attention
+    attention.submodules.core_attention = PackCoreAttention
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
+
+
+def transformer_config(
+    shape: GptShape, *, tp: int, cp: int, pp: int, sequence_parallel: bool, dtype: torch.dtype,
+    recompute: bool, on_gpu: bool,
+) -> TransformerConfig:  # fmt: skip
+    """Megatron's config for `shape`. Losses are sums over tokens, so gradients are summed, not averaged, over DP."""
+    return TransformerConfig(
+        num_layers=shape.layers,
+        hidden_size=shape.hidden,
+        num_attention_heads=shape.heads,
+        num_query_groups=shape.kv_heads,
+        kv_channels=shape.head_dim,
+        ffn_hidden_size=shape.ffn,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=True,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=tp,
+        context_parallel_size=cp,
+        pipeline_model_parallel_size=pp,
+        sequence_parallel=sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        use_cpu_initialization=not on_gpu,
+        perform_initialization=False,
+        calculate_per_token_loss=True,
+        mrope_section=[shape.head_dim // 2, 0, 0],
+        recompute_granularity="full" if recompute else None,
+        recompute_method="uniform" if recompute else None,
+        recompute_num_layers=1 if recompute else None,
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=on_gpu,
+        bias_dropout_fusion=on_gpu,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+    )

@@ -1,0 +1,19 @@
+"""The one place that makes megatron-core run on a machine without a GPU."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import tensor_parallel
+
+
+def enable_megatron_on_cpu() -> None:
+    """Point megatron-core's device and RNG look-ups at the CPU. Call once per process, before groups are made.
+
+    megatron-core allocates on `torch.cuda.current_device()` and forks CUDA RNG states around
+    tensor-parallel regions. Dropout is off in everything megalong trains, so an RNG tracker whose
+    fork does nothing (megatron's own inference tracker) changes no result.
+    """
+    if torch.cuda.is_available():
+        raise RuntimeError("enable_megatron_on_cpu() called on a machine with a GPU; it would move tensors off it")
+    torch.cuda.current_device = lambda: torch.device("cpu")
+    tensor_parallel.random.initialize_rng_tracker(inference_rng_tracker=True)

@@ -1,0 +1,171 @@
+"""Frozen records that cross a stage boundary, and the shape legend of the whole package.
+
+Shape legend (suffix of a tensor's name; one letter, one meaning, everywhere):
+    T  packed tokens            R  rows that predict a response token (one log-probability each)
+    P  prompt tokens            S  responses (sequences) in a pack
+    F  frames of a video        H W C  frame height, width, channels
+    N  vision tokens            D  LLM hidden width
+    V  vocabulary               G  responses of one prompt (group)
+    K  reward functions         B  prompts in a batch
+A digit is a fixed size; no suffix is a scalar or not a tensor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import Tensor
+
+MEDIA_TOKEN = -1
+"""Token id that stands for 'this position takes a vision embedding'. Never looked up in a table."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """One line of a manifest: a question about zero or more videos."""
+
+    sample_id: str
+    question: str  # problem text, options included
+    answer: str  # ground truth, taken out of its <answer> tags
+    videos: tuple[str, ...]  # absolute paths, in the order they appear in the prompt
+    problem_type: str  # routes the accuracy reward: "multiple choice", "numerical", "open-ended", ...
+    category: str  # temporal, spatial, goal, plot, ... ; "uncategorised" when the manifest has none
+    reasoning: str  # chain of thought for SFT; "" when the manifest has none
+    subtitles: str  # subtitle text put before the question; "" when there is none
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Dropped:
+    """A sample that is left out, and why. Counted in the metrics and written to dropped.jsonl."""
+
+    sample_id: str
+    stage: str  # "decode", "prompt", "group", ...
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FrameSelection:
+    """Which frames of which file are used: decided once, used by trainer and sampler alike."""
+
+    path: str
+    frames: tuple[int, ...]  # presentation-order indexes into the file, ascending
+    seconds: tuple[float, ...]  # presentation time of each
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Clip:
+    """Decoded frames of (a range of) a FrameSelection, resized to the tower's resolution."""
+
+    selection: FrameSelection
+    first: int  # position in selection.frames of frames_FHWC[0]
+    frames_FHWC: np.ndarray  # uint8 RGB
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompt:
+    """A sample as token ids: what contract 1 (one sequence builder) produces."""
+
+    sample: Sample
+    ids_P: tuple[int, ...]  # MEDIA_TOKEN where a vision embedding goes
+    selections: tuple[FrameSelection, ...]  # one per video, in order
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutGroup:
+    """G responses of one prompt, sampled with the weights of `weights_version`."""
+
+    prompt: Prompt
+    response_ids: tuple[tuple[int, ...], ...]  # without padding; ends with EOS unless truncated
+    logprobs: tuple[tuple[float, ...], ...]  # sampler log-probability of each response token
+    texts: tuple[str, ...]  # decoded, special tokens removed
+    truncated: tuple[bool, ...]  # hit max_response_tokens before EOS
+    weights_version: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoredGroup:
+    group: RolloutGroup
+    rewards_G: Tensor  # [G] float32, CPU; weighted total
+    parts_GK: Tensor  # [G, K] float32, CPU; one column per reward function
+    part_names: tuple[str, ...]  # K names
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupSpan:
+    """A group's place in a pack: [prefix | response 1 | .. | response G] from `start`."""
+
+    start: int
+    prefix_len: int
+    response_lens: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        return self.prefix_len + sum(self.response_lens)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenBatch:
+    """One pack of groups (a micro-batch): the shared prefix is stored and computed once.
+
+    Positions restart after the prefix for every response; response i sees its prefix and itself
+    (design contract 5). A plain sequence is a group of one response. All tensors: CPU,
+    replicated over the replica's ranks; the engine shards them.
+    """
+
+    ids_T: Tensor  # [T] int64; MEDIA_TOKEN where a vision embedding goes
+    positions_T: Tensor  # [T] int64
+    spans: tuple[GroupSpan, ...]
+    embed_keys: tuple[str, ...]  # vision embeddings that fill the MEDIA_TOKEN places, in order
+    rows_R: Tensor  # [R] int64; index into T of the position that predicts targets_R
+    targets_R: Tensor  # [R] int64 token ids
+    response_R: Tensor  # [R] int64; which response (0..S-1) of the pack the row belongs to
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PolicyBatch:
+    """A pack with everything the GRPO-family losses read. Row tensors: [R] float32, CPU."""
+
+    tokens: TokenBatch
+    advantages_S: Tensor  # [S] float32
+    sampler_logprobs_R: Tensor
+    old_logprobs_R: Tensor | None  # None: one update per rollout batch, old = stop-gradient(policy)
+    ref_logprobs_R: Tensor | None  # None: no KL term
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepStats:
+    """What one optimizer step reports; scalars are global (summed over ranks and micro-batches)."""
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    skipped: bool  # non-finite loss or gradient: no update was made
+    num_tokens: int  # tokens that went through the LLM
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightBucket:
+    """A bounded piece of the policy in Hugging Face names and shapes, on its way to a sampler."""
+
+    tensors: dict[str, Tensor]
+    checksum: int  # crc32 over names, shapes, dtypes and bytes, in order
+
+
+__all__ = [
+    "MEDIA_TOKEN",
+    "Clip",
+    "Dropped",
+    "FrameSelection",
+    "GroupSpan",
+    "PolicyBatch",
+    "Prompt",
+    "RolloutGroup",
+    "Sample",
+    "ScoredGroup",
+    "StepStats",
+    "TokenBatch",
+    "WeightBucket",
+
+]

@@ -1,0 +1,36 @@
+"""Packaging of megalong: the framework, its Triton kernels and the checkpoint tools."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="megalong",
+    version="0.1.0",
+    description="Parallelism-first reinforcement learning on hour-long video, on Megatron-core.",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["megalong", "megalong.*", "checkpoints_tools", "checkpoints_tools.*"])],
+    install_requires=[
+        "torch>=2.11,<2.14",
+        "megatron-core>=0.16.1,<0.20",
+        "transformers>=5.5,<6",
+        "safetensors",
+        "omegaconf>=2.3",
+        "av>=14",
+        "triton>=3.4; platform_system == 'Linux'",
+        "einops",
+        "numpy",
+        "tqdm",
+        "matplotlib",
+        "tensorboard",
+    ],
+    extras_require={
+        "gpu": ["transformer-engine[pytorch]", "vllm>=0.25,<0.26", "nvidia-dali-cuda130"],
+        "wandb": ["wandb"],
+        "test": ["pytest", "pytest-timeout", "hypothesis", "ruff"],
+    },
+    entry_points={
+        "console_scripts": [
+            "megalong=megalong.__main__:main",
+        ]
+    },
+)
