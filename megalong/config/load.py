@@ -154,11 +154,13 @@ def _nearest_key(key: str) -> str:
     """The known key or section that looks most like `key`; the last name weighs more than the section."""
     candidates = [*known_keys(), *sorted({known.rpartition(".")[0] for known in known_keys()} - {""})]
     section, _, name = key.rpartition(".")
+    section_weight = 0.35 if section else 0.05  # a bare name says little about the section it belongs to
 
     def likeness(known: str) -> float:
         known_section, _, known_name = known.rpartition(".")
         in_section = difflib.SequenceMatcher(None, section, known_section).ratio()
-        return 0.65 * difflib.SequenceMatcher(None, name, known_name).ratio() + 0.35 * in_section
+        by_name = difflib.SequenceMatcher(None, name, known_name).ratio()
+        return (1 - section_weight) * by_name + section_weight * in_section
 
     return max(candidates, key=likeness)
 
