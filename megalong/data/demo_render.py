@@ -81,7 +81,8 @@ def paint_goal(frame_HWC: np.ndarray, scenario: Goal, moment: float) -> None:
     glance = 4.0 * math.sin(math.pi * min(moment / 0.2, 1.0))
     way = 0.7 * CELL * smooth((moment - 0.25) / 0.45)
     paint_ball(
-        frame_HWC, (FRAME_SIZE / 2 + look[0] * glance + walk[0] * way, FRAME_SIZE / 2 + look[1] * glance + walk[1] * way)
+        frame_HWC,
+        (FRAME_SIZE / 2 + look[0] * glance + walk[0] * way, FRAME_SIZE / 2 + look[1] * glance + walk[1] * way),
     )
 
 

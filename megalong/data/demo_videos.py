@@ -1,6 +1,6 @@
 """Make the demo's data: small H.264 videos of the demo world and LongVideo-Reason style manifests.
 
-    <out_dir>/videos/*.mp4   train_sft.jsonl (with reasoning)   train_rl.jsonl   heldout.jsonl
+<out_dir>/videos/*.mp4   train_sft.jsonl (with reasoning)   train_rl.jsonl   heldout.jsonl
 """
 
 from __future__ import annotations
