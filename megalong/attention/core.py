@@ -61,9 +61,7 @@ class PackCoreAttention(MegatronModule):
             raise ValueError(f"attention_dropout={config.attention_dropout}: shared-prefix training needs 0")
         self.scale = softmax_scale if softmax_scale is not None else 1 / math.sqrt(config.kv_channels)
 
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **_: Any
-    ) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **_: Any) -> Tensor:
         """query: [T, 1, Q, d], key, value: [T, 1, K, d]. Returns [T, 1, Q * d]."""
         out = pack_attention_reference(
             query[:, 0], key[:, 0], value[:, 0], decode_spans(attention_mask), scale=self.scale

@@ -34,7 +34,12 @@ def _group_attention(query: Tensor, key: Tensor, value: Tensor, span: GroupSpan,
         return out[0].transpose(0, 1)
     prefix = span.prefix_len
     prefix_out = F.scaled_dot_product_attention(
-        query[:, :, :prefix], key[:, :, :prefix], value[:, :, :prefix], is_causal=True, scale=scale, enable_gqa=True
+        query[:, :, :prefix],
+        key[:, :, :prefix],
+        value[:, :, :prefix],
+        is_causal=True,
+        scale=scale,
+        enable_gqa=True,
     )
     response_out = F.scaled_dot_product_attention(
         query[:, :, prefix:],

@@ -108,6 +108,8 @@ class VideoConfig:
     """Keep a video's embeddings between steps. Must be off when the tower or the projector is trained."""
     cache_gib: float = 16.0
     """Host-memory budget of the embedding store; the least recently used go first."""
+    frame_cache_gib: float = 16.0
+    """Host-memory budget of decoded frames (this rank's share of each video, uint8)."""
 
 
 @dataclass

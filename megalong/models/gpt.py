@@ -101,9 +101,7 @@ class PackGpt(GPTModel):
             # Vision embeddings are put in before the sequence is split.
             scatter_embedding_sequence_parallel=False,
         )
-        self.rotary_pos_emb = PackRotary(
-            head_dim=shape.head_dim, theta=shape.rope_theta, scaling=shape.rope_scaling
-        )
+        self.rotary_pos_emb = PackRotary(head_dim=shape.head_dim, theta=shape.rope_theta, scaling=shape.rope_scaling)
         self.real_vocab = shape.vocab
 
     def _postprocess(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:

@@ -110,7 +110,9 @@ def vocab_parallel_logprobs(
             f"a vocabulary shard holds only padding (vocabulary {real_vocab}, shard of {weight_VD.shape[0]} rows "
             f"from {first}); lower parallel.tp"
         )
-    return _VocabParallelLogprobs.apply(hidden_RD, weight_VD, targets_R, group, valid_vocab, 1.0 / temperature)
+    return _VocabParallelLogprobs.apply(
+        hidden_RD, weight_VD, targets_R, group, valid_vocab, 1.0 / temperature
+    )
 
 
 def logprobs_reference(

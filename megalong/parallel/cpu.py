@@ -16,4 +16,6 @@ def enable_megatron_on_cpu() -> None:
     if torch.cuda.is_available():
         raise RuntimeError("enable_megatron_on_cpu() called on a machine with a GPU; it would move tensors off it")
     torch.cuda.current_device = lambda: torch.device("cpu")
+    # megatron-core 0.19 asks for the stream only to wait for CUDA-graph events, of which there are none here.
+    torch.cuda.current_stream = lambda: None
     tensor_parallel.random.initialize_rng_tracker(inference_rng_tracker=True)

@@ -67,9 +67,7 @@ def start_process_group(*, timeout_minutes: int) -> torch.device:
     return torch.device("cuda", local_rank) if use_gpu else torch.device("cpu")
 
 
-def make_layout(
-    *, tp: int, cp: int, pp: int, seed: int, timeout_minutes: int = 30
-) -> ParallelLayout:
+def make_layout(*, tp: int, cp: int, pp: int, seed: int, timeout_minutes: int = 30) -> ParallelLayout:
     """Start the process group if needed, split it into TP x CP x PP x DP groups, seed megatron's RNG.
 
     Raises ValueError when the world size is not a multiple of tp * cp * pp.

@@ -12,9 +12,11 @@ A digit is a fixed size; no suffix is a scalar or not a tensor.
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from torch import Tensor
 
 MEDIA_TOKEN = -1
@@ -116,7 +118,7 @@ class TokenBatch:
     ids_T: Tensor  # [T] int64; MEDIA_TOKEN where a vision embedding goes
     positions_T: Tensor  # [T] int64
     spans: tuple[GroupSpan, ...]
-    embed_keys: tuple[str, ...]  # vision embeddings that fill the MEDIA_TOKEN places, in order
+    selections: tuple[FrameSelection, ...]  # videos whose embeddings fill the MEDIA_TOKEN places, in order
     rows_R: Tensor  # [R] int64; index into T of the position that predicts targets_R
     targets_R: Tensor  # [R] int64 token ids
     response_R: Tensor  # [R] int64; which response (0..S-1) of the pack the row belongs to
@@ -150,7 +152,16 @@ class WeightBucket:
     """A bounded piece of the policy in Hugging Face names and shapes, on its way to a sampler."""
 
     tensors: dict[str, Tensor]
-    checksum: int  # crc32 over names, shapes, dtypes and bytes, in order
+    checksum: int  # bucket_checksum(tensors) at the sender
+
+
+def bucket_checksum(tensors: dict[str, Tensor]) -> int:
+    """crc32 over names, shapes, dtypes and bytes, in order; sender and receiver call this one function."""
+    crc = 0
+    for name, tensor in tensors.items():
+        crc = zlib.crc32(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode(), crc)
+        crc = zlib.crc32(tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy(), crc)
+    return crc
 
 
 __all__ = [
@@ -167,5 +178,5 @@ __all__ = [
     "StepStats",
     "TokenBatch",
     "WeightBucket",
-
+    "bucket_checksum",
 ]

@@ -1,0 +1,69 @@
+"""The one sequence builder (design contract 1): token ids of a prompt and of an SFT target.
+
+Rollout, old, reference and policy log-probabilities, SFT and evaluation all start from what is built here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from megalong.records import MEDIA_TOKEN, FrameSelection, Prompt, Sample
+
+THINKING_TEMPLATE = (
+    "You are a helpful assistant. The user asks a question, and then you solves it.\n\n"
+    "Please first think deeply about the question based on the given video, and then provide the final answer. "
+    "The reasoning process and answer are enclosed within <think> </think> and <answer> </answer> tags, "
+    "respectively, i.e., <think> reasoning process here </think> <answer> answer here </answer>.\n\n"
+    " Question: {question}"
+)
+"""The prompt LongVILA-R1 was trained with, wording included: a checkpoint expects it to the letter."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SequenceBuilder:
+    """Turns samples into token ids for one tokenizer and one vision layout."""
+
+    encode: Callable[[str], list[int]]  # text -> ids, special tokens in the text recognised, none added
+    newline_id: int  # follows the tokens of every frame
+    eos_id: int  # ends an assistant turn
+    tokens_per_frame: int  # vision tokens of a frame, newline not counted
+    system_prompt: str
+    thinking: bool  # ask for <think>..</think><answer>..</answer>
+
+    def prompt(self, sample: Sample, selections: Sequence[FrameSelection]) -> Prompt:
+        """Chat turn with the videos first: each frame is its vision tokens and a newline token.
+
+        Raises ValueError when the number of selections is not the sample's number of videos.
+        """
+        if len(selections) != len(sample.videos):
+            raise ValueError(
+                f"{sample.sample_id}: {len(sample.videos)} videos but {len(selections)} frame selections were given"
+            )
+        frame = [MEDIA_TOKEN] * self.tokens_per_frame + [self.newline_id]
+        ids = self.encode(f"<|im_start|>system\n{self.system_prompt}<|im_end|>\n<|im_start|>user\n")
+        for selection in selections:
+            ids += frame * len(selection.frames)
+        ids += self.encode(f"{self.user_text(sample)}<|im_end|>\n<|im_start|>assistant\n")
+        return Prompt(sample=sample, ids_P=tuple(ids), selections=tuple(selections))
+
+    def user_text(self, sample: Sample) -> str:
+        question = sample.question
+        if sample.subtitles:
+            question = f"Subtitles:\n{sample.subtitles}\n\n{question}"
+        return THINKING_TEMPLATE.format(question=question) if self.thinking else question
+
+    def target(self, sample: Sample) -> tuple[int, ...]:
+        """The assistant turn SFT learns: <think>reasoning</think><answer>answer</answer> and the end token.
+
+        Raises ValueError when a thinking target is asked for and the sample has no reasoning.
+        """
+        if not self.thinking:
+            return (*self.encode(sample.answer), self.eos_id)
+        if not sample.reasoning:
+            raise ValueError(
+                f"{sample.sample_id}: no reasoning in the manifest, so there is no chain of thought to learn; "
+                "add it or set data.thinking=false"
+            )
+        text = f"<think>{sample.reasoning}</think><answer>{sample.answer}</answer>"
+        return (*self.encode(text), self.eos_id)

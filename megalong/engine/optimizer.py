@@ -1,0 +1,138 @@
+"""Mixed-precision AdamW with its states shared out over data-parallel ranks (ZeRO stage 1, whole parameters).
+
+Each parameter's float32 master copy and moments live on one rank of the gradient group, which updates it and
+broadcasts the result. Whole parameters, because a state then has the same tensor-parallel cut as its parameter:
+checkpoints load at any TP and DP split through megatron's dist_checkpointing, on the CPU and on GPUs alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from torch import Tensor, nn
+
+from megalong.parallel.layout import ParallelLayout
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def assign_owners(sizes: Sequence[int], num_ranks: int) -> list[int]:
+    """Owner rank of each parameter: largest first, each to the rank that holds least. Deterministic."""
+    held = [0] * num_ranks
+    owners = [0] * len(sizes)
+    for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        owner = held.index(min(held))
+        owners[index] = owner
+        held[owner] += sizes[index]
+    return owners
+
+
+class ShardedAdamW:
+    """AdamW over the trainable parameters of a model; gradients are read from `main_grad` (float32, summed over DP)."""
+
+    def __init__(
+        self,
+        named_parameters: Sequence[tuple[str, nn.Parameter]],
+        layout: ParallelLayout,
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+    ) -> None:
+        if not named_parameters:
+            raise ValueError("nothing to train: set model.train_llm, model.train_projector or model.train_tower")
+        self.named = list(named_parameters)
+        self.layout = layout
+        owners = assign_owners([param.numel() for _, param in self.named], dist.get_world_size(layout.dp))
+        self._owner = dict(zip((name for name, _ in self.named), owners, strict=True))
+        me = dist.get_rank(layout.dp)
+        # A float32 parameter is its own master copy.
+        self.masters: dict[str, Tensor] = {
+            name: param.detach() if param.dtype == torch.float32 else param.detach().float().clone()
+            for name, param in self.named
+            if self._owner[name] == me
+        }
+        decayed = [tensor for tensor in self.masters.values() if tensor.ndim > 1]
+        plain = [tensor for tensor in self.masters.values() if tensor.ndim <= 1]
+        # Norm weights and biases are not decayed, as is usual.
+        self.adam = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}],
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            fused=layout.device.type == "cuda",
+            foreach=layout.device.type != "cuda",
+        )
+        for master in self.masters.values():
+            self.adam.state[master] = {
+                "step": torch.zeros((), dtype=torch.float32, device=master.device),
+                **{moment: torch.zeros_like(master) for moment in MOMENTS},
+            }
+
+    def grad_norm(self) -> float:
+        """L2 norm of the whole gradient, equal on all ranks; parameters that TP ranks duplicate count once."""
+        squares = torch.zeros((), dtype=torch.float64, device=self.layout.device)
+        for _, param in self.named:
+            if param_is_not_tensor_parallel_duplicate(param):
+                squares += param.main_grad.double().square().sum()
+        if self.layout.tp_size > 1:
+            dist.all_reduce(squares, group=self.layout.tp)
+        return squares.sqrt().item()
+
+    @torch.no_grad()
+    def step(self, *, lr: float, grad_scale: float) -> None:
+        """One AdamW update with every gradient times grad_scale, then the new values to every rank."""
+        for name, param in self.named:
+            if name in self.masters:
+                self.masters[name].grad = param.main_grad.float() * grad_scale
+        for group in self.adam.param_groups:
+            group["lr"] = lr
+        self.adam.step()
+        for master in self.masters.values():
+            master.grad = None
+        group = self.layout.dp
+        for name, param in self.named:
+            if name in self.masters:
+                param.data.copy_(self.masters[name])
+            if dist.get_world_size(group) > 1:
+                dist.broadcast(param.data, src=dist.get_global_rank(group, self._owner[name]), group=group)
+
+    @torch.no_grad()
+    def refresh_masters(self) -> None:
+        """Take the master copies from the parameters again (after weights were loaded from elsewhere)."""
+        for name, param in self.named:
+            if name in self.masters:
+                self.masters[name].copy_(param.data)
+
+    def sharded_state(self, model_state: dict[str, ShardedTensor]) -> dict[str, ShardedTensor]:
+        """This rank's states as ShardedTensors, cut like `model_state[name]` (the model's sharded state dict)."""
+        state: dict[str, ShardedTensor] = {}
+        for name, master in self.masters.items():
+            like = model_state[name]
+            entries = {"master": master, **{moment: self.adam.state[master][moment] for moment in MOMENTS}}
+            for kind, tensor in entries.items():
+                # The owner is the only data-parallel rank that holds this state: it writes it.
+                replica = (*like.replica_id[:-1], 0) if isinstance(like.replica_id, tuple) else 0
+                state[f"{kind}.{name}"] = dataclasses.replace(
+                    like,
+                    key=f"optimizer.{kind}.{like.key}",
+                    data=tensor,
+                    dtype=tensor.dtype,
+                    replica_id=replica,
+                )
+        return state
+
+    @torch.no_grad()
+    def load_sharded_state(self, loaded: dict[str, Tensor], *, num_updates: int) -> None:
+        """Take back what sharded_state described; `num_updates` is Adam's step count, common to all parameters."""
+        for name, master in self.masters.items():
+            master.copy_(loaded[f"master.{name}"])
+            for moment in MOMENTS:
+                self.adam.state[master][moment].copy_(loaded[f"{moment}.{name}"])
+            self.adam.state[master]["step"].fill_(num_updates)

@@ -1,0 +1,162 @@
+"""Weight tables: one declarative list per family maps Megatron's tensors to Hugging Face's, in both directions.
+
+The same table serves the initial load, weight sync to the sampler, and export (design contract 7). An entry
+knows how its Hugging Face tensors are cut over tensor-parallel ranks and how the cuts are put together again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Replicated:
+    """The same tensor on every tensor-parallel rank."""
+
+    megatron: str
+    hf: tuple[str, ...]
+
+    def cut(self, tensors: Sequence[Tensor], *, rank: int, size: int) -> Tensor:
+        return tensors[0]
+
+    def join(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return (shards[0],)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rows:
+    """Cut along dimension 0 (column-parallel weights and their biases)."""
+
+    megatron: str
+    hf: tuple[str, ...]
+
+    def cut(self, tensors: Sequence[Tensor], *, rank: int, size: int) -> Tensor:
+        return tensors[0].chunk(size)[rank]
+
+    def join(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return (torch.cat(list(shards)),)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Columns:
+    """Cut along dimension 1 (row-parallel weights)."""
+
+    megatron: str
+    hf: tuple[str, ...]
+
+    def cut(self, tensors: Sequence[Tensor], *, rank: int, size: int) -> Tensor:
+        return tensors[0].chunk(size, dim=1)[rank]
+
+    def join(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return (torch.cat(list(shards), dim=1),)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VocabRows:
+    """Vocabulary rows, padded with zeros to a multiple of the tensor-parallel size."""
+
+    megatron: str
+    hf: tuple[str, ...]
+    vocab: int
+
+    def cut(self, tensors: Sequence[Tensor], *, rank: int, size: int) -> Tensor:
+        padding = -self.vocab % size
+        return F.pad(tensors[0], (0, 0, 0, padding)).chunk(size)[rank]
+
+    def join(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return (torch.cat(list(shards))[: self.vocab],)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GatedRows:
+    """Gate and up projection: each rank holds [its gate rows; its up rows]."""
+
+    megatron: str
+    hf: tuple[str, ...]
+
+    def cut(self, tensors: Sequence[Tensor], *, rank: int, size: int) -> Tensor:
+        return torch.cat([tensor.chunk(size)[rank] for tensor in tensors])
+
+    def join(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        halves = [shard.chunk(2) for shard in shards]
+        return torch.cat([half[0] for half in halves]), torch.cat([half[1] for half in halves])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QkvRows:
+    """Q, K, V rows interleaved by key/value head: [q of its query heads; k; v] for each, as megatron-core does."""
+
+    megatron: str
+    hf: tuple[str, ...]
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    def cut(self, tensors: Sequence[Tensor], *, rank: int, size: int) -> Tensor:
+        by_kv_head = [tensor.reshape(self.kv_heads, -1, *tensor.shape[1:]) for tensor in tensors]
+        merged = torch.cat(by_kv_head, dim=1)
+        return merged.chunk(size)[rank].reshape(-1, *merged.shape[2:])
+
+    def join(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        whole = torch.cat(list(shards))
+        whole = whole.reshape(self.kv_heads, -1, *whole.shape[1:])
+        sizes = (self.heads // self.kv_heads * self.head_dim, self.head_dim, self.head_dim)
+        return tuple(part.reshape(-1, *part.shape[2:]).contiguous() for part in whole.split(sizes, dim=1))
+
+
+Entry = Replicated | Rows | Columns | VocabRows | GatedRows | QkvRows
+
+
+def decoder_table(
+    *, layers: int, heads: int, kv_heads: int, head_dim: int, vocab: int, tied: bool, use_te: bool,
+    megatron_prefix: str, hf_prefix: str,
+) -> list[Entry]:  # fmt: skip
+    """The table of a Qwen2-style decoder. Transformer Engine fuses each norm into the projection behind it."""
+    attention_norm = "self_attention.linear_qkv.layer_norm_weight" if use_te else "input_layernorm.weight"
+    mlp_norm = "mlp.linear_fc1.layer_norm_weight" if use_te else "pre_mlp_layernorm.weight"
+    table: list[Entry] = [
+        VocabRows(
+            megatron=f"{megatron_prefix}embedding.word_embeddings.weight",
+            hf=(f"{hf_prefix}model.embed_tokens.weight",),
+            vocab=vocab,
+        )
+    ]
+    for layer in range(layers):
+        ours, theirs = f"{megatron_prefix}decoder.layers.{layer}.", f"{hf_prefix}model.layers.{layer}."
+        table.append(Replicated(megatron=ours + attention_norm, hf=(theirs + "input_layernorm.weight",)))
+        for part in ("weight", "bias"):
+            table.append(
+                QkvRows(
+                    megatron=f"{ours}self_attention.linear_qkv.{part}",
+                    hf=tuple(f"{theirs}self_attn.{name}_proj.{part}" for name in "qkv"),
+                    heads=heads,
+                    kv_heads=kv_heads,
+                    head_dim=head_dim,
+                )
+            )
+        table += [
+            Columns(megatron=ours + "self_attention.linear_proj.weight", hf=(theirs + "self_attn.o_proj.weight",)),
+            Replicated(megatron=ours + mlp_norm, hf=(theirs + "post_attention_layernorm.weight",)),
+            GatedRows(
+                megatron=ours + "mlp.linear_fc1.weight",
+                hf=(theirs + "mlp.gate_proj.weight", theirs + "mlp.up_proj.weight"),
+            ),
+            Columns(megatron=ours + "mlp.linear_fc2.weight", hf=(theirs + "mlp.down_proj.weight",)),
+        ]
+    table.append(
+        Replicated(megatron=f"{megatron_prefix}decoder.final_layernorm.weight", hf=(f"{hf_prefix}model.norm.weight",))
+    )
+    if not tied:
+        table.append(
+            VocabRows(
+                megatron=f"{megatron_prefix}output_layer.weight",
+                hf=(f"{hf_prefix}lm_head.weight",),
+                vocab=vocab,
+            )
+        )
+    return table

@@ -1,0 +1,187 @@
+"""The embedded rollout engine: transformers' `generate` in the training process, on synced weights.
+
+Needs nothing but the base install. The prompt's keys and values are computed once per group.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from megalong.records import MEDIA_TOKEN, WeightBucket, bucket_checksum
+from megalong.rollout.engine import Request, Sampled, Sampling, WeightSyncError
+
+log = logging.getLogger(__name__)
+
+
+class SeededSampler(LogitsProcessor):
+    """Draws each row's token with the row's own generator and makes it the only choice left.
+
+    Gumbel-max: argmax(logits / T + Gumbel noise) is a sample of softmax(logits / T). With a generator per row a
+    response is the same whatever batch, rank or replica it is sampled in.
+    """
+
+    def __init__(self, seeds: Sequence[int], sampling: Sampling, device: torch.device) -> None:
+        self.greedy = sampling.temperature == 0
+        self.temperature = 1.0 if self.greedy else sampling.temperature
+        self.warpers: list[Callable[[Tensor, Tensor], Tensor]] = []
+        if sampling.top_k > 0:
+            self.warpers.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1:
+            self.warpers.append(TopPLogitsWarper(sampling.top_p))
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        self.logprobs: list[Tensor] = []  # one [rows] float32 tensor per step
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scaled = scores.float() / self.temperature
+        allowed = scaled
+        for warper in self.warpers:
+            allowed = warper(input_ids, allowed)
+        chosen = allowed if self.greedy else allowed + self._gumbel(allowed)
+        token = chosen.argmax(dim=-1, keepdim=True)
+        self.logprobs.append(scaled.log_softmax(-1).gather(1, token)[:, 0])
+        return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
+
+    def _gumbel(self, like: Tensor) -> Tensor:
+        noise = torch.empty_like(like)
+        for row, generator in zip(noise, self.generators, strict=True):
+            row.exponential_(generator=generator)
+        return -noise.log()
+
+
+class EmbeddedEngine:
+    """`model` is a transformers causal LM with uninitialised weights; `names` maps sync names to its parameters."""
+
+    def __init__(
+        self, model: PreTrainedModel, *, prefix: str, eos_id: int, device: torch.device, batch_prompts: int
+    ) -> None:
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.prefix = prefix  # sync names are prefix + parameter name; other names belong to the vision side
+        self.eos_id = eos_id
+        self.device = device
+        self.batch_prompts = batch_prompts
+        self._version = -1
+        self._broken: str | None = None
+
+    @property
+    def version(self) -> int:
+        return self._version
+
+    @torch.no_grad()
+    def load_weights(self, buckets: Iterable[WeightBucket], *, version: int) -> None:
+        """See RolloutEngine. Buckets are copied one at a time."""
+        if version <= self._version:
+            raise WeightSyncError(f"weights of version {version} arrived after version {self._version}")
+        self._broken = f"the update to version {version} did not finish"
+        parameters = _parameters(self.model)
+        missing = set(parameters) if self._version < 0 else set()
+        for bucket in buckets:
+            if bucket_checksum(bucket.tensors) != bucket.checksum:
+                raise WeightSyncError(
+                    f"version {version}: a bucket's checksum is wrong ({list(bucket.tensors)[:3]} ..)"
+                )
+            for full_name, tensor in bucket.tensors.items():
+                if not full_name.startswith(self.prefix):
+                    continue
+                name = full_name.removeprefix(self.prefix)
+                if name not in parameters:
+                    raise WeightSyncError(f"version {version}: the sampler has no weight {name!r}")
+                if parameters[name].shape != tensor.shape:
+                    raise WeightSyncError(
+                        f"version {version}: {name} is {tuple(tensor.shape)}, expected {tuple(parameters[name].shape)}"
+                    )
+                parameters[name].copy_(tensor)
+                missing.discard(name)
+        if missing:
+            raise WeightSyncError(f"version {version}: the first update leaves out {sorted(missing)[:5]}")
+        self._version, self._broken = version, None
+
+    @torch.no_grad()
+    def generate(self, requests: Sequence[Request], *, sampling: Sampling) -> list[list[Sampled]]:
+        """See RolloutEngine. Prompts are batched (left-padded) `batch_prompts` at a time, similar lengths together."""
+        if self._version < 0 or self._broken:
+            raise WeightSyncError(self._broken or "no weights were loaded before generate()")
+        results: dict[int, list[Sampled]] = {}
+        order = sorted(range(len(requests)), key=lambda index: len(requests[index].ids_P))
+        for at in range(0, len(order), self.batch_prompts):
+            indexes = order[at : at + self.batch_prompts]
+            groups = self._generate_batch([requests[index] for index in indexes], sampling)
+            results.update(zip(indexes, groups, strict=True))
+        return [results[index] for index in range(len(requests))]
+
+    def _generate_batch(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Sampled]]:
+        group, longest = sampling.group_size, max(len(request.ids_P) for request in requests)
+        ids_BP = torch.full((len(requests), longest), self.eos_id)
+        mask_BP = torch.zeros((len(requests), longest), dtype=torch.int64)
+        for row, request in enumerate(requests):
+            if len(request.seeds) != group:
+                raise ValueError(f"{len(request.seeds)} seeds for a group of {group}")
+            ids_BP[row, longest - len(request.ids_P) :] = torch.tensor(request.ids_P)
+            mask_BP[row, longest - len(request.ids_P) :] = 1
+        ids_BP, mask_BP = ids_BP.to(self.device), mask_BP.to(self.device)
+        cache = self._prefill(ids_BP, mask_BP, requests)
+        cache.batch_repeat_interleave(group)
+        sampler = SeededSampler([seed for request in requests for seed in request.seeds], sampling, self.device)
+        sequences = self.model.generate(
+            # The cache holds all of the prompt but its last token, so the other ids are never looked up.
+            input_ids=ids_BP.clamp_min(0).repeat_interleave(group, dim=0),
+            attention_mask=mask_BP.repeat_interleave(group, dim=0),
+            past_key_values=cache,
+            logits_processor=LogitsProcessorList([sampler]),
+            generation_config=GenerationConfig(
+                max_new_tokens=sampling.max_tokens,
+                do_sample=False,
+                eos_token_id=self.eos_id,
+                pad_token_id=self.eos_id,
+            ),
+        )
+        logprobs = torch.stack(sampler.logprobs, dim=1).tolist()
+        responses = [
+            _cut(ids, values, eos_id=self.eos_id)
+            for ids, values in zip(sequences[:, longest:].tolist(), logprobs, strict=True)
+        ]
+        return [responses[at : at + group] for at in range(0, len(responses), group)]
+
+    def _prefill(self, ids_BP: Tensor, mask_BP: Tensor, requests: Sequence[Request]) -> DynamicCache:
+        """Keys and values of every prompt token but the last."""
+        embeds_BPD = self.model.get_input_embeddings()(ids_BP.clamp_min(0))
+        vision = [request.embeds_ND for request in requests if request.embeds_ND is not None]
+        media_BP = ids_BP == MEDIA_TOKEN
+        places, given = int(media_BP.sum()), sum(len(embeds) for embeds in vision)
+        if places != given:
+            raise ValueError(f"the prompts have {places} vision-token places but {given} embeddings were given")
+        if vision:
+            embeds_BPD = embeds_BPD.masked_scatter(media_BP[..., None], torch.cat(vision).to(embeds_BPD))
+        positions_BP = (mask_BP.cumsum(dim=1) - 1).clamp_min(0)
+        cache = DynamicCache(config=self.model.config)
+        self.model.base_model(
+            inputs_embeds=embeds_BPD[:, :-1],
+            attention_mask=mask_BP[:, :-1],
+            position_ids=positions_BP[:, :-1],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return cache
+
+
+def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return dict(model.named_parameters())  # a tied head appears once, under the embedding's name
+
+
+def _cut(ids: list[int], logprobs: list[float], *, eos_id: int) -> Sampled:
+    """Drop what follows the first EOS."""
+    truncated = eos_id not in ids
+    length = len(ids) if truncated else ids.index(eos_id) + 1
+    return Sampled(ids=tuple(ids[:length]), logprobs=tuple(logprobs[:length]), truncated=truncated)

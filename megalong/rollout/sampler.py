@@ -1,0 +1,63 @@
+"""Group sampling: the replica's prompts are shared out over its ranks' engines and everybody gets all groups."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+
+from torch import Tensor
+
+from megalong.parallel.collectives import gather_objects
+from megalong.parallel.layout import ParallelLayout
+from megalong.parallel.split import shard_range
+from megalong.records import Prompt, RolloutGroup, WeightBucket
+from megalong.rollout.engine import Request, RolloutEngine, Sampled, Sampling
+
+
+def response_seeds(sample_id: str, *, seed: int, step: int, group_size: int) -> tuple[int, ...]:
+    """A seed per response that depends on the run's seed, the step and the sample, and not on the layout."""
+    return tuple(zlib.crc32(f"{seed}/{step}/{sample_id}/{index}".encode()) for index in range(group_size))
+
+
+class GroupSampler:
+    """Samples G responses per prompt with the weights loaded last."""
+
+    def __init__(
+        self, engine: RolloutEngine, layout: ParallelLayout, *, decode: Callable[[Sequence[int]], str], seed: int
+    ) -> None:
+        self.engine = engine
+        self.layout = layout
+        self.decode = decode
+        self.seed = seed
+
+    def load_weights(self, buckets: Iterable[WeightBucket], *, version: int) -> None:
+        self.engine.load_weights(buckets, version=version)
+
+    def sample(
+        self, prompts: Sequence[Prompt], embeds: Sequence[Tensor | None], *, sampling: Sampling, step: int
+    ) -> list[RolloutGroup]:
+        """One group per prompt, in order, equal on every rank of the replica. embeds: [N, D] of each prompt."""
+        first, last = shard_range(len(prompts), self.layout.replica_rank, self.layout.replica_size)
+        requests = [
+            Request(
+                ids_P=prompt.ids_P,
+                embeds_ND=embeds_ND,
+                seeds=response_seeds(
+                    prompt.sample.sample_id, seed=self.seed, step=step, group_size=sampling.group_size
+                ),
+            )
+            for prompt, embeds_ND in zip(prompts[first:last], embeds[first:last], strict=True)
+        ]
+        mine = self.engine.generate(requests, sampling=sampling) if requests else []
+        everyone = [group for part in gather_objects(mine, group=self.layout.replica) for group in part]
+        return [self._group(prompt, sampled) for prompt, sampled in zip(prompts, everyone, strict=True)]
+
+    def _group(self, prompt: Prompt, sampled: Sequence[Sampled]) -> RolloutGroup:
+        return RolloutGroup(
+            prompt=prompt,
+            response_ids=tuple(response.ids for response in sampled),
+            logprobs=tuple(response.logprobs for response in sampled),
+            texts=tuple(self.decode(response.ids) for response in sampled),
+            truncated=tuple(response.truncated for response in sampled),
+            weights_version=self.engine.version,
+        )

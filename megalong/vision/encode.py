@@ -1,0 +1,194 @@
+"""Stage 1: decode and encode each video once, its frames spread over the ranks of the replica."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from megalong.data.video import DecodeError, VideoIndex, decode_frames, probe
+from megalong.parallel.collectives import gather_objects, gather_rows
+from megalong.parallel.layout import ParallelLayout
+from megalong.parallel.split import shard_range
+from megalong.records import Dropped, FrameSelection, Sample
+from megalong.vision.store import ByteStore, selection_key
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VisionSettings:
+    """Plain values of the stage."""
+
+    image_size: int  # pixels, square
+    tokens_per_frame: int
+    tower_batch_frames: int  # frames per forward of the tower
+    frozen: bool  # embeddings may be kept from step to step
+    embed_store_bytes: int
+    frame_store_bytes: int
+    decode_workers: int
+
+
+class VisionStage:
+    """Owns the decoded frames of this rank and the embeddings of its replica's videos.
+
+    Every rank of a replica calls the same methods with the same arguments. A rank decodes and encodes only its
+    share of each video's frames; paths and frame indexes travel between processes, pixels never do.
+    """
+
+    def __init__(self, encoder: nn.Module, layout: ParallelLayout, settings: VisionSettings) -> None:
+        self.encoder = encoder
+        self.layout = layout
+        self.settings = settings
+        self.frames: ByteStore[np.ndarray] = ByteStore(
+            budget_bytes=settings.frame_store_bytes, setting="video.frame_cache_gib"
+        )
+        self.embeds: ByteStore[Tensor] = ByteStore(budget_bytes=settings.embed_store_bytes, setting="video.cache_gib")
+        self.frames_encoded = 0  # by this rank, since the start
+        self._pool = ThreadPoolExecutor(max_workers=settings.decode_workers, thread_name_prefix="decode")
+        self._running: dict[str, Future[np.ndarray]] = {}
+
+    def select(
+        self, samples: Sequence[Sample], choose: Callable[[VideoIndex], FrameSelection]
+    ) -> tuple[dict[str, FrameSelection], list[Dropped]]:
+        """Index the videos of the samples (files shared out over the replica's ranks) and choose their frames.
+
+        Returns the selection of each readable path and a Dropped for each sample that has an unreadable one.
+        """
+        paths = sorted({path for sample in samples for path in sample.videos})
+        mine: dict[str, FrameSelection | str] = {}
+        for path in paths[self.layout.replica_rank :: self.layout.replica_size]:
+            try:
+                mine[path] = choose(probe(path))
+            except DecodeError as error:
+                mine[path] = error.reason
+        found = {
+            path: entry for part in gather_objects(mine, group=self.layout.replica) for path, entry in part.items()
+        }
+        reasons = {path: entry for path, entry in found.items() if isinstance(entry, str)}
+        selections = {path: entry for path, entry in found.items() if not isinstance(entry, str)}
+        return selections, _drops(samples, reasons)
+
+    def prefetch(self, selections: Sequence[FrameSelection]) -> None:
+        """Start decoding this rank's share of the videos that are not in a store yet."""
+        for selection in selections:
+            key = self.key(selection)
+            if key in self.frames or key in self._running or (self.settings.frozen and key in self.embeds):
+                continue
+            first, last = self._share(selection)
+            self._running[key] = self._pool.submit(_decode, selection, first, last, self.settings.image_size)
+
+    def prepare(self, samples: Sequence[Sample], selections: dict[str, FrameSelection]) -> list[Dropped]:
+        """Decode (and, for a frozen tower, encode) what the samples need and is not in a store.
+
+        Afterwards embeddings() serves every sample that is not in the returned list.
+        """
+        wanted = list({path: selections[path] for sample in samples for path in sample.videos}.values())
+        keys = frozenset(self.key(selection) for selection in wanted)
+        self.frames.pin(keys)
+        self.embeds.pin(keys)
+        self.prefetch(wanted)
+        reasons: dict[str, str] = {}
+        for selection in wanted:
+            key = self.key(selection)
+            if key not in self._running:
+                continue
+            try:
+                frames_FHWC = self._running.pop(key).result()
+            except DecodeError as error:
+                reasons[selection.path] = error.reason
+                continue
+            self.frames.put(key, frames_FHWC, num_bytes=frames_FHWC.nbytes)
+        for part in gather_objects(reasons, group=self.layout.replica):
+            reasons.update(part)
+        if self.settings.frozen:
+            new = [item for item in wanted if item.path not in reasons and self.key(item) not in self.embeds]
+            self._encode_into_store(new)
+        return _drops(samples, reasons)
+
+    def embeddings(self, selections: Sequence[FrameSelection]) -> Tensor | None:
+        """[N, D] embeddings of the selections' frames in order (newlines not included), on every rank of the replica.
+
+        From the store for a frozen tower; encoded here, with gradients, for a trained one. None without videos.
+        """
+        if not selections:
+            return None
+        if self.settings.frozen:
+            device = self.layout.device
+            return torch.cat([self.embeds.get(self.key(item)).to(device, non_blocking=True) for item in selections])
+        return torch.cat(self._encode(selections))
+
+    def forget_embeddings(self) -> None:
+        """Drop all embeddings: the tower's weights changed."""
+        self.embeds.clear()
+
+    def key(self, selection: FrameSelection) -> str:
+        return selection_key(selection, image_size=self.settings.image_size)
+
+    @torch.no_grad()
+    def _encode_into_store(self, selections: Sequence[FrameSelection]) -> None:
+        # Videos are taken a few at a time: the gathered embeddings of a batch of hours would not fit at once.
+        frames = 0
+        pending: list[FrameSelection] = []
+        for index, selection in enumerate(selections):
+            pending.append(selection)
+            frames += len(selection.frames)
+            if frames >= 4 * self.settings.tower_batch_frames or index == len(selections) - 1:
+                for item, embeds_ND in zip(pending, self._encode(pending), strict=True):
+                    host_ND = embeds_ND.to("cpu", copy=True)
+                    self.embeds.put(self.key(item), host_ND, num_bytes=host_ND.nbytes)
+                pending, frames = [], 0
+
+    def _encode(self, selections: Sequence[FrameSelection]) -> list[Tensor]:
+        """Embeddings [F * tokens_per_frame, D] of each selection, on every rank of the replica."""
+        size, rank = self.layout.replica_size, self.layout.replica_rank
+        local = [self.frames.get(self.key(selection)) for selection in selections]
+        local_F = torch.from_numpy(np.concatenate(local)).to(self.layout.device)
+        batches = local_F.split(self.settings.tower_batch_frames) if len(local_F) else (local_F,)
+        local_FND = torch.cat([self.encoder(batch) for batch in batches])
+        self.frames_encoded += len(local_F)
+        shares = [[self._share(selection, rank=r) for r in range(size)] for selection in selections]
+        lengths = [[last - first for first, last in of_video] for of_video in shares]
+        counts = [sum(of_video[r] for of_video in lengths) for r in range(size)]
+        gathered_FND = gather_rows(local_FND, counts=counts, group=self.layout.replica)
+        if counts[rank] != len(local_F):
+            raise ValueError(f"rank {rank} decoded {len(local_F)} frames of {counts[rank]}")
+        # Gathered rows are ordered by rank, then video; put each video's pieces behind one another.
+        offsets = [sum(counts[:r]) for r in range(size)]
+        videos = []
+        for index, of_video in enumerate(shares):
+            pieces = {}
+            for r in range(size):
+                start = offsets[r] + sum(lengths[i][r] for i in range(index))
+                pieces[of_video[r][0]] = gathered_FND[start : start + lengths[index][r]]
+            ordered = [piece for _, piece in sorted(pieces.items()) if len(piece)]
+            videos.append(torch.cat(ordered).flatten(0, 1))
+        return videos
+
+    def _share(self, selection: FrameSelection, *, rank: int | None = None) -> tuple[int, int]:
+        """Frames [first, last) of the selection that a rank of the replica decodes and encodes.
+
+        Depends on the video alone, so decoded frames stay useful when batches differ; starts at a rank that
+        the path picks, so that remainders do not all land on rank 0.
+        """
+        size = self.layout.replica_size
+        rank = self.layout.replica_rank if rank is None else rank
+        turn = zlib.crc32(selection.path.encode()) % size
+        return shard_range(len(selection.frames), (rank + turn) % size, size)
+
+
+def _decode(selection: FrameSelection, first: int, last: int, size: int) -> np.ndarray:
+    return decode_frames(selection, first=first, last=last, size=size).frames_FHWC
+
+
+def _drops(samples: Sequence[Sample], reasons: dict[str, str]) -> list[Dropped]:
+    """One Dropped per sample with a bad video, naming the first."""
+    dropped = []
+    for sample in samples:
+        bad = next((path for path in sample.videos if path in reasons), None)
+        if bad is not None:
+            dropped.append(Dropped(sample_id=sample.sample_id, stage="decode", reason=f"{bad}: {reasons[bad]}"))
+    return dropped

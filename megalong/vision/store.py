@@ -1,0 +1,83 @@
+"""Byte-bounded store of what is made once per video: decoded frames and vision embeddings."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import OrderedDict
+from functools import lru_cache
+from typing import Generic, TypeVar
+
+from megalong.records import FrameSelection
+
+Item = TypeVar("Item")
+_SAMPLE_BYTES = 1 << 20
+
+
+class ByteStore(Generic[Item]):
+    """Least-recently-used store bounded by bytes; an item larger than the budget is refused, loudly.
+
+    `pinned` keys of the current batch are never evicted: a batch that does not fit is an error, not a slow loop.
+    """
+
+    def __init__(self, *, budget_bytes: int, setting: str) -> None:
+        self.budget_bytes = budget_bytes
+        self.setting = setting
+        self.bytes_used = 0
+        self.num_evicted = 0
+        self._items: OrderedDict[str, tuple[Item, int]] = OrderedDict()
+        self._pinned: frozenset[str] = frozenset()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._items
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def pin(self, keys: frozenset[str]) -> None:
+        """Keep these keys until the next call; everything else may be evicted."""
+        self._pinned = keys
+
+    def put(self, key: str, item: Item, *, num_bytes: int) -> None:
+        """Store an item under a key that is not there yet. Raises ValueError when pinned items leave no room."""
+        if key in self._items:
+            raise ValueError(f"{key} is in the store already; an entry is never replaced")
+        evictable = [other for other in self._items if other not in self._pinned]
+        while evictable and self.bytes_used + num_bytes > self.budget_bytes:
+            _, freed = self._items.pop(evictable.pop(0))
+            self.bytes_used -= freed
+            self.num_evicted += 1
+        if self.bytes_used + num_bytes > self.budget_bytes:
+            raise ValueError(
+                f"{num_bytes / 2**30:.3f} GiB do not fit beside the {self.bytes_used / 2**30:.3f} GiB the current batch "
+                f"needs: raise {self.setting} (now {self.budget_bytes / 2**30:.3f}) or lower the batch size"
+            )
+        self._items[key] = (item, num_bytes)
+        self.bytes_used += num_bytes
+
+    def get(self, key: str) -> Item:
+        """The item of a key. Raises KeyError when it is not there: nothing else is ever handed out."""
+        self._items.move_to_end(key)
+        return self._items[key][0]
+
+    def clear(self) -> None:
+        self._items.clear()
+        self.bytes_used = 0
+
+
+def selection_key(selection: FrameSelection, *, image_size: int) -> str:
+    """Content key of decoded frames: the file, the frames and the resolution (design contract 4)."""
+    stat = os.stat(selection.path)
+    parts = (_file_digest(selection.path, stat.st_size, stat.st_mtime_ns), selection.frames, image_size)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+@lru_cache(maxsize=65536)
+def _file_digest(path: str, size: int, mtime_ns: int) -> str:
+    """Digest of size and of the first, middle and last MiB: hour-long files are not read whole for a key."""
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        for start in sorted({0, max(0, size // 2 - _SAMPLE_BYTES // 2), max(0, size - _SAMPLE_BYTES)}):
+            file.seek(start)
+            digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
