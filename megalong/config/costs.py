@@ -1,0 +1,188 @@
+"""Parameters, bytes and FLOPs of a model on packs of groups: small pure functions of integers.
+
+Notation: P prompt tokens, R response tokens of one rollout, G rollouts of a prompt. FLOPs count a
+multiply-add as two. Bytes are exact for parameters and states and an upper estimate for activations.
+"""
+
+from __future__ import annotations
+
+from megalong.config.model_shape import ModelShape
+
+CHUNK_LOGITS = 1 << 26
+"""Logits (rows * vocabulary of the rank) alive at once in the log-probability op."""
+
+
+def layer_matrix_params(shape: ModelShape) -> int:
+    """Weights of one decoder layer's matrices: q, k, v, output, gate, up, down."""
+    query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    return shape.hidden * (2 * query + 2 * key) + 3 * shape.hidden * shape.ffn
+
+
+def layer_vector_params(shape: ModelShape) -> int:
+    """Biases of q, k, v and the weights of the two norms of one decoder layer."""
+    return (shape.heads + 2 * shape.kv_heads) * shape.head_dim + 2 * shape.hidden
+
+
+def head_params(shape: ModelShape) -> int:
+    """Rows of the output head times its width (the embedding's own when tied)."""
+    return shape.vocab * shape.hidden
+
+
+def llm_params(shape: ModelShape) -> int:
+    """All parameters of the LLM: embedding, layers, final norm, and the head unless it is tied."""
+    per_layer = layer_matrix_params(shape) + layer_vector_params(shape)
+    return shape.layers * per_layer + shape.hidden + head_params(shape) * (1 if shape.tied else 2)
+
+
+def llm_params_per_rank(shape: ModelShape, *, tp: int, pp: int) -> int:
+    """Parameters of the fullest rank: matrices and biases split over tp, layers over pp, norms replicated.
+
+    With pp > 1 the embedding and the head sit on the first and the last stage.
+    """
+    norms = 2 * shape.hidden
+    per_layer = (layer_matrix_params(shape) + layer_vector_params(shape) - norms) // tp + norms
+    tables = 2 if pp == 1 and not shape.tied else 1
+    return shape.layers // pp * per_layer + shape.hidden + tables * head_params(shape) // tp
+
+
+def tower_params(shape: ModelShape) -> int:
+    """SigLIP without its pooling head: patch convolution, positions, every layer, the last norm."""
+    width, ffn = shape.vision_hidden, shape.vision_ffn
+    embeddings = (3 * shape.patch_size**2 + 1) * width + shape.patches_per_side**2 * width
+    per_layer = 4 * (width * width + width) + 2 * width * ffn + ffn + width + 4 * width
+    return embeddings + shape.vision_layers * per_layer + 2 * width
+
+
+def projector_params(shape: ModelShape) -> int:
+    """Space-to-depth MLP: norm and two linears for 2x2; two norms and three linears for 3x3."""
+    wide, hidden = shape.downsample**2 * shape.vision_hidden, shape.hidden
+    last = hidden * hidden + hidden
+    if shape.downsample == 2:
+        return 2 * wide + wide * hidden + hidden + last
+    narrow = 3 * shape.vision_hidden
+    return 2 * wide + wide * narrow + narrow + 2 * narrow + narrow * hidden + hidden + last
+
+
+def optimizer_params_per_rank(params: int, *, shards: int, largest: int) -> int:
+    """Parameters whose optimizer state the fullest of `shards` ranks holds.
+
+    State is dealt out parameter by parameter, so no rank holds less than one whole parameter: the
+    fullest holds an even share, or the largest parameter when that is more.
+    """
+    return max(-(-params // shards), largest if shards > 1 else params)
+
+
+def shared_tokens(prompt: int, response: int, group: int) -> int:
+    """Tokens of a group as one pack: the prompt once, then every response."""
+    return prompt + group * response
+
+
+def repeated_tokens(prompt: int, response: int, group: int) -> int:
+    """Tokens of the same group as separate sequences."""
+    return group * (prompt + response)
+
+
+def shared_pairs(prompt: int, response: int, group: int) -> int:
+    """Query-key pairs of a pack: P(P+1)/2 + G(RP + R(R+1)/2)."""
+    own = response * (response + 1) // 2
+    return prompt * (prompt + 1) // 2 + group * (response * prompt + own)
+
+
+def repeated_pairs(prompt: int, response: int, group: int) -> int:
+    """Query-key pairs of separate causal sequences: G(P+R)(P+R+1)/2."""
+    length = prompt + response
+    return group * (length * (length + 1) // 2)
+
+
+def linear_flops(shape: ModelShape, tokens: int) -> int:
+    """Forward of all layers' matrices: 2 * weights * tokens."""
+    return 2 * shape.layers * layer_matrix_params(shape) * tokens
+
+
+def attention_flops(shape: ModelShape, pairs: int) -> int:
+    """Forward of scores and values over all layers: 4 * layers * heads * head_dim per pair."""
+    return 4 * shape.layers * shape.heads * shape.head_dim * pairs
+
+
+def head_flops(shape: ModelShape, rows: int) -> int:
+    """Forward of the output head on the rows that predict a response token."""
+    return 2 * head_params(shape) * rows
+
+
+def forward_flops(shape: ModelShape, *, tokens: int, pairs: int, rows: int) -> int:
+    """One forward: linear + attention + head. A log-probability pass costs this."""
+    return linear_flops(shape, tokens) + attention_flops(shape, pairs) + head_flops(shape, rows)
+
+
+def train_flops(shape: ModelShape, *, tokens: int, pairs: int, rows: int, recompute: bool) -> int:
+    """Forward and backward: linear 3 forwards, attention 3.5 (flash backward is 2.5), head 4.
+
+    Full recompute adds one forward of linear and attention. The head's logits are never kept, so its
+    backward makes them again: 4 forwards.
+    """
+    linear, attention = linear_flops(shape, tokens), attention_flops(shape, pairs)
+    again = linear + attention if recompute else 0
+    return 3 * linear + attention * 7 // 2 + again + 4 * head_flops(shape, rows)
+
+
+def decode_flops(shape: ModelShape, *, prompt: int, response: int, group: int) -> int:
+    """Sampling G responses token by token after the prefill: each token attends the prompt and its own past."""
+    rows = group * response
+    pairs = shared_pairs(prompt, response, group) - prompt * (prompt + 1) // 2
+    return forward_flops(shape, tokens=rows, pairs=pairs, rows=rows)
+
+
+def frame_flops(shape: ModelShape) -> int:
+    """Forward of one frame through the tower's layers that are run and the projector."""
+    width, ffn = shape.vision_hidden, shape.vision_ffn
+    patches = shape.patches_per_side**2
+    layer = 2 * patches * (4 * width * width + 2 * width * ffn) + 4 * patches * patches * width
+    convolution = 2 * patches * 3 * shape.patch_size**2 * width
+    return shape.vision_layers_run * layer + convolution + 2 * (shape.tokens_per_frame - 1) * projector_params(shape)
+
+
+def kv_bytes_per_token(shape: ModelShape, *, element: int) -> int:
+    """Keys and values of one token over all layers."""
+    return 2 * shape.layers * shape.kv_heads * shape.head_dim * element
+
+
+def kept_bytes_per_token(shape: ModelShape, *, element: int, tp: int, sequence_parallel: bool, recompute: bool) -> int:
+    """Activations one layer keeps per token of the pack until its backward, on one rank.
+
+    recompute: the layer's input. Otherwise, in elements: width-sized (inputs of the two norms and of
+    the two column-parallel linears, 4h, split over tp only with sequence parallel), and split over tp
+    always: q, k, v before and after the rotation, attention output, gate, up and their product; plus a
+    float32 log-sum-exp per head.
+    """
+    width_split = tp if sequence_parallel else 1
+    if recompute:
+        return shape.hidden * element // width_split
+    query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    split = 3 * query + 4 * key + 3 * shape.ffn
+    return 4 * shape.hidden * element // width_split + (split * element + 4 * shape.heads) // tp
+
+
+def live_bytes_per_token(shape: ModelShape, *, element: int, tp: int, sequence_parallel: bool) -> int:
+    """Activations and gradients alive inside one layer's backward, per token of the pack, on one rank.
+
+    In elements: 11 width-sized (6h: residual stream, norms and their gradients; 5h: q, attention
+    output, their gradients, rotation), 6 of each of k and v's width, 6 of the ffn width (gate, up,
+    product, and their gradients). All but the 6h are split over tp; those only with sequence parallel,
+    which instead gathers a whole input and its gradient (2h) around each column-parallel linear.
+    """
+    query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    width = 6 * shape.hidden // (tp if sequence_parallel else 1) + (2 * shape.hidden if sequence_parallel else 0)
+    return element * (width + (5 * query + 6 * key + 6 * shape.ffn) // tp)
+
+
+def logits_bytes(shape: ModelShape, *, tp: int, rows: int, train: bool) -> int:
+    """Log-probability op on one rank: three float32 copies of a chunk of logits; in training, the head's gradient."""
+    vocab = -(-shape.vocab // tp)
+    chunk = min(rows, max(1, CHUNK_LOGITS // vocab))
+    return 3 * 4 * chunk * vocab + (4 * vocab * shape.hidden if train else 0)
+
+
+def tower_batch_bytes(shape: ModelShape, *, element: int, frames: int) -> int:
+    """Activations of a forward of the frozen tower on `frames` frames: 8 width-sized and 2 ffn-sized per patch."""
+    per_patch = 8 * shape.vision_hidden + 2 * shape.vision_ffn
+    return frames * shape.patches_per_side**2 * per_patch * element

@@ -1,0 +1,318 @@
+"""What a run will need, from its configuration and the model's sizes alone: layout, lengths, memory, FLOPs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megalong.config import costs
+from megalong.config.errors import ConfigError
+from megalong.config.load import config_yaml
+from megalong.config.model_shape import SHIPPED_SHAPE, ModelShape, read_model_shape
+from megalong.config.tree import Dtype, Recompute, RolloutEngine, RunConfig
+from megalong.config.validate import Task, frames_per_video, prompt_tokens
+
+GIB = 1 << 30
+RUNTIME_BYTES = 6 * GIB
+"""CUDA context, NCCL buffers, allocator slack, a sleeping sampler; a CPU process has none of it."""
+BUDGETS_GIB = {"80 GB (A100, H100)": 79, "141 GB (H200)": 139}
+"""What a card of that name leaves to a process."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """How the processes are split: world_size = dp * replica, replica = tp * cp * pp."""
+
+    world_size: int
+    dp: int
+    tp: int
+    cp: int
+    pp: int
+    sequence_parallel: bool
+
+    @property
+    def replica(self) -> int:
+        return self.tp * self.cp * self.pp
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lengths:
+    """Token counts at the configured limits; a real video or response may be shorter."""
+
+    frames: int
+    tokens_per_frame: int
+    prompt: int
+    response: int
+    group: int  # responses of a prompt; 1 for sft
+    groups_per_pack: int
+
+    @property
+    def shared(self) -> int:
+        """One group as a pack: the prompt once."""
+        return costs.shared_tokens(self.prompt, self.response, self.group)
+
+    @property
+    def repeated(self) -> int:
+        return costs.repeated_tokens(self.prompt, self.response, self.group)
+
+    @property
+    def pack(self) -> int:
+        return self.groups_per_pack * self.shared
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """Memory in bytes on the fullest process, FLOPs of one step over all processes, by part."""
+
+    task: Task
+    config_text: str
+    note: str  # "" or where the model's sizes come from
+    layout: Layout
+    lengths: Lengths
+    batch_size: int
+    memory: dict[str, int]
+    host_store: int  # bytes of host memory the embedding store may fill, per process
+    flops: dict[str, int]
+    flops_repeated: int  # the same step with every response carrying its own prompt
+
+    @property
+    def memory_total(self) -> int:
+        return sum(self.memory.values())
+
+    @property
+    def flops_total(self) -> int:
+        return sum(self.flops.values())
+
+
+def shape_for_planning(config: RunConfig) -> tuple[ModelShape, str]:
+    """Sizes of model.path, or of the shipped LongVILA-7B when that folder does not exist, and a note that says so."""
+    path = Path(config.model.path)
+    if path.exists():
+        return read_model_shape(path), ""
+    if not SHIPPED_SHAPE.is_dir():
+        raise ConfigError(f"model.path={path} does not exist and {SHIPPED_SHAPE} neither; set model.path")
+    shipped = SHIPPED_SHAPE.relative_to(SHIPPED_SHAPE.parents[2])
+    note = f"model.path={path} does not exist: planned with the sizes in {shipped}"
+    return read_model_shape(SHIPPED_SHAPE), note
+
+
+def planned_processes(config: RunConfig) -> int:
+    """Processes to plan for: `gpus`, or those of one replica when it is 0."""
+    parallel = config.parallel
+    return config.gpus or parallel.tp * parallel.cp * parallel.pp
+
+
+def plan(config: RunConfig, task: Task, shape: ModelShape, *, note: str = "") -> Plan:
+    """Work out the plan of a configuration that `validate` accepts."""
+    layout = _layout(config)
+    lengths = _lengths(config, task, shape, dp=layout.dp)
+    batch_size = {"sft": config.sft.batch_size, "grpo": config.grpo.batch_size, "eval": 1}[task]
+    store = round(config.video.cache_gib * GIB) if config.video.cache_embeddings else 0
+    return Plan(
+        task=task,
+        config_text=config_yaml(config),
+        note=note,
+        layout=layout,
+        lengths=lengths,
+        batch_size=batch_size,
+        memory=_memory(config, task, shape, layout=layout, lengths=lengths),
+        host_store=store,
+        flops=_flops(config, task, shape, lengths=lengths, batch_size=batch_size, shared=True),
+        flops_repeated=sum(_flops(config, task, shape, lengths=lengths, batch_size=batch_size, shared=False).values()),
+    )
+
+
+def render(plan: Plan) -> str:
+    """The plan as text: resolved configuration, layout, lengths, memory against two cards, FLOPs."""
+    return "\n\n".join(
+        [
+            f"# configuration\n{plan.config_text.rstrip()}",
+            *([f"# note\n{plan.note}"] if plan.note else []),
+            _layout_text(plan.layout),
+            _lengths_text(plan),
+            _memory_text(plan),
+            _flops_text(plan),
+        ]
+    )
+
+
+def _layout(config: RunConfig) -> Layout:
+    parallel, world_size = config.parallel, planned_processes(config)
+    return Layout(
+        world_size=world_size,
+        dp=world_size // (parallel.tp * parallel.cp * parallel.pp),
+        tp=parallel.tp,
+        cp=parallel.cp,
+        pp=parallel.pp,
+        sequence_parallel=parallel.sequence_parallel,
+    )
+
+
+def _lengths(config: RunConfig, task: Task, shape: ModelShape, *, dp: int) -> Lengths:
+    prompt, response = prompt_tokens(config, shape), config.data.max_response_tokens
+    group = {"sft": 1, "grpo": config.rollout.group_size, "eval": config.eval.num_samples}[task]
+    per_update = {
+        "sft": config.sft.batch_size,
+        "grpo": config.grpo.batch_size // config.grpo.updates_per_batch,
+        "eval": 1,
+    }[task]
+    fitting = config.data.pack_tokens // costs.shared_tokens(prompt, response, group)
+    return Lengths(
+        frames=frames_per_video(config),
+        tokens_per_frame=shape.tokens_per_frame,
+        prompt=prompt,
+        response=response,
+        group=group,
+        # A group longer than pack_tokens gets a pack of its own.
+        groups_per_pack=max(1, min(fitting, per_update // dp)),
+    )
+
+
+def _memory(config: RunConfig, task: Task, shape: ModelShape, *, layout: Layout, lengths: Lengths) -> dict[str, int]:
+    """Bytes on the fullest process. S = tokens of a pack / cp; activations are an upper estimate.
+
+    weights 2 B (bfloat16) or 4 B per parameter of the rank; the reference policy the same again;
+    gradients 4 B; float32 master and both moments 12 B (8 B when the weights are float32 themselves)
+    of the parameters this rank owns, dealt whole over dp * cp ranks; the tower and projector whole
+    on every rank; kept activations for every layer of the stage and S; one live layer for S.
+    """
+    element = 4 if config.model.dtype is Dtype.float32 else 2
+    memory = _weight_memory(config, task, shape, layout=layout, element=element)
+    vision = lengths.groups_per_pack * lengths.frames * (lengths.tokens_per_frame - 1)
+    memory["vision embeddings of a pack"] = vision * shape.hidden * element // layout.cp
+    memory["tower on one batch of frames"] = costs.tower_batch_bytes(
+        shape, element=element, frames=min(config.video.tower_batch_frames, lengths.frames)
+    )
+    if task != "eval":
+        memory |= _activation_memory(config, shape, layout=layout, lengths=lengths, element=element)
+    if _samples_embedded(config, task):
+        kv = costs.kv_bytes_per_token(shape, element=element)
+        prompts = 1 if task == "eval" else min(config.rollout.batch_prompts, config.grpo.batch_size // layout.dp)
+        memory["embedded sampler: weights"] = element * costs.llm_params(shape)
+        memory["embedded sampler: keys and values"] = kv * prompts * lengths.repeated
+    if config.gpus:
+        memory["runtime: context, NCCL, sleeping sampler"] = RUNTIME_BYTES
+    return memory
+
+
+def _weight_memory(config: RunConfig, task: Task, shape: ModelShape, *, layout: Layout, element: int) -> dict[str, int]:
+    """Weights, reference, gradients and optimizer states of one rank."""
+    on_rank = costs.llm_params_per_rank(shape, tp=layout.tp, pp=layout.pp)
+    tower, projector = costs.tower_params(shape), costs.projector_params(shape)
+    memory = {"LLM weights": element * on_rank, "tower and projector weights": element * (tower + projector)}
+    if task == "eval":
+        return memory
+    if task == "grpo" and config.grpo.kl_coef > 0:
+        memory["reference policy weights"] = element * on_rank
+    trained = {
+        costs.head_params(shape) // layout.tp: on_rank if config.model.train_llm else 0,
+        tower // shape.vision_layers: tower if config.model.train_tower else 0,
+        shape.hidden * shape.hidden: projector if config.model.train_projector else 0,
+    }
+    params = sum(trained.values())
+    largest = max(size for size, part in trained.items() if part)
+    owned = costs.optimizer_params_per_rank(params, shards=layout.dp * layout.cp, largest=largest)
+    memory["gradients (float32)"] = 4 * params
+    memory["optimizer: master and moments"] = (8 if element == 4 else 12) * owned
+    return memory
+
+
+def _activation_memory(
+    config: RunConfig, shape: ModelShape, *, layout: Layout, lengths: Lengths, element: int
+) -> dict[str, int]:
+    tokens = -(-lengths.pack // layout.cp)
+    recompute = config.model.recompute is Recompute.full
+    split = {"tp": layout.tp, "sequence_parallel": layout.sequence_parallel}
+    kept = costs.kept_bytes_per_token(shape, element=element, recompute=recompute, **split)
+    rows = lengths.groups_per_pack * lengths.group * lengths.response
+    return {
+        f"kept activations (recompute {config.model.recompute.name})": kept * tokens * (shape.layers // layout.pp),
+        "one layer in backward": costs.live_bytes_per_token(shape, element=element, **split) * tokens,
+        "logits of a chunk of rows": costs.logits_bytes(shape, tp=layout.tp, rows=rows, train=config.model.train_llm),
+    }
+
+
+def _samples_embedded(config: RunConfig, task: Task) -> bool:
+    engine = config.rollout.engine
+    return task != "sft" and (engine is RolloutEngine.embedded or (engine is RolloutEngine.auto and not config.gpus))
+
+
+def _flops(
+    config: RunConfig, task: Task, shape: ModelShape, *, lengths: Lengths, batch_size: int, shared: bool
+) -> dict[str, int]:
+    """FLOPs of one step by part. `shared=False`: log-probability and training passes repeat the prompt."""
+    size = {"prompt": lengths.prompt, "response": lengths.response, "group": lengths.group}
+    tokens = lengths.shared if shared else lengths.repeated
+    pairs = (costs.shared_pairs if shared else costs.repeated_pairs)(**size)
+    rows = lengths.group * lengths.response
+    one_pass = costs.forward_flops(shape, tokens=tokens, pairs=pairs, rows=rows)
+    parts = {"vision: encode every frame once": lengths.frames * costs.frame_flops(shape)}
+    if task != "sft":
+        own = lengths.prompt * (lengths.prompt + 1) // 2
+        parts["rollout: prefill, once per prompt"] = costs.forward_flops(
+            shape, tokens=lengths.prompt, pairs=own, rows=1
+        )
+        parts["rollout: decode"] = costs.decode_flops(shape, **size)
+    if task == "grpo" and config.grpo.updates_per_batch > 1:
+        parts["old log-probabilities"] = one_pass
+    if task == "grpo" and config.grpo.kl_coef > 0:
+        parts["reference log-probabilities"] = one_pass
+    if task != "eval":
+        recompute = config.model.recompute is Recompute.full
+        parts["forward and backward"] = costs.train_flops(
+            shape, tokens=tokens, pairs=pairs, rows=rows, recompute=recompute
+        )
+    return {name: batch_size * value for name, value in parts.items()}
+
+
+def _table(title: str, rows: list[tuple[str, str]]) -> str:
+    width = max(len(name) for name, _ in rows)
+    value_width = max(len(value) for _, value in rows)
+    return "\n".join([f"# {title}", *(f"{name:<{width}}  {value:>{value_width}}" for name, value in rows)])
+
+
+def _layout_text(layout: Layout) -> str:
+    rows = [("processes", layout.world_size), ("replicas (dp)", layout.dp), ("ranks per replica", layout.replica)]
+    rows += [("tensor (tp)", layout.tp), ("context (cp)", layout.cp), ("pipeline (pp)", layout.pp)]
+    text = [(name, str(value)) for name, value in rows]
+    return _table("parallel layout", [*text, ("sequence parallel", "on" if layout.sequence_parallel else "off")])
+
+
+def _lengths_text(plan: Plan) -> str:
+    lengths = plan.lengths
+    rows = [
+        ("frames per video", f"{lengths.frames:,}"),
+        ("tokens per frame", f"{lengths.tokens_per_frame:,}"),
+        ("tokens per prompt", f"{lengths.prompt:,}"),
+        ("tokens per response, at most", f"{lengths.response:,}"),
+    ]
+    if lengths.group > 1:
+        rows += [
+            (f"tokens per group of {lengths.group}, prompt shared", f"{lengths.shared:,}"),
+            (f"tokens per group of {lengths.group}, prompt repeated", f"{lengths.repeated:,}"),
+            ("repeating would cost", f"{lengths.repeated / lengths.shared:.2f} x the tokens"),
+        ]
+    rows.append((f"tokens per pack of {lengths.groups_per_pack} group(s)", f"{lengths.pack:,}"))
+    return _table("lengths", rows)
+
+
+def _memory_text(plan: Plan) -> str:
+    where = "GPU" if any(name.startswith("runtime") for name in plan.memory) else "CPU process"
+    rows = [(name, f"{value / GIB:,.2f} GiB") for name, value in plan.memory.items()]
+    rows.append((f"total per {where}", f"{plan.memory_total / GIB:,.2f} GiB"))
+    for card, budget in BUDGETS_GIB.items():
+        verdict = "fits" if plan.memory_total <= budget * GIB else "does NOT fit"
+        rows.append((f"on {card}", f"{verdict} {budget} GiB"))
+    rows.append(("embedding store, host memory per process, at most", f"{plan.host_store / GIB:,.2f} GiB"))
+    return _table(f"memory per {where} (activations: upper estimate)", rows)
+
+
+def _flops_text(plan: Plan) -> str:
+    unit, name = (1e15, "PFLOP") if plan.flops_total >= 1e14 else (1e9, "GFLOP")
+    rows = [(part, f"{value / unit:,.2f} {name}") for part, value in plan.flops.items()]
+    rows.append(("total", f"{plan.flops_total / unit:,.2f} {name}"))
+    if plan.lengths.group > 1 and plan.task != "eval":
+        more = plan.flops_repeated / plan.flops_total
+        rows.append(("total with repeated prompts", f"{plan.flops_repeated / unit:,.2f} {name} ({more:.2f} x)"))
+    per = "sample" if plan.task == "eval" else f"step of {plan.batch_size} prompt(s)"
+    return _table(f"FLOPs per {per}, longest prompts and responses", rows)

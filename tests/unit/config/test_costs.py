@@ -1,0 +1,148 @@
+"""Cost formulas against values worked out by hand for the 7B shape (h 3584, 28 layers, 28/4 heads, ffn 18944)."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+
+from megalong.config import costs
+from megalong.config.model_shape import SHIPPED_SHAPE, ModelShape, read_model_shape
+
+PROMPT_3600 = 3600 * 257 + 256
+
+
+@pytest.fixture(scope="module")
+def shape() -> ModelShape:
+    return read_model_shape(SHIPPED_SHAPE)
+
+
+def test_llm_parameters_are_qwen2_7b_s(shape: ModelShape) -> None:
+    assert costs.layer_matrix_params(shape) == 3584 * 8192 + 3 * 3584 * 18944 == 233_046_016
+    assert costs.layer_vector_params(shape) == 4608 + 7168
+    assert costs.llm_params(shape) == 7_615_616_512
+    assert costs.llm_params(dataclasses.replace(shape, tied=True)) == 7_615_616_512 - 152_064 * 3584
+
+
+def test_tower_and_projector_parameters_match_the_published_file_sizes(shape: ModelShape) -> None:
+    assert 2 * costs.tower_params(shape) == pytest.approx(826.7e6, rel=1e-4)
+    assert 2 * costs.projector_params(shape) == pytest.approx(58.7e6, rel=1e-3)
+    small = dataclasses.replace(shape, hidden=1536)
+    assert 2 * costs.projector_params(small) == pytest.approx(18.9e6, rel=2e-3)
+
+
+def test_projector_3x3(shape: ModelShape) -> None:
+    c, h = 1152, 3584
+    want = 2 * 9 * c + (9 * c * 3 * c + 3 * c) + 2 * 3 * c + (3 * c * h + h) + (h * h + h)
+    assert costs.projector_params(dataclasses.replace(shape, downsample=3)) == want
+
+
+def test_parameters_per_rank(shape: ModelShape) -> None:
+    assert costs.llm_params_per_rank(shape, tp=1, pp=1) == costs.llm_params(shape)
+    norms = 28 * 2 * 3584 + 3584
+    assert costs.llm_params_per_rank(shape, tp=4, pp=1) == (7_615_616_512 - norms) // 4 + norms
+    first_of_two = 14 * (233_046_016 + 4608 + 7168) + 3584 + 152_064 * 3584
+    assert costs.llm_params_per_rank(shape, tp=1, pp=2) == first_of_two
+
+
+@pytest.mark.parametrize(
+    ("params", "shards", "largest", "want"),
+    [(1000, 1, 400, 1000), (1000, 2, 400, 500), (1000, 4, 400, 400), (1001, 2, 10, 501)],
+)
+def test_optimizer_share_is_even_but_never_less_than_the_largest_parameter(
+    params: int, shards: int, largest: int, want: int
+) -> None:
+    assert costs.optimizer_params_per_rank(params, shards=shards, largest=largest) == want
+
+
+def visible_pairs(prompt: int, response: int, group: int) -> int:
+    """Count, one by one, the keys each query of a pack sees."""
+    owner = [0] * prompt + [1 + i for i, _ in itertools.product(range(group), range(response))]
+    return sum(owner[k] in (0, owner[q]) for q in range(len(owner)) for k in range(q + 1))
+
+
+@pytest.mark.parametrize(("prompt", "response", "group"), [(5, 3, 2), (7, 1, 4), (1, 4, 3)])
+def test_pairs_equal_a_brute_force_count(prompt: int, response: int, group: int) -> None:
+    assert costs.shared_pairs(prompt, response, group) == visible_pairs(prompt, response, group)
+    assert costs.repeated_pairs(prompt, response, group) == group * visible_pairs(prompt + response, 0, 1)
+
+
+def test_tokens_of_a_3600_frame_group() -> None:
+    assert PROMPT_3600 == 925_456
+    assert costs.shared_tokens(PROMPT_3600, 1024, 8) == 933_648
+    assert costs.repeated_tokens(PROMPT_3600, 1024, 8) == 7_411_840
+
+
+def test_flops_constants(shape: ModelShape) -> None:
+    assert costs.linear_flops(shape, 1) == 2 * 6_525_288_448
+    assert costs.attention_flops(shape, 1) == 401_408
+    assert costs.head_flops(shape, 1) == 2 * 152_064 * 3584
+    assert costs.frame_flops(shape) == pytest.approx(0.953e12, rel=1e-3)
+
+
+def test_flops_of_a_512_frame_group(shape: ModelShape) -> None:
+    size = {"prompt": 512 * 257 + 256, "response": 1024, "group": 8}
+    shared = {"tokens": costs.shared_tokens(**size), "pairs": costs.shared_pairs(**size), "rows": 8192}
+    repeated = {"tokens": costs.repeated_tokens(**size), "pairs": costs.repeated_pairs(**size), "rows": 8192}
+    assert costs.forward_flops(shape, **shared) == pytest.approx(5.76e15, rel=2e-3)
+    assert costs.forward_flops(shape, **repeated) == pytest.approx(42.2e15, rel=2e-3)
+    # linear 1.8275 PF, attention 3.9238 PF, head 0.0089 PF forward: 3 x, 3.5 x and 4 x of them.
+    assert costs.train_flops(shape, **shared, recompute=False) == pytest.approx(19.251e15, rel=1e-4)
+    assert costs.train_flops(shape, **shared, recompute=True) == pytest.approx(25.0e15, rel=1e-3)
+    again = costs.train_flops(shape, **shared, recompute=True) - costs.train_flops(shape, **shared, recompute=False)
+    assert again == costs.linear_flops(shape, shared["tokens"]) + costs.attention_flops(shape, shared["pairs"])
+
+
+def test_prefill_of_3600_frames_takes_236_s_at_780_tflops(shape: ModelShape) -> None:
+    pairs = PROMPT_3600 * (PROMPT_3600 + 1) // 2
+    flops = costs.forward_flops(shape, tokens=PROMPT_3600, pairs=pairs, rows=1)
+    assert flops / 780e12 == pytest.approx(236, abs=0.5)
+
+
+def test_prefill_and_decode_together_are_one_shared_forward(shape: ModelShape) -> None:
+    size = {"prompt": 1000, "response": 30, "group": 4}
+    prefill = costs.linear_flops(shape, 1000) + costs.attention_flops(shape, 1000 * 1001 // 2)
+    one_pass = costs.forward_flops(
+        shape, tokens=costs.shared_tokens(**size), pairs=costs.shared_pairs(**size), rows=120
+    )
+    assert prefill + costs.decode_flops(shape, **size) == one_pass
+
+
+def test_key_value_bytes(shape: ModelShape) -> None:
+    assert costs.kv_bytes_per_token(shape, element=2) == 57_344
+
+
+def test_kept_bytes(shape: ModelShape) -> None:
+    def kept(*, tp: int, sp: bool, recompute: bool) -> int:
+        return costs.kept_bytes_per_token(shape, element=2, tp=tp, sequence_parallel=sp, recompute=recompute)
+
+    assert kept(tp=1, sp=False, recompute=True) == 7168  # 0.20 MB over 28 layers
+    assert kept(tp=4, sp=False, recompute=True) == 7168
+    assert kept(tp=4, sp=True, recompute=True) == 1792
+    split = 2 * (3 * 3584 + 4 * 512 + 3 * 18944) + 4 * 28
+    assert kept(tp=1, sp=False, recompute=False) == 28_672 + split == 168_048
+    assert kept(tp=4, sp=False, recompute=False) == 28_672 + split // 4
+    assert kept(tp=4, sp=True, recompute=False) == 168_048 // 4
+
+
+def test_live_bytes_are_22h_plus_6144_plus_12_ffn(shape: ModelShape) -> None:
+    alone = costs.live_bytes_per_token(shape, element=2, tp=1, sequence_parallel=False)
+    assert alone == 22 * 3584 + 6144 + 12 * 18944 == 312_320
+    gathered = 2 * 2 * 3584
+    assert costs.live_bytes_per_token(shape, element=2, tp=4, sequence_parallel=True) == 312_320 // 4 + gathered
+    whole_width = 2 * 6 * 3584
+    without = costs.live_bytes_per_token(shape, element=2, tp=4, sequence_parallel=False)
+    assert without == whole_width + (312_320 - whole_width) // 4
+
+
+def test_logits_are_bounded_by_the_chunk(shape: ModelShape) -> None:
+    rows = costs.CHUNK_LOGITS // (152_064 // 4)
+    assert rows == 1765
+    assert costs.logits_bytes(shape, tp=4, rows=10**6, train=False) == 12 * rows * 38_016
+    assert costs.logits_bytes(shape, tp=4, rows=10, train=False) == 12 * 10 * 38_016
+    assert costs.logits_bytes(shape, tp=4, rows=10, train=True) == 12 * 10 * 38_016 + 4 * 38_016 * 3584
+
+
+def test_tower_batch_bytes(shape: ModelShape) -> None:
+    assert costs.tower_batch_bytes(shape, element=2, frames=64) == 64 * 1024 * (8 * 1152 + 2 * 4304) * 2

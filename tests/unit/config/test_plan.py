@@ -1,0 +1,144 @@
+"""plan and render: layout, lengths, memory and FLOPs of known configurations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megalong.config import costs
+from megalong.config.load import load_config
+from megalong.config.model_shape import SHIPPED_SHAPE, ModelShape, read_model_shape
+from megalong.config.plan import GIB, RUNTIME_BYTES, Plan, plan, planned_processes, render, shape_for_planning
+from megalong.config.validate import Task, validate
+
+RECIPE = """
+model: {path: no/such/model}
+logger: {run_dir: r}
+data: {train: t.jsonl, max_prompt_tokens: 1000000, max_response_tokens: 1024}
+video: {num_frames: 3600}
+gpus: 8
+parallel: {tp: 4, cp: 2, sequence_parallel: true}
+grpo: {batch_size: 4}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "r.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def shape() -> ModelShape:
+    return read_model_shape(SHIPPED_SHAPE)
+
+
+def planned(recipe: Path, shape: ModelShape, *, task: Task = "grpo", overrides: tuple[str, ...] = ()) -> Plan:
+    config = load_config(recipe, overrides)
+    validate(config, task=task, world_size=planned_processes(config), model=shape)
+    return plan(config, task, shape)
+
+
+def test_an_hour_of_video_on_8_gpus(recipe: Path, shape: ModelShape) -> None:
+    result = planned(recipe, shape)
+    assert (result.layout.dp, result.layout.replica, result.layout.world_size) == (1, 8, 8)
+    assert (result.lengths.prompt, result.lengths.shared, result.lengths.repeated) == (925_456, 933_648, 7_411_840)
+    assert result.lengths.groups_per_pack == 1
+    memory = result.memory
+    states = ("LLM weights", "reference policy weights", "gradients (float32)", "optimizer: master and moments")
+    # 6N/tp + 12N/(tp*cp) + 2N/tp with N = 7.6156e9.
+    assert sum(memory[name] for name in states) == pytest.approx(26.65e9, rel=2e-3)
+    local = 933_648 // 2
+    assert memory["kept activations (recompute full)"] == 2 * 3584 // 4 * local * 28
+    assert memory["one layer in backward"] == (312_320 // 4 + 4 * 3584) * local
+    assert memory["vision embeddings of a pack"] == 3600 * 256 * 3584 * 2 // 2
+    assert memory["runtime: context, NCCL, sleeping sampler"] == RUNTIME_BYTES
+    assert 100e9 < result.memory_total < 140 * GIB
+
+
+def test_flops_are_those_of_the_batch(recipe: Path, shape: ModelShape) -> None:
+    result = planned(recipe, shape)
+    size = {"prompt": 925_456, "response": 1024, "group": 8}
+    one_pass = costs.forward_flops(
+        shape, tokens=costs.shared_tokens(**size), pairs=costs.shared_pairs(**size), rows=8192
+    )
+    assert result.flops["reference log-probabilities"] == 4 * one_pass
+    assert result.flops["vision: encode every frame once"] == 4 * 3600 * costs.frame_flops(shape)
+    assert "old log-probabilities" not in result.flops
+    assert result.flops_total == sum(result.flops.values())
+    assert result.flops_repeated / result.flops_total == pytest.approx(6.7, abs=0.3)
+    twice = planned(recipe, shape, overrides=("grpo.updates_per_batch=2",))
+    assert twice.flops["old log-probabilities"] == 4 * one_pass
+    without_kl = planned(recipe, shape, overrides=("grpo.kl_coef=0",))
+    assert "reference log-probabilities" not in without_kl.flops
+    assert "reference policy weights" not in without_kl.memory
+
+
+def test_short_groups_share_a_pack_up_to_the_replica_s_share(recipe: Path, shape: ModelShape) -> None:
+    short = ("video.num_frames=4", "data.pack_tokens=40000", "data.max_response_tokens=512")
+    # 4 * 257 + 256 + 8 * 512 = 5,380 tokens: 7 groups fit, but the replica has only 4 (then 1) per update.
+    assert planned(recipe, shape, overrides=short).lengths.groups_per_pack == 4
+    assert planned(recipe, shape, overrides=(*short, "grpo.updates_per_batch=4")).lengths.groups_per_pack == 1
+    assert planned(recipe, shape, overrides=(*short, "grpo.batch_size=64")).lengths.groups_per_pack == 7
+
+
+def test_sft_and_eval_leave_out_what_they_do_not_do(recipe: Path, shape: ModelShape) -> None:
+    sft = planned(recipe, shape, task="sft")
+    assert set(sft.flops) == {"vision: encode every frame once", "forward and backward"}
+    assert sft.lengths.shared == 925_456 + 1024
+    assert "reference policy weights" not in sft.memory
+    evaluation = planned(recipe, shape, task="eval", overrides=("eval.manifest=e.jsonl",))
+    assert "gradients (float32)" not in evaluation.memory
+    assert "forward and backward" not in evaluation.flops
+
+
+def test_trained_vision_parts_add_gradients_and_states(recipe: Path, shape: ModelShape) -> None:
+    frozen = planned(recipe, shape, task="sft").memory
+    with_tower = ("model.train_tower=true", "video.cache_embeddings=false")
+    trained = planned(recipe, shape, task="sft", overrides=with_tower)
+    more = trained.memory["gradients (float32)"] - frozen["gradients (float32)"]
+    assert more == 4 * costs.tower_params(shape)
+    assert trained.host_store == 0
+
+
+def test_float32_weights_are_their_own_master(recipe: Path, shape: ModelShape) -> None:
+    full = planned(recipe, shape, overrides=("model.dtype=float32",)).memory
+    half = planned(recipe, shape).memory
+    assert full["LLM weights"] == 2 * half["LLM weights"]
+    assert full["optimizer: master and moments"] * 12 == half["optimizer: master and moments"] * 8
+
+
+def test_without_gpus_one_replica_is_planned_and_sampling_is_embedded(recipe: Path, shape: ModelShape) -> None:
+    result = planned(recipe, shape, overrides=("gpus=0",))
+    assert result.layout.world_size == 8
+    assert result.memory["embedded sampler: weights"] == 2 * 7_615_616_512
+    assert not any(name.startswith("runtime") for name in result.memory)
+
+
+def test_shape_for_planning_says_when_it_uses_the_shipped_sizes(recipe: Path) -> None:
+    shape, note = shape_for_planning(load_config(recipe))
+    assert shape.hidden == 3584
+    assert note == "model.path=no/such/model does not exist: planned with the sizes in launch/shapes/longvila_7b"
+    shape, note = shape_for_planning(load_config(recipe, [f"model.path={SHIPPED_SHAPE}"]))
+    assert (shape.hidden, note) == (3584, "")
+
+
+def test_text_holds_every_part(recipe: Path, shape: ModelShape) -> None:
+    config = load_config(recipe)
+    text = render(plan(config, "grpo", shape, note="sizes from elsewhere"))
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    for expected in (
+        "num_frames: 3600",
+        "sizes from elsewhere",
+        "replicas (dp) 1",
+        "ranks per replica 8",
+        "tokens per frame 257",
+        "tokens per prompt 925,456",
+        "tokens per group of 8, prompt shared 933,648",
+        "repeating would cost 7.94 x the tokens",
+        "on 80 GB (A100, H100) does NOT fit 79 GiB",
+        "on 141 GB (H200) fits 139 GiB",
+    ):
+        assert expected in lines, expected

@@ -1,0 +1,133 @@
+"""validate: each contradiction is found, named with keys and values, and all come in one error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megalong.config.errors import ConfigError
+from megalong.config.load import load_config
+from megalong.config.model_shape import SHIPPED_SHAPE, ModelShape, read_model_shape
+from megalong.config.tree import RunConfig
+from megalong.config.validate import Task, prompt_tokens, validate
+
+GOOD = """
+model: {path: m}
+logger: {run_dir: r}
+data: {train: t.jsonl}
+eval: {manifest: e.jsonl}
+parallel: {tp: 4, sequence_parallel: true}
+video: {num_frames: 256}
+"""
+
+
+@pytest.fixture(scope="module")
+def model() -> ModelShape:
+    return read_model_shape(SHIPPED_SHAPE)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "good.yaml"
+    path.write_text(GOOD)
+    return path
+
+
+def problems(config: RunConfig, *, task: Task, world_size: int, model: ModelShape) -> tuple[str, ...]:
+    try:
+        validate(config, task=task, world_size=world_size, model=model)
+    except ConfigError as error:
+        return error.problems
+    return ()
+
+
+@pytest.mark.parametrize("task", ["sft", "grpo", "eval"])
+def test_a_sound_configuration_passes(recipe: Path, model: ModelShape, task: Task) -> None:
+    assert problems(load_config(recipe), task=task, world_size=8, model=model) == ()
+
+
+def test_prompt_tokens_of_the_7b_model(recipe: Path, model: ModelShape) -> None:
+    assert prompt_tokens(load_config(recipe), model) == 256 * 257 + 256
+    by_rate = load_config(recipe, ["video.sampling=fps", "video.max_frames=3600"])
+    assert prompt_tokens(by_rate, model) == 925_456
+
+
+CASES: list[tuple[Task, list[str], list[str]]] = [
+    ("grpo", ["parallel.tp=3"], ["8 processes", "28 attention heads", "4 key-value heads", "18944 ffn width"]),
+    ("grpo", ["parallel.tp=8"], ["28 attention heads", "4 key-value heads"]),
+    ("sft", ["parallel.tp=1"], ["parallel.sequence_parallel=true needs parallel.tp > 1"]),
+    ("sft", ["parallel.pp=8"], ["8 processes cannot be split", "parallel.pp=8 does not divide the model's 28 layers"]),
+    ("sft", ["parallel.cp=4"], ["parallel.cp=4 x parallel.pp=1 = 16"]),
+    ("sft", ["gpus=6"], ["gpus=6 is not a multiple"]),
+    ("sft", ["video.num_frames=512"], ["lower video.num_frames to 509 or raise data.max_prompt_tokens to 131840"]),
+    ("sft", ["video.sampling=fps"], ["video.max_frames=8192 at 257 tokens per frame"]),
+    ("sft", ["data.max_prompt_tokens=1048576"], ["lower data.max_prompt_tokens to 1046528"]),
+    ("sft", ["model.train_tower=true"], ["model.train_tower=true makes stale; set video.cache_embeddings=false"]),
+    ("sft", ["model.train_llm=false"], ["nothing would be trained"]),
+    (
+        "grpo",
+        ["model.train_projector=true", "video.cache_embeddings=false", "grpo.updates_per_batch=2"],
+        ["set grpo.updates_per_batch=1"],
+    ),
+    ("sft", ["optimizer.warmup_steps=101"], ["optimizer.warmup_steps=101 is more than sft.steps=100"]),
+    ("sft", ["optimizer.min_lr=1"], ["optimizer.min_lr=1 is more than optimizer.lr=1e-06"]),
+    ("sft", ["sft.batch_size=33"], ["make sft.batch_size a multiple of 2"]),
+    ("grpo", ["grpo.updates_per_batch=3"], ["grpo.updates_per_batch=3 does not divide grpo.batch_size=32"]),
+    ("grpo", ["grpo.updates_per_batch=32"], ["make grpo.batch_size a multiple of 64"]),
+    ("grpo", ["rollout.group_size=1"], ["rollout.group_size=1 with grpo.advantage=grpo"]),
+    ("grpo", ["rollout.group_size=1", "grpo.advantage=rloo"], ["grpo.advantage=rloo"]),
+    ("grpo", ["rollout.group_size=1", "grpo.advantage=dr_grpo"], ["grpo.advantage=dr_grpo"]),
+    ("grpo", ["rollout.temperature=0"], ["rollout.temperature=0 must be more than 0"]),
+    ("grpo", ["rollout.top_p=0"], ["rollout.top_p=0 must be more than 0 and at most 1"]),
+    ("grpo", ["rollout.top_p=1.1"], ["rollout.top_p=1.1 must be more than 0 and at most 1"]),
+    ("grpo", ["grpo.clip_low=1"], ["grpo.clip_low=1 must be more than 0 and less than 1"]),
+    ("grpo", ["grpo.clip_high=-0.1"], ["grpo.clip_high=-0.1 must be more than 0"]),
+    ("grpo", ["grpo.kl_coef=-1"], ["grpo.kl_coef=-1 must be at least 0"]),
+    ("grpo", ["reward.weights={}"], ["reward.weights={} gives every response a reward of 0"]),
+    ("grpo", ["reward.weights={accuracy: 0}"], ["gives every response a reward of 0"]),
+    ("grpo", ["reward.weights.format=.nan"], ["reward.weights.format=nan must be a finite number"]),
+    ("grpo", ["reward.overlong_buffer=4096"], ["longer than data.max_response_tokens=2048"]),
+    ("grpo", ["reward.weights={format: 1}", "grpo.dynamic_sampling=true"], ["reward.weights has no accuracy"]),
+    ("eval", ["eval.manifest=null"], ["megalong eval needs a manifest"]),
+    ("sft", ["eval.manifest=null", "eval.at_end=true"], ["eval.at_end=true needs a manifest"]),
+    ("grpo", ["eval.manifest=null", "eval.every=5"], ["eval.every=5 needs a manifest"]),
+    ("eval", ["eval.num_samples=4"], ["eval.temperature=0 (greedy) gives equal samples"]),
+    ("sft", ["data.train=???"], ["data.train has no value; sft needs a manifest"]),
+    ("sft", ["optimizer.lr=.inf"], ["optimizer.lr=inf must be more than 0"]),
+    ("sft", ["parallel.tp=0"], ["parallel.tp=0 must be at least 1"]),
+]
+
+
+@pytest.mark.parametrize(("task", "overrides", "expected"), CASES, ids=[" ".join(case[1]) for case in CASES])
+def test_a_contradiction_is_named(
+    recipe: Path, model: ModelShape, task: Task, overrides: list[str], expected: list[str]
+) -> None:
+    found = problems(load_config(recipe, overrides), task=task, world_size=8, model=model)
+    assert len(found) == len(expected), found
+    for text in expected:
+        assert sum(text in problem for problem in found) == 1, (text, found)
+
+
+@pytest.mark.parametrize(
+    ("task", "overrides"),
+    [
+        ("sft", ["rollout.group_size=1", "rollout.temperature=0", "grpo.updates_per_batch=3", "reward.weights={}"]),
+        ("eval", ["data.train=???", "optimizer.lr=-1", "sft.batch_size=33", "model.train_llm=false"]),
+        ("grpo", ["grpo.advantage=reinforce_pp", "rollout.group_size=1"]),
+        ("grpo", ["grpo.kl_coef=0", "eval.manifest=null"]),
+        ("grpo", ["parallel.cp=2", "grpo.batch_size=33"]),  # one replica
+    ],
+)
+def test_settings_a_task_does_not_read_or_that_agree_are_left_alone(
+    recipe: Path, model: ModelShape, task: Task, overrides: list[str]
+) -> None:
+    assert problems(load_config(recipe, overrides), task=task, world_size=8, model=model) == ()
+
+
+def test_all_problems_come_in_one_error(recipe: Path, model: ModelShape) -> None:
+    config = load_config(recipe, ["rollout.temperature=0", "grpo.kl_coef=-1", "eval.every=1", "eval.manifest=null"])
+    with pytest.raises(ConfigError) as caught:
+        validate(config, task="grpo", world_size=8, model=model)
+    assert len(caught.value.problems) == 3
+    assert str(caught.value).startswith("3 problems in the configuration:\n- grpo.kl_coef=-1 must be at least 0\n- ")
