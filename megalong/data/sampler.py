@@ -1,0 +1,80 @@
+"""Endless, shuffled, resumable order of samples; each data-parallel rank gets its share of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from megalong.parallel.split import shard_range
+
+
+class PromptSampler:
+    """Iterator over the sample indexes of this data-parallel rank, one list per global batch.
+
+    The epochs' orders, one after another, are one endless sequence; a global batch is the next
+    `batch_size` of it, so it may run from one epoch into the next and each epoch has every sample once.
+    Rank r takes the r-th contiguous share of the batch (shares may differ by one, or be empty when
+    batch_size < dp_size): joined in rank order they are the same batch for every dp_size. The state is
+    the position in the sequence and nothing of the ranks, so a run may resume with another dp_size or
+    batch_size.
+    """
+
+    def __init__(
+        self, num_samples: int, batch_size: int, dp_rank: int, dp_size: int, *, seed: int, shuffle: bool
+    ) -> None:
+        if num_samples < 1:
+            raise ValueError(f"num_samples is {num_samples}, expected at least 1; check data.train")
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}, expected at least 1; set grpo or sft.batch_size")
+        if seed < 0:
+            raise ValueError(f"seed is {seed}, expected 0 or more; set data.seed")
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+        self.seed = seed
+        self.shuffle = shuffle
+        self.position = 0  # samples of the endless sequence handed out so far, over all ranks
+        self._share = shard_range(batch_size, dp_rank, dp_size)
+        self._epoch = -1
+        self._order = np.empty(0, dtype=np.int64)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return self
+
+    def __next__(self) -> list[int]:
+        first, last = self._share
+        indexes = [self._sample_at(self.position + offset) for offset in range(first, last)]
+        self.position += self.batch_size
+        return indexes
+
+    def state_dict(self) -> dict[str, int | bool]:
+        return {
+            "position": self.position,
+            "num_samples": self.num_samples,
+            "seed": self.seed,
+            "shuffle": self.shuffle,
+        }
+
+    def load_state_dict(self, state: dict[str, int | bool]) -> None:
+        """Continue after the last batch of the saved run. Raises ValueError when the order differs."""
+        knobs = {"num_samples": "data.train", "seed": "data.seed", "shuffle": "data.shuffle"}
+        for name, knob in knobs.items():
+            here = getattr(self, name)
+            if state[name] != here:
+                raise ValueError(
+                    f"sampler state has {name}={state[name]}, this run has {name}={here}: the order of samples "
+                    f"would change; restore {knob}, or set checkpoint.resume=false"
+                )
+        if state["position"] < 0:
+            raise ValueError(f"sampler state has position={state['position']}, expected 0 or more")
+        self.position = int(state["position"])
+
+    def _sample_at(self, position: int) -> int:
+        epoch, offset = divmod(position, self.num_samples)
+        if not self.shuffle:
+            return offset
+        if epoch != self._epoch:
+            # The pair seeds the generator: seed + epoch would give seed 1's second epoch to seed 2's first.
+            self._order = np.random.default_rng((self.seed, epoch)).permutation(self.num_samples)
+            self._epoch = epoch
+        return int(self._order[offset])

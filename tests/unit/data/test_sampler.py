@@ -1,0 +1,112 @@
+import json
+from itertools import islice
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megalong.data.sampler import PromptSampler
+
+
+def global_batches(num_batches, *, num_samples, batch_size, dp_size, seed=3, shuffle=True, state=None):
+    """The batches joined over the ranks, and the state after them."""
+    samplers = [
+        PromptSampler(num_samples, batch_size, rank, dp_size, seed=seed, shuffle=shuffle) for rank in range(dp_size)
+    ]
+    for sampler in samplers:
+        if state is not None:
+            sampler.load_state_dict(state)
+    batches = [
+        [index for share in shares for index in share] for shares in islice(zip(*samplers, strict=True), num_batches)
+    ]
+    states = [sampler.state_dict() for sampler in samplers]
+    assert all(state == states[0] for state in states)
+    return batches, states[0]
+
+
+@given(
+    num_samples=st.integers(1, 30),
+    batch_size=st.integers(1, 40),
+    dp_size=st.integers(1, 6),
+    seed=st.integers(0, 2**31),
+    shuffle=st.booleans(),
+)
+def test_every_epoch_has_each_sample_once(num_samples, batch_size, dp_size, seed, shuffle):
+    num_batches = -(-3 * num_samples // batch_size)
+    batches, _ = global_batches(
+        num_batches, num_samples=num_samples, batch_size=batch_size, dp_size=dp_size, seed=seed, shuffle=shuffle
+    )
+    assert all(len(batch) == batch_size for batch in batches)
+    stream = [index for batch in batches for index in batch]
+    for epoch in range(3):
+        assert sorted(stream[epoch * num_samples : (epoch + 1) * num_samples]) == list(range(num_samples))
+
+
+@given(num_samples=st.integers(1, 50), batch_size=st.integers(1, 20), dp_size=st.integers(2, 7))
+def test_order_is_the_same_for_every_dp_size(num_samples, batch_size, dp_size):
+    alone, _ = global_batches(5, num_samples=num_samples, batch_size=batch_size, dp_size=1)
+    spread, _ = global_batches(5, num_samples=num_samples, batch_size=batch_size, dp_size=dp_size)
+    assert spread == alone
+
+
+@given(
+    num_samples=st.integers(1, 40),
+    batch_size=st.integers(1, 15),
+    before=st.integers(1, 4),
+    after=st.integers(1, 4),
+    done=st.integers(0, 9),
+)
+def test_resume_with_another_dp_size_continues_exactly(num_samples, batch_size, before, after, done):
+    whole, _ = global_batches(done + 4, num_samples=num_samples, batch_size=batch_size, dp_size=before)
+    _, state = global_batches(done, num_samples=num_samples, batch_size=batch_size, dp_size=before)
+    state = json.loads(json.dumps(state))  # a checkpoint keeps it as JSON
+    rest, _ = global_batches(4, num_samples=num_samples, batch_size=batch_size, dp_size=after, state=state)
+    assert rest == whole[done:]
+
+
+def test_orders_differ_by_epoch_and_seed_and_are_fixed():
+    def epochs(seed):
+        batches, _ = global_batches(3, num_samples=50, batch_size=50, dp_size=1, seed=seed)
+        return [tuple(batch) for batch in batches]
+
+    assert epochs(1) == epochs(1)
+    assert len({*epochs(1), *epochs(2), *epochs(3)}) == 9
+
+
+def test_without_shuffle_the_order_is_the_manifests():
+    batches, _ = global_batches(3, num_samples=4, batch_size=3, dp_size=2, shuffle=False)
+    assert batches == [[0, 1, 2], [3, 0, 1], [2, 3, 0]]
+
+
+def test_uneven_and_empty_shares():
+    shares = [next(PromptSampler(9, 3, rank, 4, seed=0, shuffle=False)) for rank in range(4)]
+    assert shares == [[0], [1], [2], []]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_samples": 8}, r"num_samples=8, this run has num_samples=9.*data\.train"),
+        ({"seed": 4}, r"seed=4, this run has seed=0.*data\.seed"),
+        ({"shuffle": True}, r"shuffle=True, this run has shuffle=False.*data\.shuffle"),
+        ({"position": -1}, "position=-1"),
+    ],
+)
+def test_state_of_another_order_is_refused(change, message):
+    sampler = PromptSampler(9, 3, 0, 1, seed=0, shuffle=False)
+    with pytest.raises(ValueError, match=message):
+        sampler.load_state_dict({**sampler.state_dict(), **change})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "seed", "message"),
+    [
+        ((0, 1, 0, 1), 0, "num_samples is 0"),
+        ((1, 0, 0, 1), 0, "batch_size is 0"),
+        ((1, 1, 1, 1), 0, "rank is 1 of 1"),
+        ((1, 1, 0, 1), -1, "seed is -1"),
+    ],
+)
+def test_bad_arguments(arguments, seed, message):
+    with pytest.raises(ValueError, match=message):
+        PromptSampler(*arguments, seed=seed, shuffle=True)

@@ -1,0 +1,58 @@
+import pytest
+
+from megalong.data.subtitles import parse_subtitles
+
+SRT = """1
+00:00:01,000 --> 00:00:02,500
+Hello <i>there</i>,
+general.
+
+2
+00:01:05,040 --> 00:01:06,000 X1:40 X2:600
+{\\an8}- <font color="#fff">Kenobi</font> &amp; co.
+
+3
+00:01:07,000 --> 00:01:08,000
+
+
+4
+01:15:03,999 --> 01:15:05,000
+3 < 4 and 5 > 4
+"""
+
+VTT = """WEBVTT - a title
+Kind: captions
+
+STYLE
+::cue { color: red }
+
+NOTE
+not speech
+
+intro
+00:01.000 --> 00:04.000 align:start position:0%
+<v Roger>Hi <00:00:02.000><c.yellow>you</c></v>
+
+101:00:00.000 --> 101:00:01.000
+late
+"""
+
+
+def test_srt():
+    expected = "[00:01] Hello there, general.\n[01:05] - Kenobi & co.\n[75:03] 3 < 4 and 5 > 4"
+    assert parse_subtitles(SRT) == expected
+    assert parse_subtitles(SRT.replace("\n", "\r\n")) == expected
+
+
+def test_vtt():
+    assert parse_subtitles(VTT) == "[00:01] Hi you\n[6060:00] late"
+
+
+def test_cues_without_text_are_no_lines():
+    assert parse_subtitles("1\n00:00:01,000 --> 00:00:02,000\n \n") == ""
+
+
+@pytest.mark.parametrize("text", ["", "WEBVTT\n", "just some text\n\nand more"])
+def test_text_without_cues_is_refused(text):
+    with pytest.raises(ValueError, match="no cue found"):
+        parse_subtitles(text)
