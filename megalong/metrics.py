@@ -1,0 +1,292 @@
+"""What a run writes about itself: metrics.jsonl, TensorBoard, W&B, samples, dropped samples, the step line, curves.
+
+The only home of TensorBoard and Weights & Biases. Names of metrics that the step line, the curves and the tables look
+for: `reward` (weighted mean over responses), `reward/<function>`, `kl`, `entropy`, `response_tokens`,
+`sampler_gap_sum` (weighted mean of |trainer - sampler| log-probability), `sampler_gap_max`, `loss`, `grad_norm`,
+`learning_rate`, `tokens_per_second`, `seconds/<phase>`. Steps count from 1: a step's number is how many updates were
+made after it; 0 is before training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+from matplotlib.figure import Figure
+from omegaconf import OmegaConf
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from megalong.config.load import config_yaml
+from megalong.config.tree import RunConfig
+from megalong.records import Dropped
+
+METRICS_FILE, EVALUATIONS_FILE = "metrics.jsonl", "evaluations.jsonl"
+SAMPLES_FILE, DROPPED_FILE = "samples.jsonl", "dropped.jsonl"
+SECONDS = "seconds/"
+
+STEP_LINE: tuple[tuple[str, str, str], ...] = (
+    ("loss", "loss", ".4f"),
+    ("reward", "reward", ".3f"),
+    ("reward/accuracy", "acc", ".3f"),
+    ("reward/format", "format", ".3f"),
+    ("kl", "kl", ".4f"),
+    ("entropy", "entropy", ".3f"),
+    ("response_tokens", "len", ".1f"),
+    ("sampler_gap_sum", "gap", ".4f"),
+    ("sampler_gap_max", "gap max", ".4f"),
+    ("grad_norm", "grad", ".3f"),
+    ("dropped", "dropped", ".0f"),
+    ("tokens_per_second", "tok/s", ",.0f"),
+)
+"""Metric, label and format of each entry of the step line; those a step does not have are left out."""
+
+REWARD_CURVES = {"reward": "Overall reward", "reward/format": "Format reward", "reward/accuracy": "Accuracy reward"}
+
+
+class RunLogger:
+    """Writes the run folder on the main process; on the others every method does nothing.
+
+    A logger opened at `resume_step` > 0 continues a run: lines of later steps, which the resumed run makes again, are
+    dropped first. At 0 it starts over.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        *,
+        tensorboard: bool,
+        wandb: bool,
+        wandb_project: str,
+        config: RunConfig,
+        is_main: bool,
+        resume_step: int = 0,
+    ) -> None:
+        """Raises RuntimeError when `wandb` is asked for and not installed."""
+        self.run_dir = Path(run_dir)
+        self._is_main = is_main
+        self._step = resume_step
+        self._board: SummaryWriter | None = None
+        self._wandb: Any = None
+        if not is_main:
+            return
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        for name in (METRICS_FILE, EVALUATIONS_FILE, SAMPLES_FILE, DROPPED_FILE):
+            drop_later_steps(self.run_dir / name, step=resume_step)
+        if tensorboard:
+            self._board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=resume_step + 1)
+            self._board.add_text("config", f"```yaml\n{config_yaml(config)}```", resume_step)
+        if wandb:
+            self._wandb = _open_wandb(self.run_dir, project=wandb_project, config=config)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record one training step everywhere and show its line. Steps must increase."""
+        if not self._is_main:
+            return
+        if step <= self._step:
+            raise ValueError(f"step {step} cannot be logged after step {self._step}; steps must increase")
+        self._step = step
+        self._write(METRICS_FILE, step, metrics)
+        tqdm.write(self.step_line(step, metrics))
+
+    def log_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record an evaluation made after `step` updates, under `eval/`; also to evaluations.jsonl."""
+        if self._is_main:
+            self._write(EVALUATIONS_FILE, step, {f"eval/{name}": value for name, value in metrics.items()})
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Append rollouts of a step to samples.jsonl; a row is a JSON object."""
+        if self._is_main:
+            _append(self.run_dir / SAMPLES_FILE, [{"step": step, **row} for row in rows])
+
+    def dropped(self, rows: Sequence[Dropped]) -> None:
+        """Append samples left out of the step in progress (the one after the last logged) to dropped.jsonl."""
+        if self._is_main:
+            step = self._step + 1
+            _append(self.run_dir / DROPPED_FILE, [{"step": step, **dataclasses.asdict(row)} for row in rows])
+
+    def step_line(self, step: int, metrics: Mapping[str, float]) -> str:
+        """One line about a step: the metrics of STEP_LINE that it has, then seconds by phase."""
+        parts = [f"{label} {metrics[name]:{form}}" for name, label, form in STEP_LINE if name in metrics]
+        phases = [f"{n.removeprefix(SECONDS)} {v:.1f}s" for n, v in metrics.items() if n.startswith(SECONDS)]
+        return " | ".join([f"step {step}", *parts, *([" ".join(phases)] if phases else [])])
+
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def _write(self, file: str, step: int, metrics: Mapping[str, float]) -> None:
+        # JSON has no NaN: null stands for a value that is not finite.
+        values = {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}
+        _append(self.run_dir / file, [{"step": step, **values}])
+        if self._board is not None:
+            for name, value in metrics.items():
+                self._board.add_scalar(name, value, step)
+            self._board.flush()
+        if self._wandb is not None:
+            self._wandb.log(dict(metrics), step=step)
+
+
+class PhaseTimer:
+    """Wall-clock seconds by phase; a phase that runs several times adds up.
+
+    synchronize: called at both ends of a phase (torch.cuda.synchronize on a GPU, where work is still
+    queued when a phase's Python is over).
+    """
+
+    def __init__(self, synchronize: Callable[[], None] | None = None) -> None:
+        self._synchronize = synchronize
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = self._now()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + self._now() - start
+
+    def take(self) -> dict[str, float]:
+        """The metrics `seconds/<phase>` since the last call; starts again from zero."""
+        taken = {f"{SECONDS}{phase}": seconds for phase, seconds in self.seconds.items()}
+        self.seconds = {}
+        return taken
+
+    def _now(self) -> float:
+        if self._synchronize is not None:
+            self._synchronize()
+        return time.perf_counter()
+
+
+def drop_later_steps(path: Path, *, step: int) -> None:
+    """Rewrite a .jsonl file without the lines of steps after `step`; a torn last line goes too. Absent: nothing."""
+    if not path.exists():
+        return
+    kept = [row for row in read_jsonl(path) if row["step"] <= step] if step > 0 else []
+    partial = path.with_name(f"{path.name}.partial")
+    partial.unlink(missing_ok=True)
+    _append(partial, kept)
+    os.replace(partial, path)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Rows of a .jsonl file. A last line without its newline was cut off while it was written: left out.
+
+    Raises ValueError naming file and line for any other line that is not JSON.
+    """
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
+        if not line.endswith("\n"):
+            break
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number}: not a JSON line: {error}") from error
+    return rows
+
+
+def curve(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of a metric, steps without a finite value left out."""
+    points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def smooth(values: Sequence[float], *, weight: float = 0.9) -> list[float]:
+    """Exponential moving average, corrected for its start: the first value stays itself."""
+    smoothed, total, norm = [], 0.0, 0.0
+    for value in values:
+        total = weight * total + (1 - weight) * value
+        norm = weight * norm + (1 - weight)
+        smoothed.append(total / norm)
+    return smoothed
+
+
+def plot_rewards(run_dir: str | Path) -> Path:
+    """Draw overall, format and accuracy reward over the steps, raw and smoothed, to reward_curve.png.
+
+    Raises ValueError when no step of metrics.jsonl has a reward.
+    """
+    source, target = Path(run_dir) / METRICS_FILE, Path(run_dir) / "reward_curve.png"
+    rows = read_jsonl(source)
+    drawn = {name: title for name, title in REWARD_CURVES.items() if curve(rows, name)[0]}
+    if not drawn:
+        raise ValueError(f"{source}: no step has any of {', '.join(REWARD_CURVES)}; nothing to draw")
+    figure = Figure(figsize=(4.5 * len(drawn), 3.4), layout="constrained")
+    axes = figure.subplots(1, len(drawn), squeeze=False)[0]
+    for axis, (name, title) in zip(axes, drawn.items(), strict=True):
+        steps, values = curve(rows, name)
+        draw_curve(axis, steps, values, title=title)
+    figure.savefig(target, dpi=120)
+    return target
+
+
+def draw_curve(axis: Any, steps: Sequence[int], values: Sequence[float], *, title: str) -> None:
+    """A raw curve in the back and its smoothed one in front, on a matplotlib axis."""
+    axis.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=1, label="raw")
+    axis.plot(steps, smooth(values), color="tab:blue", linewidth=2, label="smoothed")
+    axis.set_title(title)
+    axis.set_xlabel("step")
+    axis.grid(alpha=0.3)
+    axis.legend(loc="best")
+
+
+def end_table(run_dir: str | Path) -> str:
+    """Table of a finished run: first, last and mean-of-last-ten value of each main metric, then seconds by phase."""
+    rows = read_jsonl(Path(run_dir) / METRICS_FILE)
+    lines = [("metric", "first", "last", "mean of last 10")]
+    for name, _, form in STEP_LINE:
+        values = curve(rows, name)[1]
+        if values:
+            tail = values[-10:]
+            lines.append((name, *(f"{value:{form}}" for value in (values[0], values[-1], sum(tail) / len(tail)))))
+    for name, total in total_seconds(rows).items():
+        lines.append((name, "", "", f"{total:,.1f} s in all"))
+    widths = [max(len(line[column]) for line in lines) for column in range(4)]
+    text = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines]
+    return "\n".join([f"{len(rows)} steps in {run_dir}", *text])
+
+
+def total_seconds(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Sum over the steps of every `seconds/<phase>`."""
+    totals: dict[str, float] = {}
+    for row in rows:
+        for name, value in row.items():
+            if name.startswith(SECONDS) and value is not None:
+                totals[name] = totals.get(name, 0.0) + value
+    return totals
+
+
+def _append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+
+
+def _open_wandb(run_dir: Path, *, project: str, config: RunConfig) -> Any:
+    """Start or continue the W&B run whose id is kept in the run folder."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise RuntimeError(
+            "logger.wandb=true needs the wandb package: pip install megalong[wandb], or set logger.wandb=false"
+        ) from error
+    id_file = run_dir / "wandb_id.txt"
+    if not id_file.exists():
+        id_file.write_text(uuid.uuid4().hex, encoding="utf-8")
+    return wandb.init(
+        project=project,
+        name=run_dir.name,
+        id=id_file.read_text(encoding="utf-8"),
+        resume="allow",
+        dir=str(run_dir),
+        config=cast(dict[str, Any], OmegaConf.to_container(cast(Any, config), resolve=True, enum_to_str=True)),
+    )
