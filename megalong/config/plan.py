@@ -85,10 +85,15 @@ class Plan:
 
 
 def shape_for_planning(config: RunConfig) -> tuple[ModelShape, str]:
-    """Sizes of model.path, or of the shipped LongVILA-7B when that folder does not exist, and a note that says so."""
+    """Sizes of model.path, or of the shipped LongVILA-7B when that folder does not exist, and a note that says so.
+
+    Only a configuration with gpus > 0 is planned with the shipped sizes: a CPU run is never one of 7B.
+    """
     path = Path(config.model.path)
     if path.exists():
         return read_model_shape(path), ""
+    if not config.gpus:
+        raise ConfigError(f"model.path={path} does not exist; make or fetch the checkpoint, or set model.path")
     if not SHIPPED_SHAPE.is_dir():
         raise ConfigError(f"model.path={path} does not exist and {SHIPPED_SHAPE} neither; set model.path")
     shipped = SHIPPED_SHAPE.relative_to(SHIPPED_SHAPE.parents[2])

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megalong.config import costs
+from megalong.config.errors import ConfigError
 from megalong.config.load import load_config
 from megalong.config.model_shape import SHIPPED_SHAPE, ModelShape, read_model_shape
 from megalong.config.plan import GIB, RUNTIME_BYTES, Plan, plan, planned_processes, render, shape_for_planning
@@ -123,6 +124,8 @@ def test_shape_for_planning_says_when_it_uses_the_shipped_sizes(recipe: Path) ->
     assert note == "model.path=no/such/model does not exist: planned with the sizes in launch/shapes/longvila_7b"
     shape, note = shape_for_planning(load_config(recipe, [f"model.path={SHIPPED_SHAPE}"]))
     assert (shape.hidden, note) == (3584, "")
+    with pytest.raises(ConfigError, match="model.path=no/such/model does not exist"):
+        shape_for_planning(load_config(recipe, ["gpus=0"]))
 
 
 def test_text_holds_every_part(recipe: Path, shape: ModelShape) -> None:

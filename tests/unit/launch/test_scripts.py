@@ -1,0 +1,162 @@
+"""Launch scripts parse, and their dry run is the command line they stand for."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from megalong.config.load import load_config
+
+ROOT = Path(__file__).parents[3]
+LAUNCH = ROOT / "launch"
+SCRIPTS = [*sorted(LAUNCH.glob("*.sh")), *sorted(LAUNCH.glob("*.sbatch")), ROOT / ".ci" / "run"]
+TORCHRUN = ["py", "-m", "torch.distributed.run"]
+
+
+def dry_run(script: str, *args: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", str(LAUNCH / script), *args],
+        env={"PATH": os.environ["PATH"], "MEGALONG_DRY_RUN": "1", "PYTHON": "py", **env},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+    )
+
+
+def commands(done: subprocess.CompletedProcess[str]) -> list[list[str]]:
+    assert done.returncode == 0, done.stderr
+    return [shlex.split(line) for line in done.stdout.splitlines()]
+
+
+def check_recipe_and_overrides(command: list[str], *, task: str) -> None:
+    """The words after `-m megalong TASK` are a recipe and overrides that load."""
+    at = command.index("megalong")
+    assert command[at + 1] == task
+    recipe, *overrides = command[at + 2 :]
+    load_config(ROOT / recipe, overrides)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_script_parses_and_stops_on_errors(script: Path) -> None:
+    subprocess.run(["bash", "-n", str(script)], check=True, timeout=30)
+    if script.name != "lib.sh":  # sourced by the others
+        assert "\nset -euo pipefail\n" in script.read_text()
+        assert os.access(script, os.X_OK)
+
+
+@pytest.mark.parametrize("task", ["grpo", "sft"])
+def test_8_gpu_scripts(task: str, tmp_path: Path) -> None:
+    done = dry_run(f"{task}_7b_8xa100.sh", "/ckpt/my model", "train.jsonl", "seed=3", cwd=tmp_path)
+    (command,) = commands(done)
+    recipe = {"grpo": "grpo_7b_256f.yaml", "sft": "sft_7b.yaml"}[task]
+    assert command == [
+        *TORCHRUN,
+        *("--standalone", "--nproc-per-node", "8", "-m", "megalong", task, f"{LAUNCH}/recipes/{recipe}"),
+        *("gpus=8", "model.path=/ckpt/my model", "data.train=train.jsonl", "seed=3"),
+    ]
+    check_recipe_and_overrides(command, task=task)
+
+
+def test_8_gpu_script_takes_another_recipe_and_size() -> None:
+    done = dry_run("grpo_7b_8xa100.sh", "m", "d", RECIPE="launch/recipes/grpo_7b_512f.yaml", GPUS="4")
+    (command,) = commands(done)
+    assert command[5:10] == ["4", "-m", "megalong", "grpo", "launch/recipes/grpo_7b_512f.yaml"]
+    assert command[10] == "gpus=4"
+
+
+@pytest.mark.parametrize("script", ["grpo_7b_8xa100.sh", "sft_7b_8xa100.sh"])
+def test_missing_arguments_print_the_usage(script: str) -> None:
+    done = dry_run(script, "only-a-model")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "MODEL_PATH DATA [section.key=value ...]" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "model", "data", "rest"),
+    [
+        ([], "runs/demo/model", "runs/demo/data/train_rl.jsonl", []),
+        (["grpo.steps=2", "seed=3"], "runs/demo/model", "runs/demo/data/train_rl.jsonl", ["grpo.steps=2", "seed=3"]),
+        (["m", "d.jsonl", "grpo.steps=2"], "m", "d.jsonl", ["grpo.steps=2"]),
+    ],
+)
+def test_tiny_cpu_script(args: list[str], model: str, data: str, rest: list[str]) -> None:
+    (command,) = commands(dry_run("grpo_tiny_cpu.sh", *args))
+    assert command[:9] == [*TORCHRUN, "--standalone", "--nproc-per-node", "2", "-m", "megalong", "grpo"]
+    assert command[10:] == [f"model.path={model}", f"data.train={data}", *rest]
+    check_recipe_and_overrides(command, task="grpo")
+
+
+def test_slurm_script(tmp_path: Path) -> None:
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text('#!/bin/sh\n[ "$*" = "show hostnames gpu[01-04]" ] && printf "gpu01\\ngpu02\\n"\n')
+    scontrol.chmod(0o755)
+    spooled = tmp_path / "slurm_script"  # Slurm runs a copy from its own folder
+    shutil.copy(LAUNCH / "slurm_multi_node.sbatch", spooled)
+    slurm = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SLURM_SUBMIT_DIR": str(ROOT),
+        "SLURM_JOB_NUM_NODES": "4",
+        "SLURM_JOB_NODELIST": "gpu[01-04]",
+        "SLURM_JOB_ID": "77",
+    }
+    args = ("grpo", "launch/recipes/grpo_7b_512f.yaml", "/ckpt", "train.jsonl", "grpo.batch_size=64")
+    (command,) = commands(dry_run(str(spooled), *args, **slurm))
+    assert command == [
+        *("srun", "--kill-on-bad-exit=1", *TORCHRUN, "--nnodes", "4", "--nproc-per-node", "8"),
+        *("--rdzv-id", "77", "--rdzv-backend", "c10d", "--rdzv-endpoint", "gpu01:29500"),
+        *("-m", "megalong", "grpo", "launch/recipes/grpo_7b_512f.yaml", "gpus=32"),
+        *("model.path=/ckpt", "data.train=train.jsonl", "grpo.batch_size=64"),
+    ]
+    check_recipe_and_overrides(command, task="grpo")
+
+
+def test_demo_runs_four_commands_with_one_seed_and_folder() -> None:
+    done = dry_run("demo.sh", "grpo.steps=2", SEED="5", OUT="/tmp/elsewhere")
+    words = [command for command in commands(done) if command[0] != "=="]
+    remove, data, sft, grpo, report = words
+    assert remove == ["rm", "-rf", "/tmp/elsewhere/sft", "/tmp/elsewhere/grpo"]
+    assert data == ["py", "-m", "megalong", "make-demo-data", "--out", "/tmp/elsewhere", "--seed", "5"]
+    assert report == ["py", "-m", "megalong", "report", "/tmp/elsewhere"]
+    for task, command in (("sft", sft), ("grpo", grpo)):
+        assert command[:8] == [*TORCHRUN, "--standalone", "--nproc-per-node", "2", "-m", "megalong"]
+        check_recipe_and_overrides(command, task=task)
+        assert {"seed=5", "data.seed=5", "model.path=/tmp/elsewhere/model", "grpo.steps=2"} < set(command)
+        assert f"logger.run_dir=/tmp/elsewhere/{task}" in command
+        # Nothing of the recipe's own folder is left.
+        recipe, *overrides = command[command.index(task) + 1 :]
+        config = load_config(ROOT / recipe, overrides)
+        paths = (config.model.path, config.data.train, config.eval.manifest, config.logger.run_dir)
+        assert all(str(path).startswith("/tmp/elsewhere/") for path in paths)
+    assert "model.init_from=/tmp/elsewhere/sft/checkpoints" in grpo
+    assert not Path("/tmp/elsewhere").exists()
+
+
+def test_demo_notes_the_seconds_of_each_stage(tmp_path: Path) -> None:
+    fake = tmp_path / "python"
+    fake.write_text("#!/bin/sh\nexit 0\n")
+    fake.chmod(0o755)
+    out = tmp_path / "out"
+    out.mkdir()
+    done = dry_run("demo.sh", MEGALONG_DRY_RUN="0", PYTHON=str(fake), OUT=str(out))
+    assert done.returncode == 0, done.stderr
+    seconds = json.loads((out / "seconds.json").read_text())
+    assert list(seconds) == ["data", "sft", "grpo"]
+    assert all(0 <= value < 20 for value in seconds.values())
+
+
+def test_demo_stops_at_the_first_failing_stage(tmp_path: Path) -> None:
+    fake = tmp_path / "python"
+    fake.write_text('#!/bin/sh\ncase "$*" in *"megalong sft"*) exit 3;; esac\n')
+    fake.chmod(0o755)
+    done = dry_run("demo.sh", MEGALONG_DRY_RUN="0", PYTHON=str(fake), OUT=str(tmp_path / "out"))
+    assert done.returncode == 3
+    assert done.stdout.splitlines() == ["== data", "== sft"]

@@ -1,0 +1,98 @@
+"""write_summary: numbers of a made-up demo folder arrive in summary.json, the table and the picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import pytest
+
+from megalong.evaluate.score import AccuracyRow, EvalReport
+from megalong.report import read_accuracy, summary_table, write_summary
+
+
+def accuracy_row(strict: float, tolerant: float) -> AccuracyRow:
+    return AccuracyRow(num_questions=10, strict=strict, tolerant=tolerant, strict_pass=strict, tolerant_pass=tolerant)
+
+
+def report(overall: float) -> str:
+    return EvalReport(
+        categories={
+            "temporal": accuracy_row(overall + 0.1, 0.9),
+            "spatial": accuracy_row(overall - 0.1, 0.9),
+        },
+        overall=accuracy_row(overall, overall + 0.05),
+        num_samples=1,
+        format_rate=1.0,
+        mean_response_chars=20.0,
+    ).to_json()
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def demo(tmp_path: Path) -> Path:
+    write_lines(tmp_path / "sft" / "metrics.jsonl", [{"step": i, "loss": 4 / i, "seconds/train": 0.5} for i in (1, 2)])
+    rows = [{"step": i, "reward": i / 4, "reward/accuracy": i / 8, "kl": 0.1, "seconds/rollout": 1.5} for i in (1, 2)]
+    write_lines(tmp_path / "grpo" / "metrics.jsonl", rows)
+    (tmp_path / "sft" / "eval_start.json").write_text(report(0.25))
+    (tmp_path / "sft" / "eval_end.json").write_text(report(0.5))
+    (tmp_path / "grpo" / "eval_end.json").write_text(report(0.75))
+    (tmp_path / "seconds.json").write_text('{"data": 10,"sft": 100,"grpo": 200}')
+    return tmp_path
+
+
+def test_summary_holds_accuracies_curve_and_seconds(demo: Path) -> None:
+    summary = write_summary(demo)
+    assert json.loads((demo / "summary.json").read_text()) == summary
+    assert [summary[f"accuracy_{stage}"]["overall"] for stage in ("untrained", "sft", "grpo")] == [0.25, 0.5, 0.75]
+    assert summary["accuracy_sft"]["categories"] == pytest.approx({"temporal": 0.6, "spatial": 0.4})
+    assert summary["accuracy_grpo"]["tolerant"] == pytest.approx(0.8)
+    assert summary["reward_curve"] == [
+        {"step": 1, "reward": 0.25, "reward/accuracy": 0.125},
+        {"step": 2, "reward": 0.5, "reward/accuracy": 0.25},
+    ]
+    assert summary["seconds"] == {
+        "stages": {"data": 10.0, "sft": 100.0, "grpo": 200.0},
+        "total": 310.0,
+        "phases": {"sft": {"seconds/train": 1.0}, "grpo": {"seconds/rollout": 3.0}},
+    }
+
+
+def test_pictures_are_drawn(demo: Path) -> None:
+    write_summary(demo)
+    picture = matplotlib.image.imread(demo / "learning_curve.png")
+    assert picture.shape[:2] == (432, 1620)
+    green = (abs(picture[..., :3] - [44 / 255, 160 / 255, 44 / 255]) < 0.02).all(-1)
+    bars = [green[:, 1080:][:, i * 180 : (i + 1) * 180].sum() for i in range(3)]
+    assert bars[0] < bars[1] < bars[2]
+    assert (demo / "grpo" / "reward_curve.png").stat().st_size > 10_000
+
+
+def test_table_is_in_percent(demo: Path) -> None:
+    lines = [line.split() for line in summary_table(write_summary(demo)).splitlines()]
+    assert lines[0][-4:] == ["Temporal", "Spatial", "Overall", "tolerant"]
+    assert lines[1] == ["untrained", "35.0", "15.0", "25.0", "30.0"]
+    assert lines[3] == ["grpo", "85.0", "65.0", "75.0", "80.0"]
+    assert " ".join(lines[4]) == "wall clock: data 10 s, sft 100 s, grpo 200 s, total 310 s"
+
+
+def test_a_report_without_its_fields_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "eval_end.json"
+    path.write_text('{"overall": {"strict": 0.5}, "categories": {}}')
+    with pytest.raises(ValueError, match=r"eval_end.json: not an evaluation report: KeyError\('tolerant'\)"):
+        read_accuracy(path)
+    path.write_text("[]")
+    with pytest.raises(ValueError, match="expected a JSON object, got list"):
+        read_accuracy(path)
+
+
+def test_an_absent_evaluation_is_named(demo: Path) -> None:
+    (demo / "sft" / "eval_end.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"sft/eval_end.json"):
+        write_summary(demo)
