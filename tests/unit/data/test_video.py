@@ -94,13 +94,14 @@ def test_variable_frame_rate(tmp_path, name):
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_any_coding_any_times_any_frames(data):
-    count = data.draw(st.integers(2, 40))
+    suffix = data.draw(st.sampled_from(["mp4", "mkv", "ts"]))
+    # FFmpeg does not recognise a transport stream of less than ten 188-byte packets.
+    count = data.draw(st.integers(8 if suffix == "ts" else 1, 40))
     gaps = data.draw(st.lists(st.integers(1, 900), min_size=count - 1, max_size=count - 1))
     options = {
         "bf": str(data.draw(st.integers(0, 4))),
         "x264-params": f"b-adapt=0:b-pyramid=normal:open-gop={data.draw(st.integers(0, 1))}",
     }
-    suffix = data.draw(st.sampled_from(["mp4", "mkv", "ts"]))
     wanted = sorted(data.draw(st.sets(st.integers(0, count - 1), min_size=1)))
     with tempfile.TemporaryDirectory() as folder:
         pts = np.cumsum([0, *gaps]).tolist()
