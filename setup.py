@@ -19,6 +19,7 @@ setup(
         "triton>=3.4; platform_system == 'Linux'",
         "einops",
         "numpy",
+        "psutil",  # megatron dist_checkpointing hangs in save without it
         "tqdm",
         "matplotlib",
         "tensorboard",

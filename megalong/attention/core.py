@@ -55,7 +55,8 @@ class PackCoreAttention(MegatronModule):
         super().__init__(config=config)
         if config.context_parallel_size > 1:
             raise ValueError(
-                f"parallel.cp={config.context_parallel_size}: context-parallel attention is not built yet; set parallel.cp=1"
+                f"parallel.cp={config.context_parallel_size}: context-parallel attention is not built yet; "
+                "set parallel.cp=1"
             )
         if config.attention_dropout:
             raise ValueError(f"attention_dropout={config.attention_dropout}: shared-prefix training needs 0")

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from torch import Tensor, nn
 
 from megalong.parallel.layout import ParallelLayout
@@ -40,6 +39,7 @@ class ShardedAdamW:
         named_parameters: Sequence[tuple[str, nn.Parameter]],
         layout: ParallelLayout,
         *,
+        replicated: frozenset[str],
         lr: float,
         betas: tuple[float, float],
         eps: float,
@@ -49,6 +49,7 @@ class ShardedAdamW:
             raise ValueError("nothing to train: set model.train_llm, model.train_projector or model.train_tower")
         self.named = list(named_parameters)
         self.layout = layout
+        self.replicated = replicated  # names of parameters that every tensor-parallel rank holds whole
         owners = assign_owners([param.numel() for _, param in self.named], dist.get_world_size(layout.dp))
         self._owner = dict(zip((name for name, _ in self.named), owners, strict=True))
         me = dist.get_rank(layout.dp)
@@ -78,8 +79,8 @@ class ShardedAdamW:
     def grad_norm(self) -> float:
         """L2 norm of the whole gradient, equal on all ranks; parameters that TP ranks duplicate count once."""
         squares = torch.zeros((), dtype=torch.float64, device=self.layout.device)
-        for _, param in self.named:
-            if param_is_not_tensor_parallel_duplicate(param):
+        for name, param in self.named:
+            if self.layout.tp_rank == 0 or name not in self.replicated:
                 squares += param.main_grad.double().square().sum()
         if self.layout.tp_size > 1:
             dist.all_reduce(squares, group=self.layout.tp)
@@ -117,15 +118,15 @@ class ShardedAdamW:
             like = model_state[name]
             entries = {"master": master, **{moment: self.adam.state[master][moment] for moment in MOMENTS}}
             for kind, tensor in entries.items():
-                # The owner is the only data-parallel rank that holds this state: it writes it.
-                replica = (*like.replica_id[:-1], 0) if isinstance(like.replica_id, tuple) else 0
-                state[f"{kind}.{name}"] = dataclasses.replace(
-                    like,
-                    key=f"optimizer.{kind}.{like.key}",
-                    data=tensor,
-                    dtype=tensor.dtype,
-                    replica_id=replica,
-                )
+                # The owner is the only data-parallel rank that holds this state, so it is the one that writes it.
+                changes = {
+                    "key": f"optimizer.{kind}.{like.key}",
+                    "data": tensor,
+                    "replica_id": (*like.replica_id[:-1], 0),
+                }
+                if isinstance(like, ShardedTensor):  # a ShardedTensorFactory takes the dtype from its data
+                    changes["dtype"] = tensor.dtype
+                state[f"{kind}.{name}"] = dataclasses.replace(like, **changes)
         return state
 
     @torch.no_grad()

@@ -5,7 +5,6 @@ Needs nothing but the base install. The prompt's keys and values are computed on
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -22,8 +21,6 @@ from transformers import (
 
 from megalong.records import MEDIA_TOKEN, WeightBucket, bucket_checksum
 from megalong.rollout.engine import Request, Sampled, Sampling, WeightSyncError
-
-log = logging.getLogger(__name__)
 
 
 class SeededSampler(LogitsProcessor):

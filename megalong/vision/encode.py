@@ -15,7 +15,7 @@ from megalong.data.video import DecodeError, VideoIndex, decode_frames, probe
 from megalong.parallel.collectives import gather_objects, gather_rows
 from megalong.parallel.layout import ParallelLayout
 from megalong.parallel.split import shard_range
-from megalong.records import Dropped, FrameSelection, Sample
+from megalong.records import Dropped, FrameSelection, Sample, bucket_checksum
 from megalong.vision.store import ByteStore, selection_key
 
 
@@ -50,6 +50,7 @@ class VisionStage:
         self.frames_encoded = 0  # by this rank, since the start
         self._pool = ThreadPoolExecutor(max_workers=settings.decode_workers, thread_name_prefix="decode")
         self._running: dict[str, Future[np.ndarray]] = {}
+        self.weights_changed()
 
     def select(
         self, samples: Sequence[Sample], choose: Callable[[VideoIndex], FrameSelection]
@@ -76,7 +77,7 @@ class VisionStage:
         """Start decoding this rank's share of the videos that are not in a store yet."""
         for selection in selections:
             key = self.key(selection)
-            if key in self.frames or key in self._running or (self.settings.frozen and key in self.embeds):
+            if key in self.frames or key in self._running or self._has_embeds(selection):
                 continue
             first, last = self._share(selection)
             self._running[key] = self._pool.submit(_decode, selection, first, last, self.settings.image_size)
@@ -89,7 +90,7 @@ class VisionStage:
         wanted = list({path: selections[path] for sample in samples for path in sample.videos}.values())
         keys = frozenset(self.key(selection) for selection in wanted)
         self.frames.pin(keys)
-        self.embeds.pin(keys)
+        self.embeds.pin(frozenset(self.embed_key(selection) for selection in wanted))
         self.prefetch(wanted)
         reasons: dict[str, str] = {}
         for selection in wanted:
@@ -105,8 +106,9 @@ class VisionStage:
         for part in gather_objects(reasons, group=self.layout.replica):
             reasons.update(part)
         if self.settings.frozen:
-            new = [item for item in wanted if item.path not in reasons and self.key(item) not in self.embeds]
-            self._encode_into_store(new)
+            self._encode_into_store(
+                [item for item in wanted if item.path not in reasons and not self._has_embeds(item)]
+            )
         return _drops(samples, reasons)
 
     def embeddings(self, selections: Sequence[FrameSelection]) -> Tensor | None:
@@ -118,15 +120,26 @@ class VisionStage:
             return None
         if self.settings.frozen:
             device = self.layout.device
-            return torch.cat([self.embeds.get(self.key(item)).to(device, non_blocking=True) for item in selections])
+            kept = [self.embeds.get(self.embed_key(item)) for item in selections]
+            return torch.cat([embeds_ND.to(device, non_blocking=True) for embeds_ND in kept])
         return torch.cat(self._encode(selections))
 
-    def forget_embeddings(self) -> None:
-        """Drop all embeddings: the tower's weights changed."""
+    def weights_changed(self) -> None:
+        """Call after the tower or the projector was loaded: embeddings made before no longer match any key."""
         self.embeds.clear()
+        state = self.encoder.state_dict()
+        self._weights_digest = f"{bucket_checksum(state):08x}/{next(iter(state.values())).dtype}"
 
     def key(self, selection: FrameSelection) -> str:
+        """Key of decoded frames: file, frames, resolution."""
         return selection_key(selection, image_size=self.settings.image_size)
+
+    def embed_key(self, selection: FrameSelection) -> str:
+        """Key of embeddings: the frames' key, and the weights and dtype of tower and projector."""
+        return f"{self.key(selection)}/{self._weights_digest}"
+
+    def _has_embeds(self, selection: FrameSelection) -> bool:
+        return self.settings.frozen and self.embed_key(selection) in self.embeds
 
     @torch.no_grad()
     def _encode_into_store(self, selections: Sequence[FrameSelection]) -> None:
@@ -139,7 +152,8 @@ class VisionStage:
             if frames >= 4 * self.settings.tower_batch_frames or index == len(selections) - 1:
                 for item, embeds_ND in zip(pending, self._encode(pending), strict=True):
                     host_ND = embeds_ND.to("cpu", copy=True)
-                    self.embeds.put(self.key(item), host_ND, num_bytes=host_ND.nbytes)
+                    self.embeds.put(self.embed_key(item), host_ND, num_bytes=host_ND.nbytes)
+                    self.frames.drop(self.key(item))
                 pending, frames = [], 0
 
     def _encode(self, selections: Sequence[FrameSelection]) -> list[Tensor]:

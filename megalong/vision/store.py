@@ -49,8 +49,8 @@ class ByteStore(Generic[Item]):
             self.num_evicted += 1
         if self.bytes_used + num_bytes > self.budget_bytes:
             raise ValueError(
-                f"{num_bytes / 2**30:.3f} GiB do not fit beside the {self.bytes_used / 2**30:.3f} GiB the current batch "
-                f"needs: raise {self.setting} (now {self.budget_bytes / 2**30:.3f}) or lower the batch size"
+                f"{num_bytes / 2**30:.3f} GiB do not fit beside the {self.bytes_used / 2**30:.3f} GiB of the current "
+                f"batch: raise {self.setting} (now {self.budget_bytes / 2**30:.3f}) or lower the batch size"
             )
         self._items[key] = (item, num_bytes)
         self.bytes_used += num_bytes
@@ -59,6 +59,11 @@ class ByteStore(Generic[Item]):
         """The item of a key. Raises KeyError when it is not there: nothing else is ever handed out."""
         self._items.move_to_end(key)
         return self._items[key][0]
+
+    def drop(self, key: str) -> None:
+        """Remove an item that is no longer needed."""
+        _, freed = self._items.pop(key)
+        self.bytes_used -= freed
 
     def clear(self) -> None:
         self._items.clear()

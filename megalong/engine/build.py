@@ -1,0 +1,60 @@
+"""Build the model of a run: sizes from the checkpoint folder, weights from it, parallel as the layout says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+from megalong.config.tree import Dtype, LayerSpec, ModelConfig, Recompute
+from megalong.engine.weights_io import CheckpointReader, load_hf_weights
+from megalong.models.families import FAMILIES, Family
+from megalong.models.gpt import transformer_config
+from megalong.models.longvila.model import LongVila
+from megalong.parallel.layout import ParallelLayout
+
+TORCH_DTYPE = {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16}
+
+
+def family_of(config: ModelConfig) -> Family:
+    """The family's entry. Raises ValueError naming the known ones."""
+    if config.family not in FAMILIES:
+        raise ValueError(f"model.family={config.family!r} is not known; one of {sorted(FAMILIES)}")
+    return FAMILIES[config.family]
+
+
+def build_model(config: ModelConfig, layout: ParallelLayout, *, sequence_parallel: bool) -> LongVila:
+    """The model on this rank's device with the weights of config.path, frozen where config says so."""
+    if layout.pp_size > 1:
+        raise ValueError(
+            f"parallel.pp={layout.pp_size}: no pipeline schedule yet; set parallel.pp=1"
+        )
+    family = family_of(config)
+    on_gpu = layout.device.type == "cuda"
+    spec = family.read_spec(Path(config.path))
+    use_te = config.layer_spec is LayerSpec.te or (config.layer_spec is LayerSpec.auto and on_gpu)
+    if use_te and not on_gpu:
+        raise ValueError("model.layer_spec=te needs a GPU; set model.layer_spec=local or auto")
+    megatron = transformer_config(
+        spec.gpt,
+        tp=layout.tp_size,
+        cp=layout.cp_size,
+        pp=layout.pp_size,
+        sequence_parallel=sequence_parallel,
+        dtype=TORCH_DTYPE[config.dtype],
+        recompute=config.recompute is Recompute.full,
+        on_gpu=on_gpu,
+    )
+    model = family.build(megatron, spec, use_te=use_te).to(layout.device)
+    load_hf_weights(model, model.weight_table(), CheckpointReader(spec.path, family.weight_folders), layout)
+    model.freeze(llm=config.train_llm, projector=config.train_projector, tower=config.train_tower)
+    return model
+
+
+def wrap_for_gradients(model: LongVila) -> DistributedDataParallel:
+    """Megatron's gradient buffers: float32 `main_grad` per trainable parameter, summed over data-parallel ranks."""
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=False
+    )
+    return DistributedDataParallel(model.config, settings, model)

@@ -1,0 +1,131 @@
+"""Training checkpoints: megatron dist_checkpointing, complete or absent, loadable at any TP and DP split."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+from megalong.engine.trainer import Trainer
+
+_COMPLETE = re.compile(r"step_(\d{8})")
+_STATE = ("step", "num_updates", "skipped_in_a_row", "num_skipped")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint folder that cannot be used, and why."""
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first. A folder gets its name only once everything in it is on disk."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if _COMPLETE.fullmatch(path.name))
+
+
+def save_checkpoint(folder: Path, trainer: Trainer, *, extra: dict[str, Any], keep: int) -> Path:
+    """Write step_<n> under `folder` (collective) and delete all but the `keep` newest complete ones.
+
+    A kill at any moment leaves the older checkpoints as they were and at most a *.partial folder.
+    """
+    final = folder / f"step_{trainer.step:08d}"
+    partial = folder / f"{final.name}.partial"
+    if trainer.layout.is_main:
+        for leftover in folder.glob("*.partial"):
+            shutil.rmtree(leftover)
+        if not final.exists():
+            partial.mkdir(parents=True)
+    dist.barrier()
+    if final.exists():
+        return final
+    dist_checkpointing.save(_sharded_state(trainer, extra), str(partial))
+    dist.barrier()
+    if trainer.layout.is_main:
+        _flush(partial)
+        os.rename(partial, final)
+        _flush_folder(folder)
+        for old in complete_checkpoints(folder)[:-keep] if keep > 0 else []:
+            shutil.rmtree(old)
+    dist.barrier()
+    return final
+
+
+def load_checkpoint(path: Path, trainer: Trainer) -> dict[str, Any]:
+    """Continue from a checkpoint of save_checkpoint, at any TP and DP split (collective). Returns its `extra`."""
+    _check(path)
+    state = _load(_sharded_state(trainer, {}), path)
+    _load_model(trainer, state["model"])
+    trainer.optimizer.load_sharded_state(state.get("optimizer", {}), num_updates=state["trainer"]["num_updates"])
+    for name in _STATE:
+        setattr(trainer, name, state["trainer"][name])
+    torch.set_rng_state(state["rng"])
+    return state["extra"]
+
+
+def load_weights(path: Path, trainer: Trainer) -> None:
+    """Take only the model's weights from a checkpoint of another run (collective), e.g. SFT's before GRPO."""
+    _check(path)
+    state = _load({"model": trainer.model.sharded_state_dict()}, path)
+    _load_model(trainer, state["model"])
+    trainer.optimizer.refresh_masters()
+
+
+def _check(path: Path) -> None:
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such checkpoint folder")
+    if not (path / "metadata.json").is_file():
+        raise CheckpointError(
+            f"{path}: not a megatron checkpoint (no metadata.json), or one cut short"
+        )
+
+
+def _load(sharded: dict[str, Any], path: Path) -> dict[str, Any]:
+    try:
+        return dist_checkpointing.load(sharded, str(path))
+    except (OSError, RuntimeError, KeyError, dist_checkpointing.core.CheckpointingException) as error:
+        raise CheckpointError(f"{path}: cannot be loaded into this model ({type(error).__name__}: {error})") from error
+
+
+def _load_model(trainer: Trainer, state: dict[str, Any]) -> None:
+    missing, unexpected = trainer.model.load_state_dict(state, strict=False)
+    missing = [name for name in missing if not name.endswith("_extra_state")]
+    if missing or unexpected:
+        raise CheckpointError(f"the checkpoint lacks {missing[:5]} and has unknown {unexpected[:5]}")
+
+
+def _sharded_state(trainer: Trainer, extra: dict[str, Any]) -> dict[str, Any]:
+    model_state = trainer.model.sharded_state_dict()
+    by_name = {
+        name: value for name, value in model_state.items() if isinstance(value, ShardedTensor | ShardedTensorFactory)
+    }
+    return {
+        "model": model_state,
+        "optimizer": trainer.optimizer.sharded_state(by_name),
+        "trainer": {name: getattr(trainer, name) for name in _STATE},
+        "rng": torch.get_rng_state(),
+        "extra": extra,
+    }
+
+
+def _flush(folder: Path) -> None:
+    """Make every file of the folder durable before the rename says that it is."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    _flush_folder(folder)
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

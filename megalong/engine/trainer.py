@@ -1,0 +1,190 @@
+"""The training engine: log-probability passes, the train step, reference weights, weight export."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megalong.config.tree import LearningRateSchedule, OptimizerConfig
+from megalong.engine.build import wrap_for_gradients
+from megalong.engine.optimizer import ShardedAdamW
+from megalong.engine.weights_io import export_weights
+from megalong.models.longvila.model import LongVila
+from megalong.models.weights import Replicated
+from megalong.objectives.logprobs import vocab_parallel_logprobs
+from megalong.parallel.collectives import gather_objects
+from megalong.parallel.layout import ParallelLayout
+from megalong.records import FrameSelection, StepStats, TokenBatch, WeightBucket
+
+Embeddings = Callable[[Sequence[FrameSelection]], Tensor | None]
+LossOf = Callable[[int, Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
+"""(index of the pack, logprobs_R, entropy_R) -> (loss, sums to log); keys ending in _max are maxima, not sums."""
+
+
+class TooManySkippedStepsError(RuntimeError):
+    """Loss or gradient was non-finite in too many steps in a row."""
+
+
+def learning_rate(step: int, total_steps: int, settings: OptimizerConfig) -> float:
+    """Linear warm-up to lr, then constant, linear or cosine down to min_lr at total_steps. step counts from 0."""
+    if step < settings.warmup_steps:
+        return settings.lr * (step + 1) / settings.warmup_steps
+    left = 1 - (step - settings.warmup_steps) / max(1, total_steps - settings.warmup_steps)
+    factor = {
+        LearningRateSchedule.constant: 1.0,
+        LearningRateSchedule.linear: left,
+        LearningRateSchedule.cosine: 0.5 * (1 + math.cos(math.pi * (1 - left))),
+    }[settings.schedule]
+    return settings.min_lr + (settings.lr - settings.min_lr) * factor
+
+
+class Trainer:
+    """One policy on one layout. Every rank of a replica calls the same methods with the same packs."""
+
+    def __init__(
+        self, model: LongVila, layout: ParallelLayout, settings: OptimizerConfig, *,
+        total_steps: int, embeddings: Embeddings,
+    ) -> None:  # fmt: skip
+        self.model, self.layout, self.settings = model, layout, settings
+        self.total_steps = total_steps
+        self.embeddings = embeddings
+        self.ddp = wrap_for_gradients(model)
+        self.trainable = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+        self.optimizer = ShardedAdamW(
+            self.trainable,
+            layout,
+            replicated=frozenset(entry.megatron for entry in model.weight_table() if isinstance(entry, Replicated)),
+            lr=settings.lr,
+            betas=(settings.beta1, settings.beta2),
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+        )
+        self.step = 0  # train steps done, skipped ones included
+        self.num_updates = 0
+        self.skipped_in_a_row = 0
+        self.num_skipped = 0
+        self._reference: dict[str, Tensor] = {}
+
+    def forward(self, tokens: TokenBatch, *, temperature: float) -> tuple[Tensor, Tensor]:
+        """logprobs_R and entropy_R of a pack, [R] float32, equal over the tensor-parallel ranks."""
+        hidden_RD = self.ddp(tokens, self.embeddings(tokens.selections))
+        return vocab_parallel_logprobs(
+            hidden_RD,
+            self.model.llm.head_weight,
+            tokens.targets_R.to(self.layout.device),
+            group=self.layout.tp,
+            real_vocab=self.model.llm.real_vocab,
+            temperature=temperature,
+        )
+
+    @torch.no_grad()
+    def logprobs(self, packs: Sequence[TokenBatch], *, temperature: float) -> list[Tensor]:
+        """Log-probabilities under the current weights, [R] float32 on the CPU for each pack; no gradient."""
+        return [self.forward(tokens, temperature=temperature)[0].cpu() for tokens in packs]
+
+    def keep_reference(self) -> None:
+        """Remember the current LLM weights as the reference policy (design: frozen reference of GRPO's KL)."""
+        self._reference = {name: param.detach().clone() for name, param in self._llm_parameters()}
+
+    @contextmanager
+    def reference_weights(self) -> Iterator[None]:
+        """Run the model with the reference policy's weights inside this context."""
+        if not self._reference:
+            raise ValueError("no reference policy: call keep_reference() before training")
+        current = {name: param.data for name, param in self._llm_parameters()}
+        try:
+            for name, param in self._llm_parameters():
+                param.data = self._reference[name]
+            yield
+        finally:
+            for name, param in self._llm_parameters():
+                param.data = current[name]
+
+    def train_step(self, packs: Sequence[TokenBatch], loss_of: LossOf, *, temperature: float) -> StepStats:
+        """Forward, loss, backward of every pack, then one optimizer update (skipped when anything is non-finite).
+
+        Losses of all packs and replicas are added up, so loss_of weighs its rows by the global batch. Raises
+        TooManySkippedStepsError after optimizer.max_skipped_in_a_row skips.
+        """
+        self.ddp.zero_grad_buffer()
+        totals = {"loss": 0.0, "entropy_sum": 0.0, "rows": 0.0, "num_tokens": 0.0}
+        for index, tokens in enumerate(packs):
+            logprobs_R, entropy_R = self.forward(tokens, temperature=temperature)
+            loss, sums = loss_of(index, logprobs_R, entropy_R)
+            loss.backward()
+            sums = {
+                "loss": loss.detach(),
+                "entropy_sum": entropy_R.sum(),
+                "rows": torch.tensor(float(len(entropy_R))),
+                "num_tokens": torch.tensor(float(len(tokens.ids_T))),
+                **sums,
+            }
+            totals = merge_sums([totals, {name: float(value) for name, value in sums.items()}])
+        totals = merge_sums(gather_objects(totals, group=self.layout.dp))
+        self._finish_gradients()
+        lr = learning_rate(self.step, self.total_steps, self.settings)
+        norm = self.optimizer.grad_norm()
+        healthy = math.isfinite(norm) and math.isfinite(totals["loss"])
+        if healthy:
+            clip = self.settings.clip_grad
+            self.optimizer.step(lr=lr, grad_scale=min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0)
+            self.num_updates += 1
+        self._count_skip(skipped=not healthy, loss=totals["loss"], norm=norm)
+        self.step += 1
+        rows = max(1.0, totals.pop("rows"))
+        return StepStats(
+            loss=totals.pop("loss"),
+            grad_norm=norm,
+            learning_rate=lr,
+            skipped=not healthy,
+            num_tokens=int(totals.pop("num_tokens")),
+            metrics={"entropy": totals.pop("entropy_sum") / rows, **totals},
+        )
+
+    def export_weights(self) -> Iterator[WeightBucket]:
+        """The trained weights in Hugging Face names, in buckets (collective over the tensor-parallel group)."""
+        return export_weights(self.model, self.model.weight_table(), self.layout)
+
+    def _finish_gradients(self) -> None:
+        """Sum gradients over data-parallel ranks, and over TP those that each TP rank holds only a part of."""
+        self.ddp.finish_grad_sync()
+        if self.layout.tp_size == 1:
+            return
+        for name, param in self.trainable:
+            # A vision parameter saw this rank's frames only; a norm weight under sequence parallelism its tokens only.
+            partial = getattr(param, "sequence_parallel", False) and self.model.config.sequence_parallel
+            if name.startswith("vision.") or partial:
+                dist.all_reduce(param.main_grad, group=self.layout.tp)
+
+    def _count_skip(self, *, skipped: bool, loss: float, norm: float) -> None:
+        if not skipped:
+            self.skipped_in_a_row = 0
+            return
+        self.skipped_in_a_row += 1
+        self.num_skipped += 1
+        if self.skipped_in_a_row >= self.settings.max_skipped_in_a_row:
+            raise TooManySkippedStepsError(
+                f"step {self.step}: loss {loss} and gradient norm {norm} were not finite in {self.skipped_in_a_row} "
+                "steps in a row; lower optimizer.lr, or look at the rewards and the data of these steps "
+                "(samples.jsonl), and resume from the last checkpoint"
+            )
+
+    def _llm_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+        return [(name, param) for name, param in self.model.named_parameters() if name.startswith("llm.")]
+
+
+def merge_sums(parts: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Add up each key over the parts; keys ending in _max take the maximum. A part may lack a key."""
+    merged: dict[str, float] = {}
+    for part in parts:
+        for name, value in part.items():
+            if name.endswith("_max"):
+                merged[name] = max(merged.get(name, -math.inf), value)
+            else:
+                merged[name] = merged.get(name, 0.0) + value
+    return merged
