@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from megalong.data.demo_tasks import DIRECTIONS, Goal, Plot, Scenario, Spatial, Temporal, Thing
+from megalong.data.demo_tasks import Goal, Plot, Scenario, Spatial, Temporal, Thing
 
 FRAME_SIZE = 96
 """Height and width of a frame in pixels; the picture is a grid of 3 x 3 cells."""
@@ -20,7 +20,9 @@ RGB = {
     "purple": (180, 50, 210),
     "white": (250, 250, 250),
 }
-STEPS = {"up": (0.0, -1.0), "down": (0.0, 1.0), "left": (-1.0, 0.0), "right": (1.0, 0.0)}
+RADIUS = {"big": 0.46, "small": 0.24}
+STEPS = ((-1.0, -1.0), (1.0, -1.0), (-1.0, 1.0), (1.0, 1.0))
+"""Pixel direction (x, y) of each of CORNERS."""
 BALL_SHOWN, BALL_HIDDEN, SWAPS_START, SWAPS_END = 0.20, 0.28, 0.35, 0.80
 """Moments of a spatial story, as fractions of the video."""
 
@@ -73,17 +75,13 @@ def paint_spatial(frame_HWC: np.ndarray, scenario: Spatial, moment: float) -> No
 
 def paint_goal(frame_HWC: np.ndarray, scenario: Goal, moment: float) -> None:
     """The agent looks one way, then walks most of the way to its target and stops."""
-    for direction, colour in zip(DIRECTIONS, scenario.targets, strict=True):
-        dx, dy = STEPS[direction]
-        centre = (FRAME_SIZE / 2 + dx * CELL, FRAME_SIZE / 2 + dy * CELL)
-        paint_shape(frame_HWC, "square", at=centre, colour=colour)
-    look, walk = STEPS[DIRECTIONS[scenario.detour]], STEPS[DIRECTIONS[scenario.heading]]
-    glance = 4.0 * math.sin(math.pi * min(moment / 0.2, 1.0))
-    way = 0.7 * CELL * smooth((moment - 0.25) / 0.45)
-    paint_ball(
-        frame_HWC,
-        (FRAME_SIZE / 2 + look[0] * glance + walk[0] * way, FRAME_SIZE / 2 + look[1] * glance + walk[1] * way),
-    )
+    middle = FRAME_SIZE / 2
+    for (dx, dy), colour in zip(STEPS, scenario.targets, strict=True):
+        paint_shape(frame_HWC, "square", at=(middle + dx * CELL, middle + dy * CELL), colour=colour)
+    look, walk = STEPS[scenario.glance], STEPS[scenario.heading]
+    glance = 3.0 * math.sin(math.pi * min(moment / 0.2, 1.0))
+    way = 0.6 * CELL * smooth((moment - 0.25) / 0.35)
+    paint_ball(frame_HWC, (middle + look[0] * glance + walk[0] * way, middle + look[1] * glance + walk[1] * way))
 
 
 def paint_plot(frame_HWC: np.ndarray, scenario: Plot, moment: float) -> None:
@@ -97,19 +95,19 @@ def paint_plot(frame_HWC: np.ndarray, scenario: Plot, moment: float) -> None:
     if not dark:
         frame_HWC[:] = 255 - frame_HWC // 2
     x, y = cell_centre(thing.cell)
-    paint_shape(frame_HWC, thing.shape, at=(x, y), colour=thing.colour)
+    paint_shape(frame_HWC, thing.shape, at=(x, y), colour=thing.colour, size=thing.size)
 
 
-def paint_shape(frame_HWC: np.ndarray, shape: str, *, at: tuple[float, float], colour: str) -> None:
-    """Fill a shape about as large as a cell around pixel (x, y)."""
+def paint_shape(frame_HWC: np.ndarray, shape: str, *, at: tuple[float, float], colour: str, size: str = "big") -> None:
+    """Fill a shape around pixel (x, y); a big one is about as large as a cell."""
     across, along = np.abs(_X + 0.5 - at[0]), np.abs(_Y + 0.5 - at[1])
-    radius = 0.42 * CELL
+    radius = CELL * RADIUS[size]
     if shape == "circle":
         inside = across**2 + along**2 <= radius**2
     elif shape == "square":
         inside = np.maximum(across, along) <= radius
     elif shape == "cross":
-        inside = (np.maximum(across, along) <= radius) & (np.minimum(across, along) <= 0.3 * radius)
+        inside = (np.maximum(across, along) <= radius) & (np.minimum(across, along) <= 0.4 * radius)
     else:
         raise ValueError(f"shape must be circle, square or cross, got {shape!r}")
     frame_HWC[inside] = RGB[colour]

@@ -11,13 +11,14 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-COLOURS = ("red", "green", "blue", "yellow", "purple")
+COLOURS = ("red", "green", "blue", "yellow")
 SHAPES = ("circle", "square", "cross")
+SIZES = ("big", "small")
 PLACES = ("left", "middle", "right")
-DIRECTIONS = ("up", "down", "left", "right")
+CORNERS = ("northwest", "northeast", "southwest", "southeast")
 ORDINALS = ("first", "second", "third", "fourth")
 SWAPS = ((0, 1), (1, 2), (0, 2))
-CHANGES = ("colour", "shape", "position", "light")
+CHANGES = ("colour", "size", "position", "light")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,7 @@ class Thing:
     colour: str
     shape: str
     cell: int
+    size: str = "big"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,9 +53,9 @@ class Spatial:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Goal:
-    targets: tuple[str, str, str, str]  # colours, in the order of DIRECTIONS
-    heading: int  # index into DIRECTIONS
-    detour: int  # index into DIRECTIONS: the agent first looks that way, a few pixels
+    targets: tuple[str, str, str, str]  # colours, in the order of CORNERS
+    heading: int  # index into CORNERS
+    glance: int  # index into CORNERS: where the agent looks before it goes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,16 +72,16 @@ Scenario = Temporal | Spatial | Goal | Plot
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
-    """One question about a scenario; `pool` holds what a multiple choice may offer (the answer included)."""
+    """One question about a scenario; `options` are what a multiple choice offers, in its order."""
 
     text: str
     answer: str
-    pool: tuple[str, ...]
+    options: tuple[str, str, str, str]
     reasoning: str
 
 
 def draw_temporal(rng: random.Random) -> Temporal:
-    colours = rng.sample(COLOURS, rng.choice((2, 3, 4)))
+    colours = rng.sample(COLOURS, rng.choice((1, 2, 3, 4)))
     return Temporal(events=tuple(Thing(c, rng.choice(SHAPES), rng.randrange(9)) for c in colours))
 
 
@@ -90,87 +92,96 @@ def draw_spatial(rng: random.Random) -> Spatial:
 
 
 def draw_goal(rng: random.Random) -> Goal:
-    up, down, left, right = rng.sample(COLOURS, 4)
-    return Goal(targets=(up, down, left, right), heading=rng.randrange(4), detour=rng.randrange(4))
+    return Goal(targets=tuple(rng.sample(COLOURS, 4)), heading=rng.randrange(4), glance=rng.randrange(4))
 
 
 def draw_plot(rng: random.Random) -> Plot:
     change = rng.choice(CHANGES)
-    before = Thing(rng.choice(COLOURS), rng.choice(SHAPES), rng.choice((3, 4, 5)))
+    colour, size, place = rng.choice(COLOURS), rng.choice(SIZES), rng.choice(PLACES)
+    before = Thing(colour, rng.choice(SHAPES), cell_of(place), size)
     dark = rng.random() < 0.5
-    colour, shape, cell = before.colour, before.shape, before.cell
     if change == "colour":
         colour = rng.choice([c for c in COLOURS if c != colour])
-    elif change == "shape":
-        shape = rng.choice([s for s in SHAPES if s != shape])
+    elif change == "size":
+        size = "small" if size == "big" else "big"
     elif change == "position":
-        cell = rng.choice([c for c in (3, 4, 5) if c != cell])
+        place = rng.choice([p for p in PLACES if p != place])
     return Plot(
         before=before,
-        after=Thing(colour, shape, cell),
+        after=Thing(colour, before.shape, cell_of(place), size),
         dark_before=dark,
         dark_after=dark != (change == "light"),
         change=change,
     )
 
 
+def cell_of(place: str) -> int:
+    """The cell of the middle row that a place names."""
+    return 3 + PLACES.index(place)
+
+
 def ask_temporal(scenario: Temporal) -> list[Question]:
     colours = [event.colour for event in scenario.events]
     seen = f"I see {', then '.join(colours)}."
     asked = [(ORDINALS[index], colour) for index, colour in enumerate(colours[:-1])] + [("last", colours[-1])]
-    questions = [
-        Question(
-            text=f"Which colour appears {when}?",
-            answer=colour,
-            pool=COLOURS,
-            reasoning=f"{seen} The {when} colour is {colour}.",
-        )
-        for when, colour in asked
-    ]
     count = str(len(colours))
-    how_many = Question(
-        text="How many shapes appear?", answer=count, pool=("1", "2", "3", "4"), reasoning=f"{seen} That makes {count}."
-    )
-    return [*questions, how_many]
+    return [
+        Question(
+            text="How many shapes appear?",
+            answer=count,
+            options=("1", "2", "3", "4"),
+            reasoning=f"{seen} That makes {count}.",
+        ),
+        *(
+            Question(
+                text=f"Which colour appears {when}?",
+                answer=colour,
+                options=COLOURS,
+                reasoning=f"{seen} The {when} is {colour}.",
+            )
+            for when, colour in asked
+        ),
+    ]
 
 
 def ask_spatial(scenario: Spatial) -> list[Question]:
     box, final = scenario.boxes[scenario.ball], scenario.final_boxes()
-    place = PLACES[final.index(box)]
-    into = f"The ball goes into the {box} box."
-    where = "outside" if scenario.taken_out else place
-    ending = "At the end the ball is outside." if scenario.taken_out else f"At the end the {box} box is {place}."
+    where = "outside" if scenario.taken_out else PLACES[final.index(box)]
+    seen = (
+        f"The boxes are {', '.join(scenario.boxes)}. The ball goes into {box}. "
+        f"At the end the boxes are {', '.join(final)}."
+    )
+    asked = [("does the ball go into", box), *((f"is {n} at the end", c) for n, c in zip(PLACES, final, strict=True))]
     return [
         Question(
             text="Where is the ball at the end?",
             answer=where,
-            pool=(*PLACES, "outside"),
-            reasoning=f"{into} {ending}",
+            options=(*PLACES, "outside"),
+            reasoning=f"{seen} The ball is {where}.",
         ),
-        Question(text="Which box does the ball go into?", answer=box, pool=COLOURS, reasoning=into),
         *(
-            Question(
-                text=f"Which box is {name} at the end?",
-                answer=colour,
-                pool=COLOURS,
-                reasoning=f"At the end the {colour} box is {name}.",
-            )
-            for name, colour in zip(PLACES, final, strict=True)
+            Question(text=f"Which box {what}?", answer=colour, options=COLOURS, reasoning=f"{seen} It is {colour}.")
+            for what, colour in asked
         ),
     ]
 
 
 def ask_goal(scenario: Goal) -> list[Question]:
-    direction, colour = DIRECTIONS[scenario.heading], scenario.targets[scenario.heading]
-    moves = f"The agent moves {direction}."
+    corner, colour = CORNERS[scenario.heading], scenario.targets[scenario.heading]
+    seen = f"The targets are {', '.join(scenario.targets)}. The agent moves {corner} to {colour}."
     return [
+        Question(
+            text="Which way does the agent go?",
+            answer=corner,
+            options=CORNERS,
+            reasoning=f"{seen} The way is {corner}.",
+        ),
         Question(
             text="Which target does the agent want to reach?",
             answer=colour,
-            pool=COLOURS,
-            reasoning=f"{moves} The target there is {colour}.",
+            options=COLOURS,
+            reasoning=f"{seen} It is {colour}.",
         ),
-        Question(text="Which way does the agent go?", answer=direction, pool=DIRECTIONS, reasoning=moves),
     ]
 
 
@@ -181,21 +192,24 @@ def ask_plot(scenario: Plot) -> list[Question]:
         Question(
             text="What changes in the second scene?",
             answer=scenario.change,
-            pool=CHANGES,
-            reasoning=f"First {first}. Then {then}. The {scenario.change} changes.",
+            options=CHANGES,
+            reasoning=f"First {first}. Then {then}. It is the {scenario.change}.",
         ),
-        Question(
-            text="What colour is the shape in the second scene?",
-            answer=after.colour,
-            pool=COLOURS,
-            reasoning=f"First {first}. Then {then}.",
+        *(
+            Question(
+                text=f"What colour is the shape in the {which} scene?",
+                answer=thing.colour,
+                options=COLOURS,
+                reasoning=f"First {first}. Then {then}. It is {thing.colour}.",
+            )
+            for which, thing in (("first", before), ("second", after))
         ),
     ]
 
 
 def describe(thing: Thing, *, dark: bool) -> str:
     """One scene of a plot in words."""
-    return f"{'dark' if dark else 'bright'} {thing.colour} {thing.shape} {PLACES[thing.cell - 3]}"
+    return f"{'dark' if dark else 'bright'} {thing.size} {thing.colour} {PLACES[thing.cell - 3]}"
 
 
 DRAW: dict[str, Callable[[random.Random], Scenario]] = {

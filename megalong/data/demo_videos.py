@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
@@ -16,9 +17,11 @@ import av
 import numpy as np
 
 from megalong.data.demo_render import FRAME_SIZE, render
-from megalong.data.demo_tasks import ASK, CATEGORIES, DRAW, Question, Scenario
+from megalong.data.demo_tasks import ASK, CATEGORIES, COLOURS, DRAW, Question, Scenario
 
 LETTERS = "ABCD"
+OPEN_SHARE = 0.125
+"""Share of RL and held-out questions without options."""
 VIDEO_FPS = 4
 KEYFRAME_EVERY = 8
 """Frames between keyframes: a short distance keeps reading a few frames of a file cheap."""
@@ -89,13 +92,16 @@ def make_demo_data(
 def draw_videos(split: str, count: int, *, rng: random.Random, used: set[Scenario]) -> list[Video]:
     """`count` videos with scenarios not in `used` (which grows by them), categories in turn."""
     videos = []
+    decks: dict[str, list[int]] = {category: [] for category in CATEGORIES}
     for index in range(count):
         category = CATEGORIES[index % len(CATEGORIES)]
+        if not decks[category]:
+            decks[category] = rng.sample(range(len(LETTERS)), len(LETTERS))
         videos.append(
             Video(
                 name=f"{split}_{index:05d}_{category}.mp4",
                 category=category,
-                scenario=draw_new(category, rng=rng, used=used),
+                scenario=draw_new(category, option=decks[category].pop(), rng=rng, used=used),
                 seconds=rng.randint(30, 60),
                 backdrop=(rng.randint(10, 50), rng.randint(10, 50), rng.randint(10, 50)),
             )
@@ -103,36 +109,49 @@ def draw_videos(split: str, count: int, *, rng: random.Random, used: set[Scenari
     return videos
 
 
-def draw_new(category: str, *, rng: random.Random, used: set[Scenario]) -> Scenario:
-    """A scenario of the category that is not in `used`; it is added to `used`."""
+def draw_new(category: str, *, option: int, rng: random.Random, used: set[Scenario]) -> Scenario:
+    """A scenario not in `used` (it is added) whose first question is answered by its option number `option`."""
     for _ in range(MAX_DRAWS):
         scenario = DRAW[category](rng)
-        if scenario not in used:
+        first = ASK[category](scenario)[0]
+        if scenario not in used and first.answer == first.options[option]:
             used.add(scenario)
             return scenario
     raise ValueError(f"no unused {category} scenario left after {MAX_DRAWS} draws; ask for fewer demo videos")
 
 
 def ask_questions(split: str, videos: list[Video], *, per_video: int, rng: random.Random) -> list[dict]:
-    """Manifest lines; the right letters are dealt from a deck per category, so they are balanced."""
-    decks: dict[str, list[str]] = {category: [] for category in CATEGORIES}
+    """Manifest lines: per video one question about its course and the rest about colours."""
+    asked = {category: Counter() for category in CATEGORIES}
     lines = []
     for video in videos:
-        questions = ASK[video.category](video.scenario)
-        for number, question in enumerate(rng.sample(questions, min(per_video, len(questions)))):
+        course, *colours = ASK[video.category](video.scenario)
+        for number in range(per_video):
+            # Among the colour questions, the answer that its category has heard least: letters stay balanced.
+            rng.shuffle(colours)
+            colours.sort(key=lambda question: asked[video.category][question.answer])
+            question = colours.pop(0) if number % 2 and colours else course
+            asked[video.category][question.answer] += 1
             base = {
                 "problem_id": f"{video.name.removesuffix('.mp4')}_{number}",
                 "data_type": "video",
                 "videos": f"videos/{video.name}",
                 "category": video.category,
             }
-            lines.append({**base, **phrase(question, deck=decks[video.category], rng=rng)})
+            lines.append({**base, **phrase(question, with_options=has_options(split, question, rng))})
     return lines
 
 
-def phrase(question: Question, *, deck: list[str], rng: random.Random) -> dict[str, str]:
-    """Most questions become multiple choice, one in eight asks for the answer itself."""
-    if rng.random() < 0.125:
+def has_options(split: str, question: Question, rng: random.Random) -> bool:
+    """SFT shows options with colour questions only: picking the right letter elsewhere is left for RL to teach."""
+    if split == "train_sft":
+        return question.options == COLOURS
+    return rng.random() >= OPEN_SHARE
+
+
+def phrase(question: Question, *, with_options: bool) -> dict[str, str]:
+    """The manifest fields that depend on how the question is put."""
+    if not with_options:
         kind = "numerical" if question.answer.isdigit() else "open-ended"
         how = "a number" if kind == "numerical" else "one word"
         return {
@@ -141,12 +160,8 @@ def phrase(question: Question, *, deck: list[str], rng: random.Random) -> dict[s
             "reasoning": question.reasoning,
             "answer": f"<answer>{question.answer}</answer>",
         }
-    if not deck:
-        deck.extend(rng.sample(LETTERS, len(LETTERS)))
-    letter = deck.pop()
-    options = rng.sample([choice for choice in question.pool if choice != question.answer], len(LETTERS) - 1)
-    options.insert(LETTERS.index(letter), question.answer)
-    listed = "\n".join(f"{name}. {option}" for name, option in zip(LETTERS, options, strict=True))
+    letter = LETTERS[question.options.index(question.answer)]
+    listed = "\n".join(f"{name}. {option}" for name, option in zip(LETTERS, question.options, strict=True))
     return {
         "problem": f"{question.text}\n{listed}",
         "problem_type": "multiple choice",

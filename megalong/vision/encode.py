@@ -130,6 +130,10 @@ class VisionStage:
         state = self.encoder.state_dict()
         self._weights_digest = f"{bucket_checksum(state):08x}/{next(iter(state.values())).dtype}"
 
+    def close(self) -> None:
+        """Stop the decoding threads."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
     def key(self, selection: FrameSelection) -> str:
         """Key of decoded frames: file, frames, resolution."""
         return selection_key(selection, image_size=self.settings.image_size)

@@ -1,0 +1,86 @@
+"""The command line: `megalong VERB ...`. Heavy imports happen inside the verbs, so `--help` and `plan` are quick."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from pathlib import Path
+
+RECIPE_VERBS = {
+    "sft": "chain-of-thought supervised fine-tuning",
+    "grpo": "group-relative policy optimisation on video questions",
+    "eval": "accuracy on a manifest (eval.manifest)",
+    "plan": "print the resolved config, layout, tokens per prompt and memory per GPU; needs no GPU",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="megalong", description="Reinforcement learning on hour-long video.")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    for name, text in RECIPE_VERBS.items():
+        verb = verbs.add_parser(name, help=text, description=text)
+        verb.add_argument("recipe", type=Path, help="YAML recipe, for example launch/recipes/grpo_7b_512f.yaml")
+        verb.add_argument("overrides", nargs="*", help="a.b=c, for example grpo.steps=200 parallel.tp=4")
+        if name == "plan":
+            verb.add_argument("--task", choices=("sft", "grpo", "eval"), default="grpo")
+    demo = verbs.add_parser("make-demo-data", help="draw the demo's videos and manifests and make its tiny model")
+    demo.add_argument("--out", type=Path, required=True, help="folder; gets data/ and model/")
+    demo.add_argument("--seed", type=int, default=1)
+    report = verbs.add_parser("report", help="summary.json, table and picture of a demo folder")
+    report.add_argument("folder", type=Path)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb. Errors in the config, a manifest or a checkpoint end with one message and exit code 2."""
+    args = build_parser().parse_args(argv)
+    # megatron-core says once per module that it falls back to torch's own kernels, as meant on a CPU.
+    warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*not installed", category=UserWarning)
+    try:
+        if args.verb in RECIPE_VERBS:
+            return _run_recipe(args)
+        if args.verb == "make-demo-data":
+            from megalong.demo import make_demo
+
+            make_demo(args.out, seed=args.seed)
+        else:
+            from megalong.report import summary_table, write_summary
+
+            print(summary_table(write_summary(args.folder)))  # noqa: T201
+    except Exception as error:
+        if not _is_user_error(error):
+            raise
+        print(f"megalong {args.verb}: {error}", file=sys.stderr)  # noqa: T201
+        return 2
+    return 0
+
+
+def _is_user_error(error: Exception) -> bool:
+    """Errors about what the user gave, whose message says what to change; all others keep their traceback."""
+    names = {"ConfigError", "ManifestError", "CheckpointError"}
+    return any(kind.__name__ in names for kind in type(error).__mro__) or isinstance(error, FileNotFoundError)
+
+
+def _run_recipe(args: argparse.Namespace) -> int:
+    from megalong.config.load import load_config
+
+    config = load_config(args.recipe, args.overrides)
+    if args.verb == "plan":
+        from megalong.config.plan import plan, planned_processes, render, shape_for_planning
+        from megalong.config.validate import validate
+
+        shape, note = shape_for_planning(config)
+        validate(config, task=args.task, world_size=planned_processes(config), model=shape)
+        print(render(plan(config, args.task, shape, note=note)))  # noqa: T201
+        return 0
+    from megalong.evaluating import evaluate
+    from megalong.grpo import train_grpo
+    from megalong.sft import train_sft
+
+    {"sft": train_sft, "grpo": train_grpo, "eval": evaluate}[args.verb](config)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

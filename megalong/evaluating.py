@@ -1,0 +1,107 @@
+"""Evaluation: the policy answers a manifest's questions, greedily or with n samples each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from megalong.config.tree import RunConfig
+from megalong.evaluate.score import EvalReport, evaluate_responses, score_response
+from megalong.parallel.collectives import gather_objects
+from megalong.parallel.split import shard_range
+from megalong.records import RolloutGroup, Sample
+from megalong.rollout.engine import Sampling
+from megalong.run import Run, make_ready, open_run, plan_prompts, read_samples
+
+
+def evaluate(config: RunConfig) -> EvalReport:
+    """`megalong eval`: score the weights of model.path (or model.init_from) on eval.manifest."""
+    samples = eval_samples(config)
+    run = open_run(config, task="eval")
+    report = evaluate_policy(run, samples, name="eval", step=0)
+    run.close()
+    return report
+
+
+def eval_samples(config: RunConfig) -> list[Sample]:
+    """Questions of eval.manifest, those about the same video next to each other so that it is encoded once."""
+    samples = read_samples(
+        config, manifest=str(config.eval.manifest), video_dir=config.eval.video_dir, thinking_targets=False
+    )
+    return sorted(samples, key=lambda sample: sample.videos)
+
+
+@torch.no_grad()
+def evaluate_policy(run: Run, samples: Sequence[Sample], *, name: str, step: int) -> EvalReport:
+    """Answer, score and write <name>.json and <name>_responses.jsonl into the run folder. Equal on all ranks.
+
+    A question whose video cannot be read counts as answered wrongly, as an empty response, and is written to
+    dropped.jsonl: accuracy is over the whole manifest.
+    """
+    settings, layout = run.config.eval, run.layout
+    run.sync_weights()
+    first, last = shard_range(len(samples), layout.dp_rank, layout.dp_size)
+    mine = samples[first:last]
+    sampling = Sampling(
+        group_size=settings.num_samples,
+        max_tokens=run.config.data.max_response_tokens,
+        temperature=settings.temperature,
+        top_p=run.config.rollout.top_p,
+        top_k=run.config.rollout.top_k,
+    )
+    texts: dict[str, tuple[str, ...]] = {}
+    dropped = []
+    bar = tqdm(total=len(mine), desc=name, disable=not layout.is_main, unit="question", leave=False)
+    for at in range(0, len(mine), settings.batch_prompts):
+        batch = mine[at : at + settings.batch_prompts]
+        prompts, unusable = plan_prompts(run, batch)
+        prompts, unreadable = make_ready(run, prompts)
+        embeds = [run.vision.embeddings(prompt.selections) for prompt in prompts]
+        groups: list[RolloutGroup] = run.sampler.sample(prompts, embeds, sampling=sampling, step=step)
+        texts.update({group.prompt.sample.sample_id: group.texts for group in groups})
+        dropped += [*unusable, *unreadable]
+        bar.update(len(batch))
+    bar.close()
+    run.report_dropped(dropped)
+    for part in gather_objects(texts, group=layout.dp):
+        texts.update(part)
+    nothing = ("",) * settings.num_samples
+    items = [(sample, texts.get(sample.sample_id, nothing)) for sample in samples]
+    report = evaluate_responses(items)
+    if layout.is_main:
+        _write(Path(run.config.logger.run_dir), name, report, items)
+        tqdm.write(f"{name} after {step} steps\n{report.to_table()}")
+    run.logger.log_evaluation(step, {"strict": report.overall.strict, "tolerant": report.overall.tolerant})
+    return report
+
+
+def _write(folder: Path, name: str, report: EvalReport, items: Sequence[tuple[Sample, Sequence[str]]]) -> None:
+    (folder / f"{name}.json").write_text(report.to_json())
+    with (folder / f"{name}_responses.jsonl").open("w") as file:
+        for sample, responses in items:
+            scores = [score_response(response, sample) for response in responses]
+            row = {
+                "sample_id": sample.sample_id,
+                "category": sample.category,
+                "question": sample.question,
+                "answer": sample.answer,
+                "responses": list(responses),
+                "strict": [score.strict for score in scores],
+                "tolerant": [score.tolerant for score in scores],
+            }
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def evaluate_if_due(run: Run, samples: Sequence[Sample], *, step: int, total: int) -> None:
+    """eval.at_start before the first step, eval.every between, eval.at_end after the last."""
+    settings = run.config.eval
+    if step == 0 and settings.at_start:
+        evaluate_policy(run, samples, name="eval_start", step=step)
+    elif step == total and settings.at_end:
+        evaluate_policy(run, samples, name="eval_end", step=step)
+    elif 0 < step < total and settings.every and step % settings.every == 0:
+        evaluate_policy(run, samples, name=f"eval_{step:06d}", step=step)

@@ -1,0 +1,281 @@
+"""GRPO on video: prompts -> groups -> rewards -> advantages -> packs -> train step -> weight sync."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from megalong.config.tree import RunConfig
+from megalong.data.packing import pack_rollouts
+from megalong.engine.trainer import LossOf, merge_sums
+from megalong.evaluating import eval_samples, evaluate_if_due
+from megalong.metrics import end_table, plot_rewards
+from megalong.objectives.advantages import group_advantages, has_spread
+from megalong.objectives.aggregation import row_weights
+from megalong.objectives.policy_loss import PolicyLossSettings, policy_loss
+from megalong.parallel.collectives import gather_objects, sum_over
+from megalong.parallel.split import shard_range
+from megalong.records import Dropped, PolicyBatch, ScoredGroup, StepStats
+from megalong.rewards.score import check_weights, score_groups
+from megalong.rollout.engine import Sampling
+from megalong.run import PromptBatches, Run, open_run, read_samples
+from megalong.sft import log_step
+
+
+def train_grpo(config: RunConfig) -> None:
+    """`megalong grpo`: reinforcement learning on data.train with verifiable rewards."""
+    check_weights(config.reward.weights)
+    settings = loss_settings(config)
+    samples = read_samples(config, manifest=config.data.train, video_dir=config.data.video_dir, thinking_targets=False)
+    held_out = eval_samples(config) if config.eval.manifest else []
+    run = open_run(config, task="grpo")
+    batches = PromptBatches(run, samples, batch_size=config.grpo.batch_size)
+    total = config.grpo.steps * config.grpo.updates_per_batch
+    run.sync_weights()
+    if held_out:
+        evaluate_if_due(run, held_out, step=run.trainer.step, total=total)
+    for step in run.steps(total):
+        started = time.perf_counter()
+        scored, dropped = sample_groups(run, batches, step=step)
+        with run.timer("logprob"):
+            updates = add_logprobs(run, pack_updates(run, scored))
+        with run.timer("train"):
+            stats = [run.trainer.train_step(tokens_of(b), grpo_loss(run, b, settings), temperature=temperature(run))
+                     for b in updates]  # fmt: skip
+        with run.timer("sync"):
+            run.sync_weights()
+        log_rollouts(run, step, scored, stats, dropped, seconds=time.perf_counter() - started)
+        run.save_if_due(batches)
+        if held_out and run.trainer.step < total:
+            evaluate_if_due(run, held_out, step=run.trainer.step, total=total)
+    run.save(batches)
+    if run.trainer.step == total:
+        if held_out:
+            evaluate_if_due(run, held_out, step=total, total=total)
+        if run.layout.is_main:
+            plot_rewards(config.logger.run_dir)
+            print(end_table(config.logger.run_dir))  # noqa: T201
+    run.close()
+
+
+def temperature(run: Run) -> float:
+    return run.config.rollout.temperature
+
+
+def loss_settings(config: RunConfig) -> PolicyLossSettings:
+    grpo = config.grpo
+    return PolicyLossSettings(
+        clip_low=grpo.clip_low,
+        clip_high=grpo.clip_high,
+        ratio=grpo.ratio,
+        kl_coef=grpo.kl_coef,
+        kl_estimator=grpo.kl_estimator,
+        tis_cap=grpo.tis_cap,
+    )
+
+
+def sample_groups(run: Run, batches: PromptBatches, *, step: int) -> tuple[list[ScoredGroup], list[Dropped]]:
+    """This replica's scored groups of one rollout batch.
+
+    With dynamic sampling (DAPO), groups whose accuracy has no spread are dropped and more prompts are sampled until
+    the global batch is full. Raises RuntimeError when grpo.dynamic_sampling_max_batches batches gave no usable group.
+    """
+    grpo = run.config.grpo
+    kept, dropped = sample_batch(run, batches, step=step)
+    if not grpo.dynamic_sampling:
+        return kept, dropped
+    kept, dropped = only_with_spread(kept, dropped)
+    sampled = 1
+    while count_everywhere(run, kept) < grpo.batch_size and sampled < grpo.dynamic_sampling_max_batches:
+        more, lost = only_with_spread(*sample_batch(run, batches, step=step))
+        kept, dropped, sampled = [*kept, *more], [*dropped, *lost], sampled + 1
+    if count_everywhere(run, kept) == 0:
+        raise RuntimeError(
+            f"step {step}: {sampled} batches of {grpo.batch_size} prompts gave no group with both right and wrong "
+            "answers; the data is too easy or too hard for this policy: change data.train, raise "
+            "rollout.group_size, or set grpo.dynamic_sampling=false"
+        )
+    return trim_to_batch(run, kept, dropped)
+
+
+def sample_batch(run: Run, batches: PromptBatches, *, step: int) -> tuple[list[ScoredGroup], list[Dropped]]:
+    """One batch of prompts, G responses each, scored."""
+    config = run.config
+    with run.timer("data"):
+        prompts, dropped = next(batches)
+    with run.timer("rollout"):
+        embeds = [run.vision.embeddings(prompt.selections) for prompt in prompts]
+        sampling = Sampling(
+            group_size=config.rollout.group_size,
+            max_tokens=config.data.max_response_tokens,
+            temperature=config.rollout.temperature,
+            top_p=config.rollout.top_p,
+            top_k=config.rollout.top_k,
+        )
+        groups = run.sampler.sample(prompts, embeds, sampling=sampling, step=step)
+    with run.timer("reward"):
+        scored = score_groups(
+            groups,
+            weights=config.reward.weights,
+            overlong_buffer=config.reward.overlong_buffer,
+            max_response_tokens=config.data.max_response_tokens,
+        )
+    return scored, dropped
+
+
+def only_with_spread(
+    scored: Sequence[ScoredGroup], dropped: Sequence[Dropped]
+) -> tuple[list[ScoredGroup], list[Dropped]]:
+    flat = [item.group.prompt.sample.sample_id for item in scored if not has_spread(item)]
+    lost = [Dropped(sample_id=name, stage="group", reason="all responses have the same accuracy") for name in flat]
+    return [item for item in scored if has_spread(item)], [*dropped, *lost]
+
+
+def count_everywhere(run: Run, scored: Sequence[ScoredGroup]) -> int:
+    counts = sum_over({"groups": float(len(scored))}, group=run.layout.dp, device=run.layout.device)
+    return int(counts["groups"])
+
+
+def trim_to_batch(
+    run: Run, scored: list[ScoredGroup], dropped: list[Dropped]
+) -> tuple[list[ScoredGroup], list[Dropped]]:
+    """Keep the first grpo.batch_size groups of all replicas, replica after replica; the rest is a counted drop."""
+    counts = gather_objects(len(scored), group=run.layout.dp)
+    before = sum(counts[: run.layout.dp_rank])
+    keep = min(len(scored), max(0, run.config.grpo.batch_size - before))
+    extra = [item.group.prompt.sample.sample_id for item in scored[keep:]]
+    lost = [Dropped(sample_id=name, stage="group", reason="the refilled batch is full") for name in extra]
+    return scored[:keep], [*dropped, *lost]
+
+
+def pack_updates(run: Run, scored: Sequence[ScoredGroup]) -> list[list[PolicyBatch]]:
+    """Packs of each optimizer update of this rollout batch. Advantages see the rewards of all replicas."""
+    grpo, layout = run.config.grpo, run.layout
+    rewards = gather_objects([item.rewards_G for item in scored], group=layout.dp)
+    before = sum(len(part) for part in rewards[: layout.dp_rank])
+    everyone = [rewards_G for part in rewards for rewards_G in part]
+    advantages: list[Tensor] = group_advantages(everyone, kind=grpo.advantage) if everyone else []
+    mine = advantages[before : before + len(scored)]
+    updates = []
+    for update in range(grpo.updates_per_batch):
+        first, last = shard_range(len(scored), update, grpo.updates_per_batch)
+        groups = [item.group for item in scored[first:last]]
+        updates.append(pack_rollouts(groups, mine[first:last], pack_tokens=run.config.data.pack_tokens))
+    return updates
+
+
+def add_logprobs(run: Run, updates: Sequence[Sequence[PolicyBatch]]) -> list[list[PolicyBatch]]:
+    """Old log-probabilities when a rollout batch feeds several updates, reference ones when there is a KL term.
+
+    With one update the old policy is the current one: the loss takes stop-gradient of its own log-probabilities.
+    """
+    packs = [batch.tokens for update in updates for batch in update]
+    old: Sequence[Tensor | None] = [None] * len(packs)
+    ref: Sequence[Tensor | None] = [None] * len(packs)
+    if run.config.grpo.updates_per_batch > 1:
+        old = run.trainer.logprobs(packs, temperature=temperature(run))
+    if run.config.grpo.kl_coef > 0:
+        with run.trainer.reference_weights():
+            ref = run.trainer.logprobs(packs, temperature=temperature(run))
+    values = iter(zip(old, ref, strict=True))
+    done = []
+    for update in updates:
+        pairs = [(batch, *next(values)) for batch in update]
+        done.append([dataclasses.replace(b, old_logprobs_R=o, ref_logprobs_R=r) for b, o, r in pairs])
+    return done
+
+
+def tokens_of(batches: Sequence[PolicyBatch]) -> list:
+    return [batch.tokens for batch in batches]
+
+
+def grpo_loss(run: Run, batches: Sequence[PolicyBatch], settings: PolicyLossSettings) -> LossOf:
+    """The loss of each pack, its rows weighted by the global batch."""
+    device = run.layout.device
+    lens = [[length for span in batch.tokens.spans for length in span.response_lens] for batch in batches]
+    local = {"tokens": float(sum(map(sum, lens))), "responses": float(sum(map(len, lens)))}
+    total = sum_over(local, group=run.layout.dp, device=device)
+
+    def loss_of(index: int, logprobs_R: Tensor, _: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        batch = batches[index]
+        weights_R = row_weights(
+            lens[index],
+            aggregation=run.config.grpo.aggregation,
+            max_response_tokens=run.config.data.max_response_tokens,
+            total_tokens=int(total["tokens"]),
+            total_responses=int(total["responses"]),
+        )
+        return policy_loss(
+            logprobs_R,
+            old_logprobs_R=None if batch.old_logprobs_R is None else batch.old_logprobs_R.to(device),
+            ref_logprobs_R=None if batch.ref_logprobs_R is None else batch.ref_logprobs_R.to(device),
+            sampler_logprobs_R=batch.sampler_logprobs_R.to(device),
+            advantages_S=batch.advantages_S.to(device),
+            response_R=batch.tokens.response_R.to(device),
+            weights_R=weights_R.to(device),
+            settings=settings,
+        )
+
+    return loss_of
+
+
+def log_rollouts(
+    run: Run, step: int, scored: Sequence[ScoredGroup], stats: Sequence[StepStats], dropped: Sequence[Dropped], *,
+    seconds: float,
+) -> None:  # fmt: skip
+    """Rewards and lengths over all replicas on top of the train step's metrics; a few rollouts to samples.jsonl."""
+    sums = {"responses": 0.0, "reward": 0.0, "response_tokens": 0.0, "truncated": 0.0, "spread": 0.0, "groups": 0.0}
+    for item in scored:
+        sums["groups"] += 1
+        sums["spread"] += float(has_spread(item))
+        sums["responses"] += len(item.rewards_G)
+        sums["reward"] += float(item.rewards_G.sum())
+        sums["response_tokens"] += sum(map(len, item.group.response_ids))
+        sums["truncated"] += sum(item.group.truncated)
+        for name, column_G in zip(item.part_names, item.parts_GK.T, strict=True):
+            sums[f"reward/{name}"] = sums.get(f"reward/{name}", 0.0) + float(column_G.sum())
+    sums = merge_sums(gather_objects(sums, group=run.layout.dp))
+    groups, responses = sums.pop("groups"), sums.pop("responses")
+    spread = {"groups_with_spread": sums.pop("spread") / max(1.0, groups)}
+    means = {name: value / max(1.0, responses) for name, value in sums.items()}
+    merged = merge_updates(stats)
+    merged = dataclasses.replace(merged, metrics={**means, **spread, **merged.metrics})
+    run.logger.samples(
+        step, [row for item in scored for row in sample_rows(item)][: run.config.logger.samples_per_step]
+    )
+    log_step(run, run.trainer.step, merged, dropped, seconds=seconds)
+
+
+def merge_updates(stats: Sequence[StepStats]) -> StepStats:
+    """Means over the optimizer updates of one rollout batch; tokens add up."""
+    count = len(stats)
+    metrics = merge_sums([item.metrics for item in stats])
+    return StepStats(
+        loss=sum(item.loss for item in stats) / count,
+        grad_norm=sum(item.grad_norm for item in stats) / count,
+        learning_rate=stats[-1].learning_rate,
+        skipped=any(item.skipped for item in stats),
+        num_tokens=sum(item.num_tokens for item in stats),
+        metrics={name: value if name.endswith("_max") else value / count for name, value in metrics.items()},
+    )
+
+
+def sample_rows(item: ScoredGroup) -> list[dict]:
+    """One JSON object per response of a group."""
+    sample = item.group.prompt.sample
+    return [
+        {
+            "sample_id": sample.sample_id,
+            "question": sample.question,
+            "answer": sample.answer,
+            "response": text,
+            "reward": float(item.rewards_G[index]),
+            **dict(zip(item.part_names, item.parts_GK[index].tolist(), strict=True)),
+            "tokens": len(item.group.response_ids[index]),
+            "truncated": item.group.truncated[index],
+        }
+        for index, text in enumerate(item.group.texts)
+    ]

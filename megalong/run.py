@@ -1,0 +1,280 @@
+"""What sft, grpo and eval share: opening a run, its batches, checkpoints, and an orderly end."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from megalong.config.errors import ConfigError
+from megalong.config.load import save_config
+from megalong.config.model_shape import read_model_shape
+from megalong.config.tree import RolloutEngine as EngineChoice
+from megalong.config.tree import RunConfig
+from megalong.config.validate import Task, validate
+from megalong.data.batches import build_prompts
+from megalong.data.manifest import ManifestError, read_manifest
+from megalong.data.sampler import PromptSampler
+from megalong.data.sequence import SequenceBuilder
+from megalong.data.video import select_frames
+from megalong.engine.build import TORCH_DTYPE, build_model, family_of
+from megalong.engine.checkpoint import complete_checkpoints, load_checkpoint, load_weights, save_checkpoint
+from megalong.engine.trainer import Trainer
+from megalong.metrics import PhaseTimer, RunLogger
+from megalong.parallel.collectives import gather_objects, max_over
+from megalong.parallel.layout import ParallelLayout, make_layout
+from megalong.records import Dropped, Prompt, Sample
+from megalong.rewards.functions import check_problem_types
+from megalong.rollout.embedded import EmbeddedEngine
+from megalong.rollout.sampler import GroupSampler
+from megalong.vision.encode import VisionSettings, VisionStage
+
+GIB = 1 << 30
+
+
+@dataclass(kw_only=True)
+class Run:
+    """Everything a loop works with; built once by open_run."""
+
+    config: RunConfig
+    layout: ParallelLayout
+    trainer: Trainer
+    vision: VisionStage
+    builder: SequenceBuilder
+    sampler: GroupSampler
+    logger: RunLogger
+    timer: PhaseTimer
+    resumed: dict[str, Any]  # `extra` of the checkpoint the run continues from; {} at a fresh start
+    weights_version: int = -1  # of the sampler
+    stop_requested: bool = False
+
+    def sync_weights(self) -> None:
+        """Send the trainer's weights to the sampler, unless it has them already."""
+        if self.weights_version != self.trainer.num_updates:
+            self.sampler.load_weights(self.trainer.export_weights(), version=self.trainer.num_updates)
+            self.weights_version = self.trainer.num_updates
+
+    def steps(self, total: int) -> Iterator[int]:
+        """Numbers of the steps left to do (from 1), with a progress bar on the main process.
+
+        Stops early, after the step in progress, when any process got SIGTERM.
+        """
+        previous = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stop_requested", True))
+        bar = tqdm(
+            total=total, initial=self.trainer.step, disable=not self.layout.is_main, unit="step", dynamic_ncols=True
+        )
+        try:
+            while self.trainer.step < total and not self._stop_anywhere():
+                yield self.trainer.step + 1
+                bar.update()
+        finally:
+            bar.close()
+            signal.signal(signal.SIGTERM, previous)
+
+    def _stop_anywhere(self) -> bool:
+        flags = {"stop": float(self.stop_requested)}
+        self.stop_requested = bool(max_over(flags, group=self.layout.world, device=self.layout.device)["stop"])
+        return self.stop_requested
+
+    def save(self, batches: PromptBatches) -> Path:
+        """Checkpoint under <run_dir>/checkpoints (collective)."""
+        return save_checkpoint(
+            checkpoint_folder(self.config),
+            self.trainer,
+            extra={"sampler": batches.position},
+            keep=self.config.checkpoint.keep,
+        )
+
+    def save_if_due(self, batches: PromptBatches) -> None:
+        every = self.config.checkpoint.save_every
+        if every and self.trainer.step % every == 0:
+            self.save(batches)
+
+    def report_dropped(self, dropped: Sequence[Dropped]) -> int:
+        """Write the drops of all replicas to dropped.jsonl; returns how many there were."""
+        everywhere = [drop for part in gather_objects(list(dropped), group=self.layout.dp) for drop in part]
+        self.logger.dropped(everywhere)
+        return len(everywhere)
+
+    def close(self) -> None:
+        self.vision.close()
+        self.logger.close()
+
+
+class PromptBatches:
+    """This replica's prompts, batch by batch, videos decoded (and encoded, for a frozen tower); decodes one ahead."""
+
+    def __init__(self, run: Run, samples: Sequence[Sample], *, batch_size: int) -> None:
+        self.run, self.samples = run, samples
+        config, layout = run.config.data, run.layout
+        self._order = PromptSampler(
+            len(samples), batch_size, layout.dp_rank, layout.dp_size, seed=config.seed, shuffle=config.shuffle
+        )
+        if "sampler" in run.resumed:
+            self._order.load_state_dict(run.resumed["sampler"])
+        self.position = self._order.state_dict()  # of the batches handed out: what a checkpoint saves
+        self._ahead: tuple[list[Prompt], list[Dropped]] | None = None
+
+    def __next__(self) -> tuple[list[Prompt], list[Dropped]]:
+        prompts, dropped = self._ahead or self._plan()
+        self.position = self._order.state_dict()
+        prompts, unreadable = make_ready(self.run, prompts)
+        self._ahead = self._plan()
+        return prompts, [*dropped, *unreadable]
+
+    def _plan(self) -> tuple[list[Prompt], list[Dropped]]:
+        prompts, dropped = plan_prompts(self.run, [self.samples[index] for index in next(self._order)])
+        self.run.vision.prefetch([item for prompt in prompts for item in prompt.selections])
+        return prompts, dropped
+
+
+def plan_prompts(run: Run, samples: Sequence[Sample]) -> tuple[list[Prompt], list[Dropped]]:
+    """Choose frames and build token ids; nothing is decoded yet."""
+    video = run.config.video
+    choose = partial(
+        select_frames,
+        sampling=video.sampling,
+        num_frames=video.num_frames,
+        fps=video.fps,
+        max_frames=video.max_frames,
+    )
+    selections, unreadable = run.vision.select(samples, choose)
+    prompts, too_long = build_prompts(
+        samples, selections, run.builder, max_prompt_tokens=run.config.data.max_prompt_tokens
+    )
+    return prompts, [*unreadable, *too_long]
+
+
+def make_ready(run: Run, prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[Dropped]]:
+    """Decode (and encode) the prompts' videos. Returns the prompts that can be used and the drops."""
+    selections = {item.path: item for prompt in prompts for item in prompt.selections}
+    dropped = run.vision.prepare([prompt.sample for prompt in prompts], selections)
+    bad = {drop.sample_id for drop in dropped}
+    return [prompt for prompt in prompts if prompt.sample.sample_id not in bad], dropped
+
+
+def checkpoint_folder(config: RunConfig) -> Path:
+    return Path(config.logger.run_dir) / "checkpoints"
+
+
+def read_samples(config: RunConfig, *, manifest: str, video_dir: str | None, thinking_targets: bool) -> list[Sample]:
+    """Read and check a manifest before anything else is built."""
+    samples = read_manifest(manifest, video_dir=video_dir)
+    check_problem_types(samples)
+    if thinking_targets and config.data.thinking:
+        lacking = [sample.sample_id for sample in samples if not sample.reasoning]
+        if lacking:
+            raise ManifestError(
+                f"{manifest}: {len(lacking)} of {len(samples)} samples have no reasoning (first: {lacking[0]!r}); "
+                "chain-of-thought SFT needs it: add it or set data.thinking=false"
+            )
+    return samples
+
+
+def open_run(config: RunConfig, *, task: Task) -> Run:
+    """Check the configuration, join the other processes, build the model, load or resume (collective)."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    validate(config, task=task, world_size=world_size, model=read_model_shape(config.model.path))
+    family = family_of(config.model)
+    parallel = config.parallel
+    layout = make_layout(
+        tp=parallel.tp, cp=parallel.cp, pp=parallel.pp, seed=config.seed, timeout_minutes=parallel.timeout_minutes
+    )
+    seed_everything(config.seed)
+    model = build_model(config.model, layout, sequence_parallel=parallel.sequence_parallel)
+    vision = VisionStage(model.vision, layout, vision_settings(config, model.spec.vision))
+    total_steps = config.grpo.steps * config.grpo.updates_per_batch if task == "grpo" else config.sft.steps
+    trainer = Trainer(model, layout, config.optimizer, total_steps=total_steps, embeddings=vision.embeddings)
+    if config.model.init_from:
+        load_weights(newest_checkpoint(Path(config.model.init_from)), trainer)
+    if task == "grpo" and config.grpo.kl_coef > 0:
+        trainer.keep_reference()
+    checkpoints = complete_checkpoints(checkpoint_folder(config)) if config.checkpoint.resume else []
+    resumed = load_checkpoint(checkpoints[-1], trainer) if checkpoints and task != "eval" else {}
+    vision.weights_changed()
+    tokens = family.read_tokens(Path(config.model.path))
+    run = Run(
+        config=config,
+        layout=layout,
+        trainer=trainer,
+        vision=vision,
+        builder=SequenceBuilder(
+            encode=tokens.encode,
+            newline_id=tokens.newline_id,
+            eos_id=tokens.eos_id,
+            tokens_per_frame=model.spec.vision.tokens_per_frame,
+            system_prompt=tokens.system_prompt,
+            thinking=config.data.thinking,
+        ),
+        sampler=GroupSampler(
+            build_engine(config, layout, eos_id=tokens.eos_id), layout, decode=tokens.decode, seed=config.seed
+        ),
+        logger=RunLogger(
+            config.logger.run_dir,
+            tensorboard=config.logger.tensorboard,
+            wandb=config.logger.wandb,
+            wandb_project=config.logger.wandb_project,
+            config=config,
+            is_main=layout.is_main,
+            resume_step=trainer.step,
+        ),
+        timer=PhaseTimer(torch.cuda.synchronize if layout.device.type == "cuda" else None),
+        resumed=resumed,
+    )
+    if layout.is_main:
+        save_config(config, Path(config.logger.run_dir) / "config.yaml")
+    return run
+
+
+def build_engine(config: RunConfig, layout: ParallelLayout, *, eos_id: int) -> EmbeddedEngine:
+    """The rollout engine config.rollout.engine names."""
+    if config.rollout.engine is EngineChoice.vllm:
+        raise ConfigError(["rollout.engine=vllm is not built yet; set rollout.engine=embedded"])
+    family = family_of(config.model)
+    return EmbeddedEngine(
+        family.sampler_model(Path(config.model.path), TORCH_DTYPE[config.model.dtype]),
+        prefix=family.sampler_prefix,
+        eos_id=eos_id,
+        device=layout.device,
+        batch_prompts=config.rollout.batch_prompts,
+    )
+
+
+def vision_settings(config: RunConfig, shape: Any) -> VisionSettings:
+    video, model = config.video, config.model
+    return VisionSettings(
+        image_size=shape.image_size,
+        tokens_per_frame=shape.tokens_per_frame,
+        tower_batch_frames=video.tower_batch_frames,
+        frozen=video.cache_embeddings and not (model.train_tower or model.train_projector),
+        embed_store_bytes=int(video.cache_gib * GIB),
+        frame_store_bytes=int(video.frame_cache_gib * GIB),
+        decode_workers=config.data.decode_workers,
+    )
+
+
+def newest_checkpoint(path: Path) -> Path:
+    """`path` itself when it is a checkpoint, or the newest complete one in it."""
+    if (path / "metadata.json").is_file():
+        return path
+    found = complete_checkpoints(path)
+    if not found:
+        raise ValueError(
+            f"model.init_from={path}: neither a megatron checkpoint nor a folder with step_<n> checkpoints"
+        )
+    return found[-1]
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
