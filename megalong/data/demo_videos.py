@@ -17,11 +17,11 @@ import av
 import numpy as np
 
 from megalong.data.demo_render import FRAME_SIZE, render
-from megalong.data.demo_tasks import ASK, CATEGORIES, COLOURS, DRAW, Question, Scenario
+from megalong.data.demo_tasks import ASK, CATEGORIES, DRAW, Question, Scenario
 
 LETTERS = "ABCD"
 OPEN_SHARE = 0.125
-"""Share of RL and held-out questions without options."""
+"""Share of questions without options."""
 VIDEO_FPS = 4
 KEYFRAME_EVERY = 8
 """Frames between keyframes: a short distance keeps reading a few frames of a file cheap."""
@@ -76,7 +76,7 @@ def make_demo_data(
     paths = {}
     for split, count in (("train_sft", num_train_sft), ("train_rl", num_train_rl), ("heldout", num_heldout)):
         videos = draw_videos(split, -(-count // questions_per_video), rng=rng, used=used)
-        lines = ask_questions(split, videos, per_video=questions_per_video, rng=rng)[:count]
+        lines = ask_questions(videos, per_video=questions_per_video, rng=rng)[:count]
         if split != "train_sft":
             lines = [{**line, "reasoning": ""} for line in lines]
         paths[split] = out_dir / f"{split}.jsonl"
@@ -120,7 +120,7 @@ def draw_new(category: str, *, option: int, rng: random.Random, used: set[Scenar
     raise ValueError(f"no unused {category} scenario left after {MAX_DRAWS} draws; ask for fewer demo videos")
 
 
-def ask_questions(split: str, videos: list[Video], *, per_video: int, rng: random.Random) -> list[dict]:
+def ask_questions(videos: list[Video], *, per_video: int, rng: random.Random) -> list[dict]:
     """Manifest lines: per video one question about its course and the rest about colours."""
     asked = {category: Counter() for category in CATEGORIES}
     lines = []
@@ -138,15 +138,8 @@ def ask_questions(split: str, videos: list[Video], *, per_video: int, rng: rando
                 "videos": f"videos/{video.name}",
                 "category": video.category,
             }
-            lines.append({**base, **phrase(question, with_options=has_options(split, question, rng))})
+            lines.append({**base, **phrase(question, with_options=rng.random() >= OPEN_SHARE)})
     return lines
-
-
-def has_options(split: str, question: Question, rng: random.Random) -> bool:
-    """SFT shows options with colour questions only: picking the right letter elsewhere is left for RL to teach."""
-    if split == "train_sft":
-        return question.options == COLOURS
-    return rng.random() >= OPEN_SHARE
 
 
 def phrase(question: Question, *, with_options: bool) -> dict[str, str]:

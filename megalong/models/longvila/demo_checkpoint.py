@@ -44,7 +44,7 @@ class DemoModelSize:
     """Sizes of the demo model; every LLM size divides by 2, for tensor parallelism."""
 
     hidden: int = 128
-    layers: int = 4
+    layers: int = 3
     heads: int = 4
     kv_heads: int = 2
     intermediate: int = 384
@@ -56,7 +56,7 @@ class DemoModelSize:
     """The last one is skipped, as LongVILA does (mm_vision_select_layer -2)."""
     tower_heads: int = 4
     tower_intermediate: int = 128
-    image: int = 48
+    image: int = 32
     patch: int = 8
 
 
@@ -155,6 +155,9 @@ def write_tower(folder: Path, size: DemoModelSize) -> None:
         dtype="float32",
     )
     tower = SiglipVisionModel(config)
+    # SigLIP's own 1/sqrt(width) drowns in the patch content of a narrow tower: nothing would know where it looks.
+    position_ND = next(t for name, t in tower.named_parameters() if name.endswith("position_embedding.weight"))
+    torch.nn.init.normal_(position_ND, std=1.0)
     folder.mkdir(parents=True, exist_ok=True)
     # Written by hand: transformers 5 drops the `vision_model.` that published checkpoints have in every name.
     tensors = {f"vision_model.{name.removeprefix('vision_model.')}": t for name, t in tower.state_dict().items()}
@@ -208,7 +211,7 @@ def top_config(size: DemoModelSize) -> dict:
         "hidden_size": size.hidden,
         "mm_hidden_size": size.tower_hidden,
         "image_aspect_ratio": "resize",
-        "num_video_frames": 12,
+        "num_video_frames": 8,
         "fps": 0.0,
         "mm_vision_select_layer": -2,
         "mm_vision_select_feature": "cls_patch",
