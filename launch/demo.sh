@@ -5,15 +5,27 @@
 #
 # SEED  environment: seed of data, model and training (default 1)
 # OUT   environment: folder of everything it writes (default runs/demo); OUT/sft and OUT/grpo are made anew
+# GPUS  environment: how many GPUs to use (default 0: two CPU processes). With GPUs the same recipes run on NCCL,
+#       Transformer Engine layers and bf16.
 # Overrides go to both training stages. MEGALONG_DRY_RUN=1 prints the commands instead of running them.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 cd "$ROOT"
 
 SEED=${SEED:-1} OUT=${OUT:-runs/demo}
-# One thread per process: two processes with a pool each are slower than two without. No GPU even where there is one.
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} CUDA_VISIBLE_DEVICES= HF_HUB_OFFLINE=1
+GPUS=${GPUS:-0}
+# One thread per process: two processes with a pool each are slower than two without.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1
+PROCESSES=$GPUS
+if ((GPUS == 0)); then
+  PROCESSES=2
+  export CUDA_VISIBLE_DEVICES= # no GPU even where there is one
+fi
 COMMON=("seed=$SEED" "data.seed=$SEED" "model.path=$OUT/model" "eval.manifest=$OUT/data/heldout.jsonl")
+
+if ((GPUS > 0)); then
+  COMMON+=("model.dtype=bfloat16" "model.layer_spec=te")
+fi
 
 # stage NAME COMMAND...: run it and note its seconds.
 TIMES=()
@@ -27,9 +39,9 @@ stage() {
 
 run rm -rf "$OUT/sft" "$OUT/grpo"
 stage data run "$PYTHON" -m megalong make-demo-data --out "$OUT" --seed "$SEED"
-stage sft torchrun_local 2 sft launch/recipes/demo_sft.yaml "${COMMON[@]}" \
+stage sft torchrun_local "$PROCESSES" sft launch/recipes/demo_sft.yaml "${COMMON[@]}" \
   "data.train=$OUT/data/train_sft.jsonl" "logger.run_dir=$OUT/sft" "$@"
-stage grpo torchrun_local 2 grpo launch/recipes/demo_grpo.yaml "${COMMON[@]}" \
+stage grpo torchrun_local "$PROCESSES" grpo launch/recipes/demo_grpo.yaml "${COMMON[@]}" \
   "data.train=$OUT/data/train_rl.jsonl" "logger.run_dir=$OUT/grpo" "model.init_from=$OUT/sft/checkpoints" "$@"
 
 if [[ ${MEGALONG_DRY_RUN:-0} != 1 ]]; then
