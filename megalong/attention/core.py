@@ -10,7 +10,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megalong.attention.reference import pack_attention_reference
+from megalong.attention.shared_prefix import pack_attention
 from megalong.records import GroupSpan
 
 
@@ -50,6 +50,8 @@ class PackCoreAttention(MegatronModule):
         attn_mask_type: Any,
         attention_type: str,
         softmax_scale: float | None = None,
+        *,
+        kernel: str = "auto",
         **_: Any,  # dropout, comm type and groups: fixed by the layout here
     ) -> None:
         super().__init__(config=config)
@@ -60,11 +62,12 @@ class PackCoreAttention(MegatronModule):
             )
         if config.attention_dropout:
             raise ValueError(f"attention_dropout={config.attention_dropout}: shared-prefix training needs 0")
+        self.kernel = kernel  # a name of attention.kernels.KERNELS, or auto
         self.scale = softmax_scale if softmax_scale is not None else 1 / math.sqrt(config.kv_channels)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **_: Any) -> Tensor:
         """query: [T, 1, Q, d], key, value: [T, 1, K, d]. Returns [T, 1, Q * d]."""
-        out = pack_attention_reference(
-            query[:, 0], key[:, 0], value[:, 0], decode_spans(attention_mask), scale=self.scale
+        out = pack_attention(
+            query[:, 0], key[:, 0], value[:, 0], decode_spans(attention_mask), scale=self.scale, kernel=self.kernel
         )
         return out.reshape(out.shape[0], 1, -1)

@@ -22,6 +22,14 @@ class LayerSpec(Enum):
     te = "te"
 
 
+class AttentionKernel(Enum):
+    auto = "auto"  # the fastest that takes the device and dtype
+    plain = "plain"
+    cpu_flash = "cpu_flash"
+    flash = "flash"
+    cudnn = "cudnn"
+
+
 class Recompute(Enum):
     none = "none"
     full = "full"
@@ -77,6 +85,7 @@ class ModelConfig:
     """Megatron checkpoint folder whose weights replace those of `path` (for example SFT's, before GRPO)."""
     dtype: Dtype = Dtype.bfloat16
     layer_spec: LayerSpec = LayerSpec.auto
+    attention: AttentionKernel = AttentionKernel.auto
     recompute: Recompute = Recompute.full
     train_llm: bool = True
     train_projector: bool = False

@@ -27,9 +27,7 @@ def family_of(config: ModelConfig) -> Family:
 def build_model(config: ModelConfig, layout: ParallelLayout, *, sequence_parallel: bool) -> LongVila:
     """The model on this rank's device with the weights of config.path, frozen where config says so."""
     if layout.pp_size > 1:
-        raise ValueError(
-            f"parallel.pp={layout.pp_size}: no pipeline schedule yet; set parallel.pp=1"
-        )
+        raise ValueError(f"parallel.pp={layout.pp_size}: no pipeline schedule yet; set parallel.pp=1")
     family = family_of(config)
     on_gpu = layout.device.type == "cuda"
     spec = family.read_spec(Path(config.path))
@@ -46,7 +44,7 @@ def build_model(config: ModelConfig, layout: ParallelLayout, *, sequence_paralle
         recompute=config.recompute is Recompute.full,
         on_gpu=on_gpu,
     )
-    model = family.build(megatron, spec, use_te=use_te).to(layout.device)
+    model = family.build(megatron, spec, use_te=use_te, attention_kernel=config.attention.value).to(layout.device)
     load_hf_weights(model, model.weight_table(), CheckpointReader(spec.path, family.weight_folders), layout)
     model.freeze(llm=config.train_llm, projector=config.train_projector, tower=config.train_tower)
     return model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -82,19 +83,16 @@ class PackRotary(nn.Module):
 
 
 class PackGpt(GPTModel):
-    """GPTModel that takes a TokenBatch and returns log-probabilities of the response rows only."""
+    """GPTModel that takes a TokenBatch and returns the hidden states of its response rows."""
 
     def __init__(
-        self, config: TransformerConfig, shape: GptShape, *, use_te: bool, padded_vocab: int,
-        pre_process: bool = True, post_process: bool = True,
-    ) -> None:  # fmt: skip
+        self, config: TransformerConfig, shape: GptShape, *, use_te: bool, padded_vocab: int, attention_kernel: str
+    ) -> None:
         super().__init__(
             config=config,
-            transformer_layer_spec=_block_spec(config.num_layers, use_te=use_te),
+            transformer_layer_spec=_block_spec(config.num_layers, use_te=use_te, attention_kernel=attention_kernel),
             vocab_size=padded_vocab,
             max_sequence_length=shape.max_positions,
-            pre_process=pre_process,
-            post_process=post_process,
             share_embeddings_and_output_weights=shape.tied,
             position_embedding_type="mrope",
             rotary_base=shape.rope_theta,
@@ -171,7 +169,7 @@ def _pad_to_multiple(tokens: TokenBatch, multiple: int) -> tuple[Tensor, Tensor,
     )
 
 
-def _block_spec(num_layers: int, *, use_te: bool) -> TransformerBlockSubmodules:
+def _block_spec(num_layers: int, *, use_te: bool, attention_kernel: str) -> TransformerBlockSubmodules:
     """Megatron's own layer with our core attention; Transformer Engine's linears and norms on a GPU."""
     if use_te:
         from megatron.core.extensions.transformer_engine import TENorm
@@ -182,7 +180,7 @@ def _block_spec(num_layers: int, *, use_te: bool) -> TransformerBlockSubmodules:
         layer.submodules.input_layernorm = RMSNorm
         layer.submodules.pre_mlp_layernorm = RMSNorm
     attention: ModuleSpec = layer.submodules.self_attention
-    attention.submodules.core_attention = PackCoreAttention
+    attention.submodules.core_attention = partial(PackCoreAttention, kernel=attention_kernel)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
 
 

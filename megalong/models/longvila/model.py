@@ -20,11 +20,19 @@ from megalong.records import TokenBatch
 class LongVila(MegatronModule):
     """Parameters `llm.*` are tensor-parallel; `vision.*` are whole on every rank."""
 
-    def __init__(self, config: TransformerConfig, spec: LongVilaSpec, *, use_te: bool) -> None:
+    def __init__(
+        self, config: TransformerConfig, spec: LongVilaSpec, *, use_te: bool, attention_kernel: str = "auto"
+    ) -> None:
         super().__init__(config=config)
         self.spec, self.use_te = spec, use_te
         tp = config.tensor_model_parallel_size
-        self.llm = PackGpt(config, spec.gpt, use_te=use_te, padded_vocab=spec.gpt.vocab + -spec.gpt.vocab % tp)
+        self.llm = PackGpt(
+            config,
+            spec.gpt,
+            use_te=use_te,
+            padded_vocab=spec.gpt.vocab + -spec.gpt.vocab % tp,
+            attention_kernel=attention_kernel,
+        )
         self.vision = VisionEncoder(spec).to(config.params_dtype)
 
     def forward(self, tokens: TokenBatch, embeds_ND: Tensor | None) -> Tensor:
