@@ -19,4 +19,10 @@ def enable_megatron_on_cpu() -> None:
     # megatron-core 0.19 asks for the stream only to wait for CUDA-graph events, of which there are none here.
     torch.cuda.current_stream = lambda: None
     torch.cuda.synchronize = lambda *_: None  # dist_checkpointing waits for copies to the host
+    # Activation recomputation saves and restores the GPU's RNG state; nothing here draws from one.
+    tensor_parallel.random._get_cuda_rng_state = lambda *_, **__: torch.empty(0, dtype=torch.uint8)
+    tensor_parallel.random._set_cuda_rng_state = lambda *_, **__: None
     tensor_parallel.random.initialize_rng_tracker(inference_rng_tracker=True)
+    # Activation recomputation saves and restores the GPU's RNG state beside the CPU's; there is none here.
+    tensor_parallel.random._get_cuda_rng_state = lambda *_, **__: None
+    tensor_parallel.random._set_cuda_rng_state = lambda *_, **__: None
