@@ -77,7 +77,7 @@ def paint_goal(frame_HWC: np.ndarray, scenario: Goal, moment: float) -> None:
     """The agent looks one way, then walks most of the way to its target and stops."""
     middle = FRAME_SIZE / 2
     for (dx, dy), colour in zip(STEPS, scenario.targets, strict=True):
-        paint_shape(frame_HWC, "square", at=(middle + dx * CELL, middle + dy * CELL), colour=colour)
+        paint_shape(frame_HWC, scenario.shape, at=(middle + dx * CELL, middle + dy * CELL), colour=colour)
     look, walk = STEPS[scenario.glance], STEPS[scenario.heading]
     glance = 3.0 * math.sin(math.pi * min(moment / 0.2, 1.0))
     way = 0.6 * CELL * smooth((moment - 0.25) / 0.35)

@@ -54,6 +54,7 @@ class Spatial:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Goal:
     targets: tuple[str, str, str, str]  # colours, in the order of CORNERS
+    shape: str  # of all targets
     heading: int  # index into CORNERS
     glance: int  # index into CORNERS: where the agent looks before it goes
 
@@ -92,7 +93,12 @@ def draw_spatial(rng: random.Random) -> Spatial:
 
 
 def draw_goal(rng: random.Random) -> Goal:
-    return Goal(targets=tuple(rng.sample(COLOURS, 4)), heading=rng.randrange(4), glance=rng.randrange(4))
+    return Goal(
+        targets=tuple(rng.sample(COLOURS, 4)),
+        shape=rng.choice(SHAPES),
+        heading=rng.randrange(4),
+        glance=rng.randrange(4),
+    )
 
 
 def draw_plot(rng: random.Random) -> Plot:
