@@ -1,0 +1,305 @@
+"""LongVILA in Megatron against transformers: same files, same packs, equal log-probabilities and gradients.
+
+The oracle is SiglipVisionModel's hidden_states[-2], a projector written out here, and Qwen2ForCausalLM, on every
+[prompt | response] as a sequence of its own. Nothing of megalong.models or megalong.attention is in it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional
+from transformers import Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
+
+from megalong.config.tree import Dtype, ModelConfig, OptimizerConfig, Recompute
+from megalong.data.packing import GroupTokens, pack_groups
+from megalong.data.sequence import SequenceBuilder
+from megalong.engine.build import build_model
+from megalong.engine.trainer import Trainer
+from megalong.models.gpt import PackRotary
+from megalong.models.longvila.demo_checkpoint import DemoModelSize, top_config, write_json
+from megalong.records import MEDIA_TOKEN, FrameSelection, Sample
+
+VOCAB = 96
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    heads: int = 4
+    kv_heads: int = 2
+    tied: bool = False
+    rope: dict | None = None
+    image: int = 16  # with patches of 4: a grid of 4 x 4
+    temperature: float = 1.0
+    recompute: Recompute = Recompute.none
+
+
+VARIANTS = {
+    "grouped queries, untied": Variant(),
+    "tied embeddings": Variant(tied=True),
+    "a key for every query head": Variant(kv_heads=4),
+    "one key head": Variant(kv_heads=1),
+    "linear position scaling": Variant(rope={"rope_type": "linear", "factor": 4.0, "rope_theta": 5e4}),
+    "odd patch grid": Variant(image=20),
+    "temperature": Variant(temperature=0.6),
+    "activation recomputation": Variant(recompute=Recompute.full),
+}
+
+
+def write_checkpoint(folder: Path, variant: Variant) -> Path:
+    """Weights and configs in LongVILA's layout; every tensor random, so that no bias or norm hides behind 0 or 1."""
+    torch.manual_seed(7)
+    size = DemoModelSize(hidden=32, tower_hidden=16)
+    llm = Qwen2Config(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=variant.heads,
+        num_key_value_heads=variant.kv_heads,
+        max_position_embeddings=512,
+        tie_word_embeddings=variant.tied,
+        rope_parameters=variant.rope or {"rope_type": "default", "rope_theta": 1e4},
+        rms_norm_eps=1e-6,
+        dtype="float32",
+    )
+    model = Qwen2ForCausalLM(llm)
+    randomise(model)
+    model.save_pretrained(folder / "llm")
+    tower_config = SiglipVisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=variant.image,
+        patch_size=4, vision_use_head=False, dtype="float32",
+    )  # fmt: skip
+    tower = SiglipVisionModel(tower_config)
+    randomise(tower)
+    tower.save_pretrained(folder / "vision_tower")
+    (folder / "mm_projector").mkdir()
+    shapes = {
+        "layers.1.weight": (64,), "layers.1.bias": (64,), "layers.2.weight": (32, 64), "layers.2.bias": (32,),
+        "layers.4.weight": (32, 32), "layers.4.bias": (32,),
+    }  # fmt: skip
+    projector = {
+        name: torch.randn(shape) * 0.2 + (0.8 if name == "layers.1.weight" else 0) for name, shape in shapes.items()
+    }
+    save_file(projector, folder / "mm_projector" / "model.safetensors")
+    write_json(folder / "mm_projector" / "config.json", {"mm_projector_type": "mlp_downsample"})
+    write_json(folder / "config.json", top_config(size))
+    return folder
+
+
+@torch.no_grad()
+def randomise(model: torch.nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        centre = 1.0 if name.endswith("weight") and "norm" in name else 0.0
+        parameter.copy_(centre + torch.randn_like(parameter) * (0.2 if parameter.ndim < 2 else 0.15))
+
+
+class Oracle:
+    """The three parts with the checkpoint's weights; `gradients()` in the names of the checkpoint's files."""
+
+    def __init__(self, folder: Path) -> None:
+        self.llm = Qwen2ForCausalLM.from_pretrained(folder / "llm", dtype=torch.float32, attn_implementation="eager")
+        self.tower = SiglipVisionModel.from_pretrained(folder / "vision_tower", attn_implementation="eager")
+        self.projector = {
+            name: tensor.requires_grad_()
+            for name, tensor in load_file(folder / "mm_projector/model.safetensors").items()
+        }
+
+    def encode(self, frames_FHWC: Tensor) -> Tensor:
+        pixels = (frames_FHWC.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5
+        features = self.tower(pixel_values=pixels, output_hidden_states=True).hidden_states[-2]
+        return torch.stack([self.project(of_frame) for of_frame in features])
+
+    def project(self, features_ND: Tensor) -> Tensor:
+        """One frame: its patches in blocks of 2 x 2, absent ones 0, block after block along the rows."""
+        side = int(len(features_ND) ** 0.5)
+        empty, blocks = torch.zeros_like(features_ND[0]), []
+        for row in range(0, side, 2):
+            for column in range(0, side, 2):
+                patches = []
+                for r, c in ((row, column), (row, column + 1), (row + 1, column), (row + 1, column + 1)):
+                    patches.append(features_ND[r * side + c] if r < side and c < side else empty)
+                blocks.append(torch.cat(patches))
+        p = self.projector
+        x = functional.layer_norm(
+            torch.stack(blocks), (4 * features_ND.shape[1],), p["layers.1.weight"], p["layers.1.bias"]
+        )
+        x = functional.gelu(functional.linear(x, p["layers.2.weight"], p["layers.2.bias"]))
+        return functional.linear(x, p["layers.4.weight"], p["layers.4.bias"])
+
+    def logprobs(
+        self, prompt_ids: tuple[int, ...], response: tuple[int, ...], embeds_ND: Tensor | None, *, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probability of each response token and the entropy at its place."""
+        ids = torch.tensor(prompt_ids + response)
+        inputs = self.llm.get_input_embeddings()(ids.clamp_min(0))
+        if embeds_ND is not None:
+            inputs = inputs.index_put((torch.nonzero(ids == MEDIA_TOKEN)[:, 0],), embeds_ND)
+        logits = self.llm(inputs_embeds=inputs[None]).logits[0] / temperature
+        rows = logits[len(prompt_ids) - 1 : len(ids) - 1]
+        all_logprobs = rows.log_softmax(-1)
+        return all_logprobs.gather(1, torch.tensor(response)[:, None])[:, 0], torch.distributions.Categorical(
+            logits=rows
+        ).entropy()
+
+    def gradients(self) -> dict[str, Tensor]:
+        found = {f"llm/{name}": param.grad for name, param in self.llm.named_parameters()}
+        for name, param in self.tower.named_parameters():
+            found[f"vision_tower/vision_model.{name.removeprefix('vision_model.')}"] = param.grad
+        found.update({f"mm_projector/{name}": tensor.grad for name, tensor in self.projector.items()})
+        return found
+
+
+def build_case(tokens_per_frame: int, image: int) -> tuple[list[list[GroupTokens]], dict[str, Tensor]]:
+    """Two packs: text only, one frame, several frames, two videos, and a padding-free mix of group sizes."""
+    generator = torch.Generator().manual_seed(11)
+    frames = {
+        name: torch.randint(0, 256, (count, image, image, 3), dtype=torch.uint8, generator=generator)
+        for name, count in (("a", 1), ("b", 4), ("c", 2))
+    }
+    builder = SequenceBuilder(
+        encode=lambda text: [ord(character) % (VOCAB - 2) + 2 for character in text[-9:]],
+        newline_id=1, eos_id=0, tokens_per_frame=tokens_per_frame, system_prompt="s", thinking=False,
+    )  # fmt: skip
+
+    def group(name: str, videos: tuple[str, ...], lens: tuple[int, ...]) -> GroupTokens:
+        sample = Sample(
+            sample_id=name, question=f"what {name}", answer="A", videos=videos, problem_type="open-ended",
+            category="c", reasoning="", subtitles="",
+        )  # fmt: skip
+        selections = [
+            FrameSelection(path=path, frames=tuple(range(len(frames[path]))), seconds=(0.0,) * len(frames[path]))
+            for path in videos
+        ]
+        responses = tuple(tuple(torch.randint(0, VOCAB, (length,), generator=generator).tolist()) for length in lens)
+        return GroupTokens(prompt=builder.prompt(sample, selections), responses=responses)
+
+    packs = [
+        [group("text", (), (3, 1, 6)), group("one frame", ("a",), (5,))],
+        [group("frames", ("b",), (2, 40, 1)), group("two videos", ("c", "b"), (4, 4)), group("more text", (), (1,))],
+    ]
+    return packs, frames
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
+def test_logprobs_and_gradients_equal_transformers(tmp_path: Path, layout: object, variant: Variant) -> None:
+    folder = write_checkpoint(tmp_path, variant)
+    oracle = Oracle(folder)
+    config = ModelConfig(
+        path=str(folder), dtype=Dtype.float32, recompute=variant.recompute, train_projector=True, train_tower=True
+    )
+    model = build_model(config, layout, sequence_parallel=False)
+    packs, frames = build_case(model.spec.vision.tokens_per_frame, variant.image)
+
+    def embeddings(chosen: Sequence[FrameSelection]) -> Tensor | None:
+        return torch.cat([model.vision(frames[s.path]).flatten(0, 1) for s in chosen]) if chosen else None
+
+    trainer = Trainer(model, layout, OptimizerConfig(), total_steps=1, embeddings=embeddings)
+    trainer.ddp.zero_grad_buffer()
+    want_total = torch.zeros(())
+    for pack in packs:
+        got = trainer.forward(pack_groups(pack), temperature=variant.temperature)
+        pairs = []
+        for group in pack:
+            videos = [oracle.encode(frames[selection.path]).flatten(0, 1) for selection in group.prompt.selections]
+            embeds_ND = torch.cat(videos) if videos else None
+            pairs += [
+                oracle.logprobs(group.prompt.ids_P, response, embeds_ND, temperature=variant.temperature)
+                for response in group.responses
+            ]
+        want = tuple(torch.cat(parts) for parts in zip(*pairs, strict=True))
+        torch.testing.assert_close(got[0], want[0], rtol=TOLERANCE, atol=1e-5)
+        torch.testing.assert_close(got[1], want[1], rtol=TOLERANCE, atol=1e-5)
+        weights_R = torch.linspace(-1, 2, len(want[0])) / len(want[0])
+        (got[0] * weights_R).sum().backward()
+        want_total = want_total + (want[0] * weights_R).sum()
+    want_total.backward()
+    compare_gradients(model, oracle.gradients())
+
+
+def compare_gradients(model: torch.nn.Module, want: dict[str, Tensor]) -> None:
+    """Every tensor of the table, relative to that tensor's largest gradient."""
+    parameters = dict(model.named_parameters())
+    seen = set()
+    for entry in model.weight_table():
+        got = entry.join([parameters[entry.megatron].main_grad])
+        for name, gradient in zip(entry.hf, got, strict=True):
+            scale = want[name].abs().max()
+            if name.startswith("vision_tower/") and name.endswith("k_proj.bias"):
+                # The same vector added to every key changes no softmax: this gradient is rounding noise around 0
+                # (the LLM's is not, its keys are rotated).
+                scale = want[name.replace("k_proj", "q_proj")].abs().max()
+            assert scale > 0, f"the oracle has no gradient for {name}"
+            error = (gradient - want[name]).abs().max() / scale
+            assert error < TOLERANCE, f"gradient of {name} is off by {error:.1e}"
+            seen.add(name)
+    unused = {name for name in want if ".layers.2." in name and name.startswith("vision_tower/")}
+    unused |= {name for name in want if "post_layernorm" in name}
+    assert seen == set(want) - unused
+
+
+def test_oracle_tower_layers_after_the_selected_one_get_no_gradient(tmp_path: Path) -> None:
+    oracle = Oracle(write_checkpoint(tmp_path, Variant()))
+    oracle.encode(torch.zeros(1, 16, 16, 3, dtype=torch.uint8)).sum().backward()
+    grads = oracle.gradients()
+    assert grads["vision_tower/vision_model.post_layernorm.weight"] is None
+    assert grads["vision_tower/vision_model.encoder.layers.2.mlp.fc1.weight"] is None
+    assert grads["vision_tower/vision_model.encoder.layers.1.mlp.fc1.weight"] is not None
+
+
+def test_old_and_new_rope_keys_are_read_alike(tmp_path: Path, layout: object) -> None:
+    """transformers 4 wrote rope_theta and rope_scaling, 5 writes rope_parameters."""
+    variant = VARIANTS["linear position scaling"]
+    folder = write_checkpoint(tmp_path, variant)
+    config = ModelConfig(path=str(folder), dtype=Dtype.float32)
+    new = build_model(config, layout, sequence_parallel=False).spec.gpt
+    file = folder / "llm" / "config.json"
+    values = json.loads(file.read_text())
+    del values["rope_parameters"]
+    file.write_text(json.dumps({**values, "rope_theta": 5e4, "rope_scaling": {"type": "linear", "factor": 4.0}}))
+    old = build_model(config, layout, sequence_parallel=False).spec.gpt
+    assert old == new
+    assert (new.rope_theta, new.rope_scaling) == (5e4, 4.0)
+    assert replace(new, rope_scaling=1.0) != new
+
+
+def test_rotary_angles_equal_transformers_at_small_positions(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, VARIANTS["linear position scaling"])
+    llm = Qwen2ForCausalLM.from_pretrained(folder / "llm")
+    positions = torch.arange(512)[None]
+    cos, sin = llm.model.rotary_emb(torch.zeros(1, dtype=torch.float32), positions)
+    angles = PackRotary(head_dim=8, theta=5e4, scaling=4.0)(positions)[:, 0, 0]
+    torch.testing.assert_close(angles.cos(), cos[0], rtol=0, atol=1e-4)
+    torch.testing.assert_close(angles.sin(), sin[0], rtol=0, atol=1e-4)
+
+
+def test_rotary_angles_are_exact_at_two_million() -> None:
+    theta, head_dim = 1_062_356_830.0, 128
+    positions = [0, 1, 131_071, 1_999_999, 2_000_000]
+    angles = PackRotary(head_dim=head_dim, theta=theta, scaling=4.0)(torch.tensor([positions]))[:, 0, 0]
+    assert angles.dtype == torch.float32
+    for row, position in enumerate(positions):
+        for place in (0, 1, 31, 63):
+            exact = torch.tensor(position / 4.0 * theta ** (-2 * place / head_dim), dtype=torch.float64)
+            for half in (place, place + head_dim // 2):
+                assert abs(angles[row, half].double().cos() - exact.cos()) < 1e-6
+                assert abs(angles[row, half].double().sin() - exact.sin()) < 1e-6
+
+
+def test_wrong_number_of_embeddings_is_refused(tmp_path: Path, layout: object) -> None:
+    folder = write_checkpoint(tmp_path, Variant())
+    model = build_model(ModelConfig(path=str(folder), dtype=Dtype.float32), layout, sequence_parallel=False)
+    packs, frames = build_case(model.spec.vision.tokens_per_frame, 16)
+    tokens = pack_groups(packs[0])
+    with pytest.raises(ValueError, match="4 vision-token places but 0 embeddings"):
+        model(tokens, None)
+    with pytest.raises(ValueError, match="4 vision-token places but 16 embeddings"):
+        model(tokens, model.vision(frames["b"]).flatten(0, 1))
