@@ -104,8 +104,9 @@ class CudaFlashKernel:
         causal: bool, scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         unused = torch.zeros((), dtype=torch.int64, device="cpu")  # dropout state: there is no dropout
+        # The kernel reads lse as if contiguous; a slice of a longer one gives wrong gradients without an error.
         return torch.ops.aten._scaled_dot_product_flash_attention_backward(
-            grad_out, query, key, value, out, lse, None, None, query.shape[2], key.shape[2], 0.0, causal,
+            grad_out, query, key, value, out, lse.contiguous(), None, None, query.shape[2], key.shape[2], 0.0, causal,
             unused, unused, scale=scale,
         )  # fmt: skip
 
