@@ -30,6 +30,7 @@ from megalong.engine.build import TORCH_DTYPE, build_model, family_of
 from megalong.engine.checkpoint import complete_checkpoints, load_checkpoint, load_weights, save_checkpoint
 from megalong.engine.trainer import Trainer
 from megalong.metrics import PhaseTimer, RunLogger
+from megalong.models.errors import CheckpointError
 from megalong.parallel.collectives import gather_objects, max_over
 from megalong.parallel.layout import ParallelLayout, make_layout
 from megalong.records import Dropped, Prompt, Sample
@@ -268,7 +269,7 @@ def newest_checkpoint(path: Path) -> Path:
         return path
     found = complete_checkpoints(path)
     if not found:
-        raise ValueError(
+        raise CheckpointError(
             f"model.init_from={path}: neither a megatron checkpoint nor a folder with step_<n> checkpoints"
         )
     return found[-1]

@@ -14,13 +14,10 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from megalong.engine.trainer import Trainer
+from megalong.models.errors import CheckpointError
 
 _COMPLETE = re.compile(r"step_(\d{8})")
 _STATE = ("step", "num_updates", "skipped_in_a_row", "num_skipped")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint folder that cannot be used, and why."""
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
@@ -81,9 +78,7 @@ def _check(path: Path) -> None:
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such checkpoint folder")
     if not (path / "metadata.json").is_file():
-        raise CheckpointError(
-            f"{path}: not a megatron checkpoint (no metadata.json), or one cut short"
-        )
+        raise CheckpointError(f"{path}: not a megatron checkpoint (no metadata.json), or one cut short")
 
 
 def _load(sharded: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from megalong.models.errors import CheckpointError
 from megalong.models.weights import Entry, Replicated
 from megalong.parallel.layout import ParallelLayout
 from megalong.records import WeightBucket, bucket_checksum
@@ -19,8 +22,8 @@ from megalong.records import WeightBucket, bucket_checksum
 class CheckpointReader:
     """Reads tensors by `<folder>/<name>` from safetensors files, one at a time; nothing else stays in memory.
 
-    Raises ValueError for a missing folder, an index that points outside its folder or at a missing file, and a
-    missing tensor.
+    Raises CheckpointError for a missing folder, a bad index (no JSON, a file outside its folder, a missing file), a
+    file that is not whole, and a missing tensor.
     """
 
     def __init__(self, path: Path, folders: Sequence[str]) -> None:
@@ -33,51 +36,83 @@ class CheckpointReader:
                 self._file_of[f"{folder}/{plain}"] = file
                 self._file_of.setdefault(f"{folder}/{name}", file)
 
-    def read(self, name: str) -> Tensor:
+    def file_of(self, name: str) -> Path:
+        """The file that holds a tensor."""
         folder, _, inner = name.partition("/")
         plain = inner.removeprefix("vision_model.")
-        for candidate in (inner, plain, f"vision_model.{plain}"):
-            file = self._file_of.get(f"{folder}/{candidate}")
-            if file is None:
-                continue
-            with safe_open(file, framework="pt") as shard:
+        for candidate in (inner, plain):
+            if f"{folder}/{candidate}" in self._file_of:
+                return self._file_of[f"{folder}/{candidate}"]
+        raise CheckpointError(f"{self.path}: tensor {name!r} is in none of the safetensors files of {folder}/")
+
+    def read(self, name: str) -> Tensor:
+        file = self.file_of(name)
+        plain = name.partition("/")[2].removeprefix("vision_model.")
+        with _opened(file) as shard:
+            for candidate in (plain, f"vision_model.{plain}"):
                 if candidate in shard.keys():  # noqa: SIM118 - safe_open is no mapping
                     return shard.get_tensor(candidate)
-        raise ValueError(f"{self.path}: tensor {name!r} is in none of the safetensors files")
+        raise CheckpointError(f"{file}: the index says that tensor {name!r} is in this file, and it is not")
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt") as shard:
+            yield shard
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: not a whole safetensors file ({error}); copy or download it again") from error
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        weight_map = json.loads(index.read_text())["weight_map"]
-        files = {}
-        for name, file_name in weight_map.items():
-            file = folder / file_name
-            if file.parent != folder or not file.is_file():
-                raise ValueError(f"{index}: tensor {name!r} points at {file_name!r}, which is not a file of the folder")
-            files[name] = file
-        return files
+        return {name: _listed_file(index, name, file_name) for name, file_name in _weight_map(index).items()}
     single = folder / "model.safetensors"
     if not single.is_file():
-        raise ValueError(f"{folder}: neither model.safetensors nor model.safetensors.index.json is there")
-    with safe_open(single, framework="pt") as shard:
+        raise CheckpointError(f"{folder}: neither model.safetensors nor model.safetensors.index.json is there")
+    with _opened(single) as shard:
         return dict.fromkeys(shard.keys(), single)
+
+
+def _weight_map(index: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{index}: not valid JSON ({error})") from error
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{index}: key 'weight_map' is missing or no mapping of tensor names to files")
+    return weight_map
+
+
+def _listed_file(index: Path, name: str, file_name: Any) -> Path:
+    # A plain name only: an index must not make us read outside its folder.
+    if not isinstance(file_name, str) or Path(file_name).name != file_name or not (index.parent / file_name).is_file():
+        raise CheckpointError(f"{index}: tensor {name!r} points at {file_name!r}, which is not a file of the folder")
+    return index.parent / file_name
 
 
 @torch.no_grad()
 def load_hf_weights(model: nn.Module, table: Sequence[Entry], reader: CheckpointReader, layout: ParallelLayout) -> None:
-    """Fill the local shards of `model` (replicated where the table says so). Raises ValueError on a wrong shape or
-    a model parameter that the table does not name."""
+    """Fill the local shards of `model` (replicated where the table says so).
+
+    Raises CheckpointError for a missing tensor or one of the wrong shape, and ValueError for a model parameter that the
+    table does not name.
+    """
     parameters = dict(model.named_parameters())
     for entry in table:
-        shard = entry.cut([reader.read(name) for name in entry.hf], rank=layout.tp_rank, size=layout.tp_size)
         target = parameters.pop(entry.megatron)
-        if target.shape != shard.shape:
-            raise ValueError(
-                f"{entry.hf}: the checkpoint gives a {tuple(shard.shape)} shard for {entry.megatron}, "
-                f"the model (tp={layout.tp_size}) has {tuple(target.shape)}"
-            )
-        target.copy_(shard)
+        # What joining shards like the local one gives is what the checkpoint must hold.
+        expected = entry.join([torch.empty(target.shape, device="meta")] * layout.tp_size)
+        tensors = [reader.read(name) for name in entry.hf]
+        for name, tensor, like in zip(entry.hf, tensors, expected, strict=True):
+            if tensor.shape != like.shape:
+                raise CheckpointError(
+                    f"{reader.file_of(name)}: tensor {name!r} is {list(tensor.shape)}, but the sizes in "
+                    f"config.json ask for {list(like.shape)}"
+                )
+        target.copy_(entry.cut(tensors, rank=layout.tp_rank, size=layout.tp_size))
     if parameters:
         raise ValueError(f"the weight table does not fill {sorted(parameters)}")
 

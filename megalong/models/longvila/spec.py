@@ -10,6 +10,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from megalong.models.errors import CheckpointError
 from megalong.models.gpt import GptShape
 
 SYSTEM_PROMPT = "You are a helpful assistant"
@@ -44,20 +45,27 @@ PROJECTOR_DOWNSAMPLE = {"mlp_downsample": 2, "mlp_downsample_2x2_fix": 2}
 
 
 def read_spec(path: str | Path) -> LongVilaSpec:
-    """Read a checkpoint folder's JSON files. Raises ValueError naming file and key."""
+    """Read a checkpoint folder's JSON files. Raises CheckpointError naming file and key."""
     path = Path(path)
     config = _load(path / "config.json")
     llm = _sub_config(path, config, "llm")
     tower = _sub_config(path, config, "vision_tower")
     projector = _sub_config(path, config, "mm_projector")
+    _require(
+        tower, ("hidden_size", "num_hidden_layers", "image_size", "patch_size"), f"{path}/vision_tower/config.json"
+    )
     kind = projector.get("mm_projector_type")
     if kind not in PROJECTOR_DOWNSAMPLE:
-        raise ValueError(
+        raise CheckpointError(
             f"{path}/mm_projector/config.json: mm_projector_type {kind!r} is not one of {sorted(PROJECTOR_DOWNSAMPLE)}"
         )
-    select_layer = int(config.get("mm_vision_select_layer", -2))
-    if not -tower["num_hidden_layers"] - 1 <= select_layer <= -1:
-        raise ValueError(f"{path}/config.json: mm_vision_select_layer={select_layer} is outside the tower's layers")
+    select_layer = config.get("mm_vision_select_layer", -2)
+    lowest = -tower["num_hidden_layers"] - 1
+    if type(select_layer) is not int or not lowest <= select_layer <= -1:
+        raise CheckpointError(
+            f"{path}/config.json: mm_vision_select_layer is {select_layer!r}, expected {lowest} .. -1, "
+            "a layer of the tower"
+        )
     vision = VisionShape(
         hidden=tower["hidden_size"],
         layers=tower["num_hidden_layers"],
@@ -70,12 +78,10 @@ def read_spec(path: str | Path) -> LongVilaSpec:
 
 
 def read_gpt_shape(llm: dict, *, where: str) -> GptShape:
-    """GptShape of a stock Qwen2 config.json. Raises ValueError for what the decoder does not implement."""
-    for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"):
-        if key not in llm:
-            raise ValueError(f"{where}: key {key!r} is missing")
+    """GptShape of a stock Qwen2 config.json. Raises CheckpointError for what the decoder does not implement."""
+    _require(llm, ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"), where)
     if llm.get("use_sliding_window"):
-        raise ValueError(f"{where}: use_sliding_window=true is not supported")
+        raise CheckpointError(f"{where}: use_sliding_window=true is not supported")
     # transformers 5 writes rope_parameters; older checkpoints rope_theta and rope_scaling.
     rope = llm.get("rope_parameters") or {
         "rope_theta": llm.get("rope_theta"),
@@ -83,9 +89,9 @@ def read_gpt_shape(llm: dict, *, where: str) -> GptShape:
     }
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in ("default", "linear"):
-        raise ValueError(f"{where}: rope type {kind!r} is not supported (default or linear)")
+        raise CheckpointError(f"{where}: rope type {kind!r} is not supported (default or linear)")
     if rope.get("rope_theta") is None:
-        raise ValueError(f"{where}: rope_theta is missing; it is never guessed")
+        raise CheckpointError(f"{where}: rope_theta is missing; it is never guessed")
     heads = llm["num_attention_heads"]
     return GptShape(
         hidden=llm["hidden_size"],
@@ -107,7 +113,7 @@ def _sub_config(path: Path, config: dict, name: str) -> dict:
     """`<name>_cfg` may be a dict, a JSON string, a sub-folder name or a training machine's absolute path."""
     value = config.get(f"{name}_cfg")
     if isinstance(value, str) and value.lstrip().startswith("{"):
-        value = json.loads(value)
+        value = _parse(value, where=f"{path}/config.json: {name}_cfg")
     if isinstance(value, dict) and "model_type" in value and len(value) > 2:
         return value
     return _load(path / name / "config.json")
@@ -115,11 +121,21 @@ def _sub_config(path: Path, config: dict, name: str) -> dict:
 
 def _load(path: Path) -> dict:
     if not path.is_file():
-        raise ValueError(f"{path}: file not found; a longvila checkpoint needs it (set model.path)")
+        raise CheckpointError(f"{path}: file not found; a longvila checkpoint needs it (set model.path)")
+    return _parse(path.read_text(encoding="utf-8"), where=str(path))
+
+
+def _parse(text: str, *, where: str) -> dict:
     try:
-        loaded = json.loads(path.read_text())
+        loaded = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from error
+        raise CheckpointError(f"{where}: not valid JSON ({error})") from error
     if not isinstance(loaded, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(loaded).__name__}")
+        raise CheckpointError(f"{where}: expected a JSON object, got {type(loaded).__name__}")
     return loaded
+
+
+def _require(values: dict, keys: tuple[str, ...], where: str) -> None:
+    for key in keys:
+        if type(values.get(key)) is not int or values[key] < 1:
+            raise CheckpointError(f"{where}: {key} is {values.get(key)!r}, expected a positive integer")

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from megalong.models.errors import CheckpointError
 from megalong.models.longvila.spec import SYSTEM_PROMPT
 
 
@@ -24,7 +25,7 @@ class ChatTokens:
 
 
 def read_tokens(path: Path) -> ChatTokens:
-    """Read llm/'s tokenizer. Raises ValueError when a chat token is missing or a newline is not one token."""
+    """Read llm/'s tokenizer. Raises CheckpointError when a chat token is missing or a newline is not one token."""
     tokenizer = AutoTokenizer.from_pretrained(path / "llm", trust_remote_code=False)
 
     def encode(text: str) -> list[int]:
@@ -32,7 +33,7 @@ def read_tokens(path: Path) -> ChatTokens:
 
     for token in ("<|im_start|>", "<|im_end|>", "\n"):
         if len(encode(token)) != 1:
-            raise ValueError(f"{path}/llm: {token!r} must be one token, this tokenizer gives {encode(token)}")
+            raise CheckpointError(f"{path}/llm: {token!r} must be one token, this tokenizer gives {encode(token)}")
     return ChatTokens(
         encode=encode,
         decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False),
