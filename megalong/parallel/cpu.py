@@ -23,6 +23,3 @@ def enable_megatron_on_cpu() -> None:
     tensor_parallel.random._get_cuda_rng_state = lambda *_, **__: torch.empty(0, dtype=torch.uint8)
     tensor_parallel.random._set_cuda_rng_state = lambda *_, **__: None
     tensor_parallel.random.initialize_rng_tracker(inference_rng_tracker=True)
-    # Activation recomputation saves and restores the GPU's RNG state beside the CPU's; there is none here.
-    tensor_parallel.random._get_cuda_rng_state = lambda *_, **__: None
-    tensor_parallel.random._set_cuda_rng_state = lambda *_, **__: None
