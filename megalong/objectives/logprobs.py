@@ -53,9 +53,7 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         grad_hidden_RD = torch.zeros_like(hidden_RD)
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=lse_R.dtype) if ctx.needs_input_grad[1] else None
         for chunk in _chunks(hidden_RD.shape[0], weight_VD.shape[0]):
-            logits = _local_logits(
-                hidden_RD[chunk], weight_VD, ctx.valid_vocab, ctx.inverse_temperature, lse_R.dtype
-            )
+            logits = _local_logits(hidden_RD[chunk], weight_VD, ctx.valid_vocab, ctx.inverse_temperature, lse_R.dtype)
             # d logprob / d logits = onehot - softmax
             grad_logits = logits.sub_(lse_R[chunk, None]).exp_().neg_()
             local, mine = _local_targets(targets_R[chunk], ctx.first, weight_VD.shape[0])
@@ -110,9 +108,7 @@ def vocab_parallel_logprobs(
             f"a vocabulary shard holds only padding (vocabulary {real_vocab}, shard of {weight_VD.shape[0]} rows "
             f"from {first}); lower parallel.tp"
         )
-    return _VocabParallelLogprobs.apply(
-        hidden_RD, weight_VD, targets_R, group, valid_vocab, 1.0 / temperature
-    )
+    return _VocabParallelLogprobs.apply(hidden_RD, weight_VD, targets_R, group, valid_vocab, 1.0 / temperature)
 
 
 def logprobs_reference(
