@@ -1,0 +1,155 @@
+"""Weight tables: cuts and joins are exact inverses at every tensor-parallel size, and nothing is left out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from megalong.config.tree import Dtype, ModelConfig
+from megalong.engine.build import build_model
+from megalong.engine.weights_io import export_weights
+from megalong.models.weights import (
+    Columns,
+    Entry,
+    GatedRows,
+    QkvRows,
+    Replicated,
+    Rows,
+    VocabRows,
+    decoder_table,
+)
+from megalong.records import bucket_checksum
+
+HEADS, KV_HEADS, HEAD_DIM, HIDDEN, VOCAB = 8, 4, 3, 6, 10
+
+
+def numbered(*shape: int, start: int = 0) -> Tensor:
+    return torch.arange(start, start + torch.Size(shape).numel(), dtype=torch.float32).reshape(shape)
+
+
+QKV = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM}
+CASES: dict[str, tuple[Entry, list[Tensor]]] = {
+    "replicated": (Replicated(megatron="m", hf=("a",)), [numbered(7)]),
+    "rows": (Rows(megatron="m", hf=("a",)), [numbered(8, 3)]),
+    "rows of a bias": (Rows(megatron="m", hf=("a",)), [numbered(8)]),
+    "columns": (Columns(megatron="m", hf=("a",)), [numbered(3, 8)]),
+    "vocabulary": (VocabRows(megatron="m", hf=("a",), vocab=VOCAB), [numbered(VOCAB, HIDDEN)]),
+    "gate and up": (GatedRows(megatron="m", hf=("a", "b")), [numbered(8, 3), numbered(8, 3, start=100)]),
+    "qkv weight": (
+        QkvRows(megatron="m", hf=("q", "k", "v"), **QKV),
+        [
+            numbered(HEADS * HEAD_DIM, HIDDEN),
+            numbered(KV_HEADS * HEAD_DIM, HIDDEN, start=1000),
+            numbered(KV_HEADS * HEAD_DIM, HIDDEN, start=2000),
+        ],
+    ),
+    "qkv bias": (
+        QkvRows(megatron="m", hf=("q", "k", "v"), **QKV),
+        [
+            numbered(HEADS * HEAD_DIM),
+            numbered(KV_HEADS * HEAD_DIM, start=100),
+            numbered(KV_HEADS * HEAD_DIM, start=200),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize(("entry", "tensors"), CASES.values(), ids=CASES.keys())
+def test_join_undoes_cut(entry: Entry, tensors: list[Tensor], size: int) -> None:
+    shards = [entry.cut(tensors, rank=rank, size=size) for rank in range(size)]
+    assert len({shard.shape for shard in shards}) == 1, "every rank holds a shard of the same shape"
+    joined = entry.join(shards)
+    assert len(joined) == len(tensors)
+    for got, want in zip(joined, tensors, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_vocabulary_is_padded_with_zeros_for_the_cut_and_trimmed_by_the_join() -> None:
+    entry, tensors = CASES["vocabulary"]
+    shards = [entry.cut(tensors, rank=rank, size=4) for rank in range(4)]
+    assert [len(shard) for shard in shards] == [3, 3, 3, 3]
+    assert torch.equal(shards[3], torch.cat((tensors[0][9:], torch.zeros(2, HIDDEN))))
+    shards[3][1:] = 99.0  # what training may leave in the padding
+    assert torch.equal(entry.join(shards)[0], tensors[0])
+
+
+def test_each_rank_gets_whole_query_groups() -> None:
+    """8 query heads share 4 key heads: rank 1 of 2 gets heads [4 5 | k2 | v2 | 6 7 | k3 | v3]."""
+    entry, (query, key, value) = CASES["qkv bias"]
+    q, k, v = (tensor.reshape(-1, HEAD_DIM) for tensor in (query, key, value))
+    want = torch.cat((q[4], q[5], k[2], v[2], q[6], q[7], k[3], v[3]))
+    assert torch.equal(entry.cut([query, key, value], rank=1, size=2), want)
+
+
+def test_gate_and_up_lie_side_by_side_on_each_rank() -> None:
+    entry, (gate, up) = CASES["gate and up"]
+    assert torch.equal(entry.cut([gate, up], rank=1, size=2), torch.cat((gate[4:], up[4:])))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("use_te", [False, True])
+def test_decoder_table_names(tied: bool, use_te: bool) -> None:
+    table = decoder_table(
+        layers=2, heads=4, kv_heads=2, head_dim=3, vocab=10, tied=tied, use_te=use_te,
+        megatron_prefix="llm.", hf_prefix="llm/",
+    )  # fmt: skip
+    hf = [name for entry in table for name in entry.hf]
+    assert len(set(hf)) == len(hf)
+    assert ("llm/lm_head.weight" in hf) is not tied
+    megatron = {entry.megatron for entry in table}
+    assert ("llm.decoder.layers.1.mlp.linear_fc1.layer_norm_weight" in megatron) is use_te
+    assert ("llm.decoder.layers.1.pre_mlp_layernorm.weight" in megatron) is not use_te
+
+
+def test_table_fills_every_parameter_and_names_every_tensor_of_the_files(layout: object, tiny_checkpoint: Path) -> None:
+    model = build_model(ModelConfig(path=str(tiny_checkpoint), dtype=Dtype.float32), layout, sequence_parallel=False)
+    table = model.weight_table()
+    assert sorted(entry.megatron for entry in table) == sorted(name for name, _ in model.named_parameters())
+    named = {name for entry in table for name in entry.hf}
+    in_files = set()
+    for folder in ("llm", "vision_tower", "mm_projector"):
+        with safe_open(tiny_checkpoint / folder / "model.safetensors", framework="pt") as file:
+            in_files |= {f"{folder}/{name}" for name in file.keys()}  # noqa: SIM118
+    left_out = in_files - named
+    assert named <= in_files
+    # The tower's last block and the norm behind it are not run (select_layer -2).
+    assert {".".join(name.split(".")[:-1]).split(".layers.2.")[0] for name in left_out} == {
+        "vision_tower/vision_model.encoder",
+        "vision_tower/vision_model.post_layernorm",
+    }
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 10_000, 1 << 30])
+def test_export_gives_the_files_back_bit_for_bit(layout: object, tiny_checkpoint: Path, bucket_bytes: int) -> None:
+    model = build_model(ModelConfig(path=str(tiny_checkpoint), dtype=Dtype.float32), layout, sequence_parallel=False)
+    table = model.weight_table()
+    buckets = list(export_weights(model, table, layout, bucket_bytes=bucket_bytes))
+    names = [name for bucket in buckets for name in bucket.tensors]
+    assert names == [name for entry in table for name in entry.hf]
+    for bucket in buckets:
+        assert bucket.checksum == bucket_checksum(bucket.tensors)
+        assert len(bucket.tensors) == 1 or sum(tensor.nbytes for tensor in bucket.tensors.values()) <= bucket_bytes
+        for name, tensor in bucket.tensors.items():
+            folder, _, inner = name.partition("/")
+            with safe_open(tiny_checkpoint / folder / "model.safetensors", framework="pt") as file:
+                assert torch.equal(tensor, file.get_tensor(inner)), name
+
+
+def test_checksum_sees_names_shapes_dtypes_bytes_and_order() -> None:
+    a, b = torch.tensor([1.0, 2.0]), torch.tensor([[3.0, 4.0]])
+    base = bucket_checksum({"a": a, "b": b})
+    others = [
+        {"a": a, "c": b},
+        {"a": a, "b": b.reshape(2)},
+        {"a": a, "b": b.view(torch.int32)},
+        {"a": a, "b": b + 1e-6},
+        {"b": b, "a": a},
+        {"a": a},
+    ]
+    assert base == bucket_checksum({"a": a.clone(), "b": b.clone()})
+    assert len({base, *(bucket_checksum(other) for other in others)}) == 1 + len(others)
