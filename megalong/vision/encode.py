@@ -165,8 +165,7 @@ class VisionStage:
         size, rank = self.layout.replica_size, self.layout.replica_rank
         local = [self.frames.get(self.key(selection)) for selection in selections]
         local_F = torch.from_numpy(np.concatenate(local)).to(self.layout.device)
-        batches = local_F.split(self.settings.tower_batch_frames) if len(local_F) else (local_F,)
-        local_FND = torch.cat([self.encoder(batch) for batch in batches])
+        local_FND = self._run_tower(local_F)
         self.frames_encoded += len(local_F)
         shares = [[self._share(selection, rank=r) for r in range(size)] for selection in selections]
         lengths = [[last - first for first, last in of_video] for of_video in shares]
@@ -185,6 +184,14 @@ class VisionStage:
             ordered = [piece for _, piece in sorted(pieces.items()) if len(piece)]
             videos.append(torch.cat(ordered).flatten(0, 1))
         return videos
+
+    def _run_tower(self, frames_FHWC: Tensor) -> Tensor:
+        """[F, tokens_per_frame, D] of this rank's frames, a few at a time."""
+        if not len(frames_FHWC):
+            # A blank frame of which nothing is kept: the tower takes no empty batch, and the embeddings must need a
+            # gradient here when they do on the other ranks, which meet this one in the collectives of the backward.
+            return self.encoder(frames_FHWC.new_zeros((1, *frames_FHWC.shape[1:])))[:0]
+        return torch.cat([self.encoder(batch) for batch in frames_FHWC.split(self.settings.tower_batch_frames)])
 
     def _share(self, selection: FrameSelection, *, rank: int | None = None) -> tuple[int, int]:
         """Frames [first, last) of the selection that a rank of the replica decodes and encodes.
