@@ -17,7 +17,6 @@ from megalong.objectives.advantages import group_advantages, has_spread
 from megalong.objectives.aggregation import row_weights
 from megalong.objectives.policy_loss import PolicyLossSettings, policy_loss
 from megalong.parallel.collectives import gather_objects, sum_over
-from megalong.parallel.split import shard_range
 from megalong.records import Dropped, PolicyBatch, ScoredGroup, StepStats
 from megalong.rewards.score import check_weights, score_groups
 from megalong.rollout.engine import Sampling
@@ -152,18 +151,22 @@ def trim_to_batch(
 
 
 def pack_updates(run: Run, scored: Sequence[ScoredGroup]) -> list[list[PolicyBatch]]:
-    """Packs of each optimizer update of this rollout batch. Advantages see the rewards of all replicas."""
+    """Packs of each optimizer update of this rollout batch. Advantages see the rewards of all replicas.
+
+    Update u takes every group whose place in the global batch leaves the remainder u when divided by the number of
+    updates: the same groups however many replicas share the batch, and as many from each replica.
+    """
     grpo, layout = run.config.grpo, run.layout
     rewards = gather_objects([item.rewards_G for item in scored], group=layout.dp)
     before = sum(len(part) for part in rewards[: layout.dp_rank])
     everyone = [rewards_G for part in rewards for rewards_G in part]
     advantages: list[Tensor] = group_advantages(everyone, kind=grpo.advantage) if everyone else []
-    mine = advantages[before : before + len(scored)]
     updates = []
     for update in range(grpo.updates_per_batch):
-        first, last = shard_range(len(scored), update, grpo.updates_per_batch)
-        groups = [item.group for item in scored[first:last]]
-        updates.append(pack_rollouts(groups, mine[first:last], pack_tokens=run.config.data.pack_tokens))
+        places = [place for place in range(len(scored)) if (before + place) % grpo.updates_per_batch == update]
+        groups = [scored[place].group for place in places]
+        mine = [advantages[before + place] for place in places]
+        updates.append(pack_rollouts(groups, mine, pack_tokens=run.config.data.pack_tokens))
     return updates
 
 
