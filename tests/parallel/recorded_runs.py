@@ -1,0 +1,112 @@
+"""What runs inside the processes of the equality tests: train, and keep all that must not depend on the layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from unittest import mock
+
+from harness import DemoWorld
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megalong import grpo, run
+from megalong.engine.trainer import Trainer
+from megalong.grpo import train_grpo
+from megalong.parallel.collectives import gather_objects
+from megalong.parallel.split import shard_range
+from megalong.records import ScoredGroup, StepStats
+from megalong.sft import train_sft
+
+VARIANTS = {
+    "sft": ("sft", ()),
+    # One sample to a pack, and activations made again in the backward pass.
+    "sft_split": ("sft", ("data.pack_tokens=1", "model.recompute=full")),
+    # Some ranks have no frame at all.
+    "sft_one_frame": ("sft", ("video.num_frames=1", "sft.batch_size=2", "sft.steps=2")),
+    "sft_vision_only": ("sft", ("model.train_llm=false",)),
+    "grpo": ("grpo", ("grpo.updates_per_batch=2",)),
+    "grpo_split": ("grpo", ("grpo.updates_per_batch=2", "data.pack_tokens=1")),
+    "grpo_one_update": ("grpo", ("grpo.steps=3", "model.recompute=full", "grpo.aggregation=token")),
+    "grpo_vision": (
+        "grpo",
+        ("model.train_tower=true", "model.train_projector=true", "video.cache_embeddings=false"),
+    ),
+}
+"""Name -> task and overrides."""
+
+
+@dataclass(kw_only=True)
+class Recorded:
+    """One run. Weights and gradients have Hugging Face names and whole shapes."""
+
+    stats: list[StepStats] = field(default_factory=list)
+    gradients: dict[str, Tensor] = field(default_factory=dict)  # of the first update, before clipping
+    weights: dict[str, Tensor] = field(default_factory=dict)  # after the last update
+    sampled: list[list[ScoredGroup]] = field(default_factory=list)  # by rollout batch, over all replicas
+    frames_encoded: int = 0  # by this rank
+
+
+def record_all(
+    demo: DemoWorld, folder: Path, parallel: Sequence[str], rollouts: dict[str, list[list[ScoredGroup]]]
+) -> dict[str, Recorded]:
+    """Every variant under one layout. `rollouts` of a variant replace what a GRPO run samples itself."""
+    done = {}
+    for name, (task, overrides) in VARIANTS.items():
+        config = demo.config(folder / name, *overrides, *parallel, task=task)
+        recorded = Recorded()
+        with recording(recorded, rollouts.get(name)):
+            (train_sft if task == "sft" else train_grpo)(config)
+        parallel_state.destroy_model_parallel()
+        done[name] = recorded
+    return done
+
+
+@contextmanager
+def recording(recorded: Recorded, rollouts: list[list[ScoredGroup]] | None) -> Iterator[None]:
+    """Fill `recorded` from the run inside this context; the run writes no checkpoint."""
+    train_step, finish_gradients, sample_groups = Trainer.train_step, Trainer._finish_gradients, grpo.sample_groups
+
+    def step_and_record(trainer: Trainer, *args: object, **settings: object) -> StepStats:
+        recorded.stats.append(train_step(trainer, *args, **settings))
+        return recorded.stats[-1]
+
+    def finish_and_record(trainer: Trainer) -> None:
+        finish_gradients(trainer)
+        if not recorded.gradients:
+            recorded.gradients = exported(trainer, gradients=True)
+
+    def sample_and_record(this: run.Run, *args: object, **settings: object) -> tuple[list[ScoredGroup], list]:
+        scored, dropped = sample_groups(this, *args, **settings)
+        everywhere = [group for part in gather_objects(scored, group=this.layout.dp) for group in part]
+        recorded.sampled.append(everywhere)
+        given = everywhere if rollouts is None else rollouts[len(recorded.sampled) - 1]
+        first, last = shard_range(len(given), this.layout.dp_rank, this.layout.dp_size)
+        return given[first:last], dropped
+
+    def keep_weights(this: run.Run, _: object) -> None:
+        recorded.weights = exported(this.trainer)
+        recorded.frames_encoded = this.vision.frames_encoded
+
+    with (
+        mock.patch.object(Trainer, "train_step", step_and_record),
+        mock.patch.object(Trainer, "_finish_gradients", finish_and_record),
+        mock.patch.object(grpo, "sample_groups", sample_and_record),
+        mock.patch.object(run.Run, "save", keep_weights),
+    ):
+        yield
+
+
+def exported(trainer: Trainer, *, gradients: bool = False) -> dict[str, Tensor]:
+    """Copies of the trainer's weights, or of the gradients of what is trained in their place."""
+    kept = {name: param.data for name, param in trainer.trainable}
+    try:
+        if gradients:
+            for _, param in trainer.trainable:
+                param.data = param.main_grad
+        return {name: tensor.clone() for bucket in trainer.export_weights() for name, tensor in bucket.tensors.items()}
+    finally:
+        for name, param in trainer.trainable:
+            param.data = kept[name]

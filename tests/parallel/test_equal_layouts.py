@@ -1,0 +1,135 @@
+"""Losses, gradients, weights and rollouts do not depend on how a run is split over processes (design contract 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from harness import DemoWorld, run_world
+from recorded_runs import VARIANTS, Recorded, record_all
+
+LAYOUTS = {
+    "tp2": (2, ("parallel.tp=2",)),
+    "tp2_sp": (2, ("parallel.tp=2", "parallel.sequence_parallel=true")),
+    "dp2": (2, ()),
+    "tp2_dp2": (4, ("parallel.tp=2",)),
+}
+"""Name -> number of processes and overrides."""
+REFERENCE_OF = {"sft_split": "sft", "grpo_split": "grpo"}
+"""Variants that must equal another one: they only cut the batch differently."""
+
+Ranks = list[dict[str, Recorded]]
+
+
+@pytest.fixture(scope="module")
+def alone(demo: DemoWorld, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Recorded]:
+    """Every variant in one process: what all layouts are compared with."""
+    folder = tmp_path_factory.mktemp("alone")
+    return run_world(1, record_all, demo, folder, (), {}, folder=folder)[0]
+
+
+@pytest.fixture(scope="module")
+def split(
+    demo: DemoWorld, alone: dict[str, Recorded], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Ranks]:
+    """Every variant under a layout, by rank; each layout is run once. GRPO trains on the rollouts of one process."""
+    done: dict[str, Ranks] = {}
+    rollouts = {name: alone[REFERENCE_OF.get(name, name)].sampled for name in VARIANTS}
+
+    def under(layout: str) -> Ranks:
+        if layout not in done:
+            size, overrides = LAYOUTS[layout]
+            folder = tmp_path_factory.mktemp(layout)
+            done[layout] = run_world(size, record_all, demo, folder, overrides, rollouts, folder=folder)
+        return done[layout]
+
+    return under
+
+
+def reference(alone: dict[str, Recorded], variant: str) -> Recorded:
+    return alone[REFERENCE_OF.get(variant, variant)]
+
+
+def unequal(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Tensors that differ by more than 1e-5 of their largest value, and by how much."""
+    assert tensors.keys() == expected.keys()
+    gaps = {}
+    for name, tensor in tensors.items():
+        # No key bias changes what a softmax without rotation gives: its gradient is rounding, and so is its change.
+        scale = 0.1 if is_tower_key_bias(name) else float(expected[name].abs().max())
+        gaps[name] = float((tensor - expected[name]).abs().max()) / (scale or 1.0)
+    return {name: gap for name, gap in gaps.items() if gap > 1e-5}
+
+
+def is_tower_key_bias(name: str) -> bool:
+    return name.startswith("vision_tower/") and name.endswith("k_proj.bias")
+
+
+def assert_equal_runs(recorded: Recorded, expected: Recorded) -> None:
+    assert len(recorded.stats) == len(expected.stats)
+    for ours, theirs in zip(recorded.stats, expected.stats, strict=True):
+        assert ours.loss == pytest.approx(theirs.loss, rel=1e-5, abs=1e-7)
+        assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=2e-5)
+        assert ours.num_tokens == theirs.num_tokens
+        assert ours.metrics == pytest.approx(theirs.metrics, rel=1e-4, abs=1e-5)
+    assert unequal(recorded.gradients, expected.gradients) == {}
+    assert unequal(recorded.weights, expected.weights) == {}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_trains_like_one_process(
+    layout: str, variant: str, alone: dict[str, Recorded], split: Callable[[str], Ranks]
+) -> None:
+    for recorded in split(layout):
+        assert_equal_runs(recorded[variant], reference(alone, variant))
+
+
+@pytest.mark.parametrize("variant", REFERENCE_OF)
+def test_one_process_trains_alike_for_any_micro_batches(variant: str, alone: dict[str, Recorded]) -> None:
+    assert_equal_runs(alone[variant], reference(alone, variant))
+    assert alone[variant].stats[0].num_tokens > 0
+
+
+def test_what_is_compared_moves(alone: dict[str, Recorded]) -> None:
+    """Equality proves nothing about gradients that are zero or weights that stay where they are."""
+    for name, recorded in alone.items():
+        trained = {
+            key
+            for key, gradient in recorded.gradients.items()
+            if float(gradient.abs().max()) > 1e-7 and not torch.equal(gradient, recorded.weights[key])
+        }
+        vision = {key for key in recorded.weights if not key.startswith("llm/") and not is_tower_key_bias(key)}
+        language = {key for key in recorded.weights if key.startswith("llm/")}
+        only = {"sft_vision_only": vision, "grpo": language, "grpo_split": language, "grpo_one_update": language}
+        expected = only.get(name, language | vision)
+        assert expected <= trained
+        assert all(0 < stats.grad_norm < 100 for stats in recorded.stats)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_samples_the_rollouts_of_one_process(
+    layout: str, alone: dict[str, Recorded], split: Callable[[str], Ranks]
+) -> None:
+    expected = alone["grpo"].sampled
+    for recorded in split(layout):
+        for step, (ours, theirs) in enumerate(zip(recorded["grpo"].sampled, expected, strict=True)):
+            ids = [(group.group.prompt.sample.sample_id, group.group.response_ids) for group in ours]
+            assert ids == [(group.group.prompt.sample.sample_id, group.group.response_ids) for group in theirs], step
+    lengths = {len(response) for group in expected[0] for response in group.group.response_ids}
+    assert len(lengths) > 3
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_frames_are_shared_out_over_a_replica(
+    layout: str, alone: dict[str, Recorded], split: Callable[[str], Ranks]
+) -> None:
+    """Every frame is encoded by exactly one rank of a replica, five frames over two ranks included."""
+    ranks = split(layout)
+    for variant in ("sft", "sft_one_frame"):
+        counts = [recorded[variant].frames_encoded for recorded in ranks]
+        assert sum(counts) == alone[variant].frames_encoded > 0
+    if layout.startswith("tp2"):
+        shares = [recorded["sft"].frames_encoded for recorded in ranks]
+        assert max(shares) < alone["sft"].frames_encoded
