@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 
 from torch import Tensor
+from tqdm import tqdm
 
 from megalong.config.tree import RunConfig
 from megalong.data.packing import pack_rollouts
@@ -56,7 +57,7 @@ def train_grpo(config: RunConfig) -> None:
             evaluate_if_due(run, held_out, step=total, total=total)
         if run.layout.is_main:
             plot_rewards(config.logger.run_dir)
-            print(end_table(config.logger.run_dir))  # noqa: T201
+            tqdm.write(end_table(config.logger.run_dir))
     run.close()
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from tqdm import tqdm
+
 from megalong.config.tree import Aggregation, RunConfig
 from megalong.data.packing import GroupTokens, pack_groups, plan_packs
 from megalong.engine.trainer import LossOf
@@ -42,7 +44,7 @@ def train_sft(config: RunConfig) -> None:
         if held_out:
             evaluate_if_due(run, held_out, step=total, total=total)
         if run.layout.is_main:
-            print(end_table(config.logger.run_dir))  # noqa: T201
+            tqdm.write(end_table(config.logger.run_dir))
     run.close()
 
 

@@ -41,7 +41,7 @@ class SequenceBuilder:
                 f"{sample.sample_id}: {len(sample.videos)} videos but {len(selections)} frame selections were given"
             )
         frame = [MEDIA_TOKEN] * self.tokens_per_frame + [self.newline_id]
-        ids = self.encode(f"<|im_start|>system\n{self.system_prompt}<|im_end|>\n<|im_start|>user\n")
+        ids = [*self.encode(f"<|im_start|>system\n{self.system_prompt}<|im_end|>\n<|im_start|>user\n")]
         for selection in selections:
             ids += frame * len(selection.frames)
         ids += self.encode(f"{self.user_text(sample)}<|im_end|>\n<|im_start|>assistant\n")
