@@ -1,0 +1,120 @@
+"""The one sequence builder, by hand: a tokenizer of single characters and a frame of three vision tokens."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from megalong.data.batches import build_prompts
+from megalong.data.sequence import THINKING_TEMPLATE, SequenceBuilder
+from megalong.records import MEDIA_TOKEN, FrameSelection, Sample
+
+NEWLINE, EOS = 10, 3
+SAMPLE = Sample(
+    sample_id="s1", question="Which?", answer="B", videos=("v.mp4",), problem_type="multiple choice",
+    category="temporal", reasoning="It rains.", subtitles="",
+)  # fmt: skip
+HEAD = "<|im_start|>system\nBe brief<|im_end|>\n<|im_start|>user\n"
+TAIL = "<|im_end|>\n<|im_start|>assistant\n"
+
+
+def encode(text: str) -> list[int]:
+    return [ord(character) for character in text]
+
+
+BUILDER = SequenceBuilder(
+    encode=encode, newline_id=NEWLINE, eos_id=EOS, tokens_per_frame=3, system_prompt="Be brief", thinking=False
+)
+
+
+def selection(path: str, count: int) -> FrameSelection:
+    return FrameSelection(path=path, frames=tuple(range(count)), seconds=tuple(float(i) for i in range(count)))
+
+
+def test_video_comes_first_and_every_frame_ends_in_a_newline() -> None:
+    prompt = BUILDER.prompt(SAMPLE, [selection("v.mp4", 2)])
+    frame = [MEDIA_TOKEN, MEDIA_TOKEN, MEDIA_TOKEN, NEWLINE]
+    assert list(prompt.ids_P) == encode(HEAD) + frame + frame + encode("Which?" + TAIL)
+    assert prompt.sample is SAMPLE
+    assert prompt.selections == (selection("v.mp4", 2),)
+
+
+def test_two_videos_follow_one_another_in_the_sample_s_order() -> None:
+    sample = replace(SAMPLE, videos=("v.mp4", "w.mp4"))
+    prompt = BUILDER.prompt(sample, [selection("v.mp4", 1), selection("w.mp4", 2)])
+    media = [place for place, token in enumerate(prompt.ids_P) if token == MEDIA_TOKEN]
+    assert len(media) == 9
+    assert list(prompt.ids_P[media[0] : media[-1] + 2]) == [*[MEDIA_TOKEN] * 3, NEWLINE] * 3
+    assert [item.path for item in prompt.selections] == ["v.mp4", "w.mp4"]
+
+
+def test_text_only_prompt() -> None:
+    prompt = BUILDER.prompt(replace(SAMPLE, videos=()), [])
+    assert list(prompt.ids_P) == encode(f"{HEAD}Which?{TAIL}")
+    assert prompt.selections == ()
+
+
+def test_thinking_asks_with_the_template_that_the_model_was_trained_with() -> None:
+    prompt = replace(BUILDER, thinking=True).prompt(replace(SAMPLE, videos=()), [])
+    assert list(prompt.ids_P) == encode(HEAD + THINKING_TEMPLATE.format(question="Which?") + TAIL)
+    assert THINKING_TEMPLATE.endswith("\n\n Question: {question}")
+    assert THINKING_TEMPLATE.startswith(
+        "You are a helpful assistant. The user asks a question, and then you solves it."
+    )
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+def test_subtitles_stand_before_the_question(thinking: bool) -> None:
+    sample = replace(SAMPLE, subtitles="[00:01] hello\n[00:02] bye")
+    text = replace(BUILDER, thinking=thinking).user_text(sample)
+    want = "Subtitles:\n[00:01] hello\n[00:02] bye\n\nWhich?"
+    assert text == (THINKING_TEMPLATE.format(question=want) if thinking else want)
+
+
+def test_braces_in_a_question_are_text() -> None:
+    assert "{x} and {}" in replace(BUILDER, thinking=True).user_text(replace(SAMPLE, question="{x} and {}"))
+
+
+def test_target_with_and_without_thinking() -> None:
+    assert list(BUILDER.target(SAMPLE)) == [*encode("B"), EOS]
+    thinking = replace(BUILDER, thinking=True)
+    assert list(thinking.target(SAMPLE)) == [*encode("<think>It rains.</think><answer>B</answer>"), EOS]
+
+
+def test_thinking_target_needs_a_reasoning() -> None:
+    with pytest.raises(ValueError, match=r"s1: no reasoning in the manifest.*data\.thinking=false"):
+        replace(BUILDER, thinking=True).target(replace(SAMPLE, reasoning=""))
+
+
+def test_selections_must_match_the_videos() -> None:
+    with pytest.raises(ValueError, match="s1: 1 videos but 2 frame selections"):
+        BUILDER.prompt(SAMPLE, [selection("v.mp4", 1), selection("w.mp4", 1)])
+
+
+def test_the_encoder_s_own_lists_are_not_changed() -> None:
+    """A tokenizer may hand out the same list twice."""
+    memory: dict[str, list[int]] = {}
+    builder = replace(BUILDER, encode=lambda text: memory.setdefault(text, encode(text)))
+    first = builder.prompt(SAMPLE, [selection("v.mp4", 1)])
+    assert builder.prompt(SAMPLE, [selection("v.mp4", 1)]) == first
+
+
+def test_build_prompts_leaves_out_unreadable_videos_and_drops_long_prompts() -> None:
+    unreadable = replace(SAMPLE, sample_id="s2", videos=("gone.mp4",))
+    half_unreadable = replace(SAMPLE, sample_id="s3", videos=("v.mp4", "gone.mp4"))
+    long = replace(SAMPLE, sample_id="s4", question="Which?" * 9)
+    text = replace(SAMPLE, sample_id="s5", videos=())
+    limit = len(BUILDER.prompt(SAMPLE, [selection("v.mp4", 2)]).ids_P)
+    prompts, dropped = build_prompts(
+        [SAMPLE, unreadable, half_unreadable, long, text],
+        {"v.mp4": selection("v.mp4", 2)},
+        BUILDER,
+        max_prompt_tokens=limit,
+    )
+    assert [prompt.sample.sample_id for prompt in prompts] == ["s1", "s5"]
+    assert [(drop.sample_id, drop.stage) for drop in dropped] == [("s4", "prompt")]
+    assert dropped[0].reason == (
+        f"prompt of {limit + 48} tokens is over data.max_prompt_tokens={limit}; "
+        "raise it, or lower video.num_frames or video.max_frames"
+    )
