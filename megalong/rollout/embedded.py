@@ -123,8 +123,7 @@ class EmbeddedEngine:
         ids_BP = torch.full((len(requests), longest), self.eos_id)
         mask_BP = torch.zeros((len(requests), longest), dtype=torch.int64)
         for row, request in enumerate(requests):
-            if len(request.seeds) != group:
-                raise ValueError(f"{len(request.seeds)} seeds for a group of {group}")
+            _check(request, group_size=group)
             ids_BP[row, longest - len(request.ids_P) :] = torch.tensor(request.ids_P)
             mask_BP[row, longest - len(request.ids_P) :] = 1
         ids_BP, mask_BP = ids_BP.to(self.device), mask_BP.to(self.device)
@@ -156,9 +155,6 @@ class EmbeddedEngine:
         embeds_BPD = self.model.get_input_embeddings()(ids_BP.clamp_min(0))
         vision = [request.embeds_ND for request in requests if request.embeds_ND is not None]
         media_BP = ids_BP == MEDIA_TOKEN
-        places, given = int(media_BP.sum()), sum(len(embeds) for embeds in vision)
-        if places != given:
-            raise ValueError(f"the prompts have {places} vision-token places but {given} embeddings were given")
         if vision:
             embeds_BPD = embeds_BPD.masked_scatter(media_BP[..., None], torch.cat(vision).to(embeds_BPD))
         positions_BP = (mask_BP.cumsum(dim=1) - 1).clamp_min(0)
@@ -171,6 +167,22 @@ class EmbeddedEngine:
             use_cache=True,
         )
         return cache
+
+
+def _check(request: Request, *, group_size: int) -> None:
+    """Each request by itself: in a batch, one's missing embedding and another's extra one would cancel out."""
+    if len(request.seeds) != group_size:
+        raise ValueError(f"{len(request.seeds)} seeds for a group of {group_size}")
+    places = request.ids_P.count(MEDIA_TOKEN)
+    given = 0 if request.embeds_ND is None else len(request.embeds_ND)
+    if places != given:
+        raise ValueError(f"the prompt has {places} vision-token places but {given} embeddings were given")
+    # generate() looks up the last token of the prompt itself, and the prefill takes what is before it.
+    if len(request.ids_P) < 2 or request.ids_P[-1] == MEDIA_TOKEN:
+        raise ValueError(
+            f"the prompt has {len(request.ids_P)} tokens and ends in {request.ids_P[-1:]}, expected at least two "
+            "tokens and a text token at the end"
+        )
 
 
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
