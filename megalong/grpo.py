@@ -90,7 +90,7 @@ def sample_groups(run: Run, batches: PromptBatches, *, step: int) -> tuple[list[
     kept, dropped = only_with_spread(kept, dropped)
     sampled = 1
     while count_everywhere(run, kept) < grpo.batch_size and sampled < grpo.dynamic_sampling_max_batches:
-        more, lost = only_with_spread(*sample_batch(run, batches, step=step))
+        more, lost = only_with_spread(*sample_batch(run, batches, step=step, refill=sampled))
         kept, dropped, sampled = [*kept, *more], [*dropped, *lost], sampled + 1
     if count_everywhere(run, kept) == 0:
         raise RuntimeError(
@@ -101,7 +101,9 @@ def sample_groups(run: Run, batches: PromptBatches, *, step: int) -> tuple[list[
     return trim_to_batch(run, kept, dropped)
 
 
-def sample_batch(run: Run, batches: PromptBatches, *, step: int) -> tuple[list[ScoredGroup], list[Dropped]]:
+def sample_batch(
+    run: Run, batches: PromptBatches, *, step: int, refill: int = 0
+) -> tuple[list[ScoredGroup], list[Dropped]]:
     """One batch of prompts, G responses each, scored."""
     config = run.config
     with run.timer("data"):
@@ -115,7 +117,7 @@ def sample_batch(run: Run, batches: PromptBatches, *, step: int) -> tuple[list[S
             top_p=config.rollout.top_p,
             top_k=config.rollout.top_k,
         )
-        groups = run.sampler.sample(prompts, embeds, sampling=sampling, step=step)
+        groups = run.sampler.sample(prompts, embeds, sampling=sampling, step=step, refill=refill)
     with run.timer("reward"):
         scored = score_groups(
             groups,

@@ -14,9 +14,13 @@ from megalong.records import Prompt, RolloutGroup, WeightBucket
 from megalong.rollout.engine import Request, RolloutEngine, Sampled, Sampling
 
 
-def response_seeds(sample_id: str, *, seed: int, step: int, group_size: int) -> tuple[int, ...]:
-    """A seed per response that depends on the run's seed, the step and the sample, and not on the layout."""
-    return tuple(zlib.crc32(f"{seed}/{step}/{sample_id}/{index}".encode()) for index in range(group_size))
+def response_seeds(sample_id: str, *, seed: int, step: int, refill: int, group_size: int) -> tuple[int, ...]:
+    """A seed per response that depends on the run's seed, the step and the sample, and not on the layout.
+
+    refill: how many times this step has sampled before; a sample that comes again gets other responses.
+    """
+    first = refill * group_size
+    return tuple(zlib.crc32(f"{seed}/{step}/{sample_id}/{first + index}".encode()) for index in range(group_size))
 
 
 class GroupSampler:
@@ -34,7 +38,13 @@ class GroupSampler:
         self.engine.load_weights(buckets, version=version)
 
     def sample(
-        self, prompts: Sequence[Prompt], embeds: Sequence[Tensor | None], *, sampling: Sampling, step: int
+        self,
+        prompts: Sequence[Prompt],
+        embeds: Sequence[Tensor | None],
+        *,
+        sampling: Sampling,
+        step: int,
+        refill: int = 0,
     ) -> list[RolloutGroup]:
         """One group per prompt, in order, equal on every rank of the replica. embeds: [N, D] of each prompt."""
         first, last = shard_range(len(prompts), self.layout.replica_rank, self.layout.replica_size)
@@ -43,7 +53,11 @@ class GroupSampler:
                 ids_P=prompt.ids_P,
                 embeds_ND=embeds_ND,
                 seeds=response_seeds(
-                    prompt.sample.sample_id, seed=self.seed, step=step, group_size=sampling.group_size
+                    prompt.sample.sample_id,
+                    seed=self.seed,
+                    step=step,
+                    refill=refill,
+                    group_size=sampling.group_size,
                 ),
             )
             for prompt, embeds_ND in zip(prompts[first:last], embeds[first:last], strict=True)
