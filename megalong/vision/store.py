@@ -42,16 +42,16 @@ class ByteStore(Generic[Item]):
         """Store an item under a key that is not there yet. Raises ValueError when pinned items leave no room."""
         if key in self._items:
             raise ValueError(f"{key} is in the store already; an entry is never replaced")
-        evictable = [other for other in self._items if other not in self._pinned]
-        while evictable and self.bytes_used + num_bytes > self.budget_bytes:
-            _, freed = self._items.pop(evictable.pop(0))
-            self.bytes_used -= freed
-            self.num_evicted += 1
-        if self.bytes_used + num_bytes > self.budget_bytes:
+        pinned = sum(size for other, (_, size) in self._items.items() if other in self._pinned)
+        if pinned + num_bytes > self.budget_bytes:
             raise ValueError(
-                f"{num_bytes / 2**30:.3f} GiB do not fit beside the {self.bytes_used / 2**30:.3f} GiB of the current "
+                f"{num_bytes / 2**30:.3f} GiB do not fit beside the {pinned / 2**30:.3f} GiB of the current "
                 f"batch: raise {self.setting} (now {self.budget_bytes / 2**30:.3f}) or lower the batch size"
             )
+        evictable = iter([other for other in self._items if other not in self._pinned])
+        while self.bytes_used + num_bytes > self.budget_bytes:
+            self.drop(next(evictable))
+            self.num_evicted += 1
         self._items[key] = (item, num_bytes)
         self.bytes_used += num_bytes
 
