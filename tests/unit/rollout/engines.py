@@ -1,0 +1,59 @@
+"""The rollout engines that the contract test runs over, each built from the tiny checkpoint. One line per engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megalong.config.tree import Dtype, ModelConfig
+from megalong.engine.build import build_model, family_of
+from megalong.engine.weights_io import export_weights
+from megalong.models.longvila.model import LongVila
+from megalong.parallel.layout import ParallelLayout
+from megalong.records import WeightBucket
+from megalong.rollout.embedded import EmbeddedEngine
+from megalong.rollout.engine import RolloutEngine
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """A policy in Megatron, and how to make an engine that samples from it."""
+
+    path: Path
+    model: LongVila
+    layout: ParallelLayout
+    eos_id: int
+    make: Callable[..., RolloutEngine]
+
+    def buckets(self, *, bucket_bytes: int = 20_000) -> Iterator[WeightBucket]:
+        return export_weights(self.model, self.model.weight_table(), self.layout, bucket_bytes=bucket_bytes)
+
+    def engine(self, **settings: int) -> RolloutEngine:
+        """An engine with the policy's weights, version 0."""
+        engine = self.make(self, **settings)
+        engine.load_weights(self.buckets(), version=0)
+        return engine
+
+
+def make_embedded(world: World, *, batch_prompts: int = 8, eos_id: int | None = None) -> EmbeddedEngine:
+    family = family_of(ModelConfig(path=str(world.path)))
+    return EmbeddedEngine(
+        family.sampler_model(world.path, torch.float32),
+        prefix=family.sampler_prefix,
+        eos_id=world.eos_id if eos_id is None else eos_id,
+        device=torch.device("cpu"),
+        batch_prompts=batch_prompts,
+    )
+
+
+ENGINES: dict[str, Callable[..., RolloutEngine]] = {"embedded": make_embedded}
+
+
+def make_world(path: Path, layout: ParallelLayout, *, engine: str) -> World:
+    config = ModelConfig(path=str(path), dtype=Dtype.float32)
+    model = build_model(config, layout, sequence_parallel=False)
+    eos_id = family_of(config).read_tokens(path).eos_id
+    return World(path=path, model=model, layout=layout, eos_id=eos_id, make=ENGINES[engine])

@@ -1,0 +1,71 @@
+"""Groups around an engine: seeds per response, order, and what a RolloutGroup carries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from megalong.records import FrameSelection, Prompt, Sample, WeightBucket
+from megalong.rollout.engine import Request, Sampled, Sampling
+from megalong.rollout.sampler import GroupSampler, response_seeds
+
+SAMPLING = Sampling(group_size=3, max_tokens=8, temperature=1.0, top_p=1.0, top_k=0)
+
+
+class EchoEngine:
+    """Answers with the seeds it was given, so that a test sees them."""
+
+    def __init__(self) -> None:
+        self.requests: list[Request] = []
+        self.version = 4
+
+    def load_weights(self, buckets: Iterable[WeightBucket], *, version: int) -> None:
+        self.version = version
+
+    def generate(self, requests: Sequence[Request], *, sampling: Sampling) -> list[list[Sampled]]:
+        self.requests += requests
+        return [
+            [Sampled(ids=(seed, 3), logprobs=(-1.0, -2.0), truncated=seed % 2 == 0) for seed in request.seeds]
+            for request in requests
+        ]
+
+
+def prompt(name: str) -> Prompt:
+    sample = Sample(
+        sample_id=name, question="q", answer="A", videos=(), problem_type="open-ended", category="c", reasoning="",
+        subtitles="",
+    )  # fmt: skip
+    selections: tuple[FrameSelection, ...] = ()
+    return Prompt(sample=sample, ids_P=(1, 2, 3), selections=selections)
+
+
+def test_seeds_differ_by_run_step_sample_response_and_refill() -> None:
+    seeds = [
+        *response_seeds("a", seed=1, step=1, refill=0, group_size=8),
+        *response_seeds("a", seed=1, step=1, refill=1, group_size=8),
+        *response_seeds("b", seed=1, step=1, refill=0, group_size=8),
+        *response_seeds("a", seed=1, step=2, refill=0, group_size=8),
+        *response_seeds("a", seed=2, step=1, refill=0, group_size=8),
+    ]
+    assert len(set(seeds)) == 40
+    assert seeds[:8] == list(response_seeds("a", seed=1, step=1, refill=0, group_size=8))
+
+
+def test_groups_are_in_the_order_of_the_prompts(layout: object) -> None:
+    engine = EchoEngine()
+    sampler = GroupSampler(engine, layout, decode=lambda ids: f"text {ids[0]}", seed=9)
+    groups = sampler.sample([prompt("b"), prompt("a")], [None, None], sampling=SAMPLING, step=5)
+    assert [group.prompt.sample.sample_id for group in groups] == ["b", "a"]
+    for group in groups:
+        seeds = response_seeds(group.prompt.sample.sample_id, seed=9, step=5, refill=0, group_size=3)
+        assert group.response_ids == tuple((seed, 3) for seed in seeds)
+        assert group.texts == tuple(f"text {seed}" for seed in seeds)
+        assert group.truncated == tuple(seed % 2 == 0 for seed in seeds)
+        assert group.logprobs == ((-1.0, -2.0),) * 3
+        assert group.weights_version == 4
+    assert sampler.sample([], [], sampling=SAMPLING, step=5) == []
+
+
+def test_version_follows_the_weights(layout: object) -> None:
+    sampler = GroupSampler(EchoEngine(), layout, decode=str, seed=9)
+    sampler.load_weights([], version=7)
+    assert sampler.sample([prompt("a")], [None], sampling=SAMPLING, step=1)[0].weights_version == 7

@@ -1,0 +1,274 @@
+"""Stage 1 in one process: each video is decoded and encoded once, and what cannot be read is a counted drop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from megalong.config.tree import FrameSampling
+from megalong.data.video import decode_frames, select_frames
+from megalong.records import Dropped, FrameSelection, Sample
+from megalong.vision import encode as module
+from megalong.vision.encode import VisionSettings, VisionStage
+
+SIZE, TOKENS, WIDTH = 8, 2, 5
+SETTINGS = VisionSettings(
+    image_size=SIZE, tokens_per_frame=TOKENS, tower_batch_frames=3, frozen=True, embed_store_bytes=1 << 20,
+    frame_store_bytes=1 << 20, decode_workers=2,
+)  # fmt: skip
+CHOOSE = partial(select_frames, sampling=FrameSampling.uniform, num_frames=7, fps=1.0, max_frames=8)
+
+
+class Tower(nn.Module):
+    """Frames to TOKENS embeddings each; remembers how many frames each forward took."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(SIZE * SIZE * 3, TOKENS * WIDTH)
+        self.batches: list[int] = []
+
+    def forward(self, frames_FHWC: Tensor) -> Tensor:
+        self.batches.append(len(frames_FHWC))
+        return self.linear(frames_FHWC.flatten(1).float() / 255).reshape(-1, TOKENS, WIDTH)
+
+
+def write_video(path: Path, num_frames: int, *, shade: int) -> str:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10, options={"preset": "ultrafast"})
+        stream.width = stream.height = 32
+        stream.pix_fmt = "yuv420p"
+        for index in range(num_frames):
+            picture = np.full((32, 32, 3), (shade + 9 * index) % 256, np.uint8)
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = index, Fraction(1, 10)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return str(path)
+
+
+def sample(name: str, *videos: str) -> Sample:
+    return Sample(
+        sample_id=name, question="q", answer="A", videos=videos, problem_type="open-ended", category="c", reasoning="",
+        subtitles="",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("videos")
+    paths = {name: write_video(folder / f"{name}.mp4", 8 + i, shade=40 * i) for i, name in enumerate("abc")}
+    (folder / "text.mp4").write_text("no video")
+    return {**paths, "bad": str(folder / "text.mp4"), "gone": str(folder / "gone.mp4")}
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the videos in the order they were decoded."""
+    calls: list[str] = []
+
+    def counted(selection: FrameSelection, **arguments: int) -> object:
+        calls.append(Path(selection.path).stem)
+        return decode_frames(selection, **arguments)
+
+    monkeypatch.setattr(module, "decode_frames", counted)
+    return calls
+
+
+@pytest.fixture
+def make(layout: object) -> Iterator[object]:
+    stages: list[VisionStage] = []
+
+    def build(**changes: object) -> VisionStage:
+        stages.append(VisionStage(Tower(), layout, replace(SETTINGS, **changes)))
+        return stages[-1]
+
+    yield build
+    for stage in stages:
+        stage.close()
+
+
+def ready(stage: VisionStage, samples: Sequence[Sample]) -> tuple[dict[str, FrameSelection], list[Dropped]]:
+    """What a loop does with a batch."""
+    selections, dropped = stage.select(samples, CHOOSE)
+    usable = [item for item in samples if all(path in selections for path in item.videos)]
+    return selections, [*dropped, *stage.prepare(usable, selections)]
+
+
+def direct(stage: VisionStage, selection: FrameSelection) -> Tensor:
+    """[F * TOKENS, WIDTH]: the tower on the frames, all at once."""
+    frames = torch.from_numpy(decode_frames(selection, size=SIZE).frames_FHWC)
+    with torch.no_grad():
+        return stage.encoder(frames).flatten(0, 1)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_embeddings_are_the_tower_s_in_the_order_asked_for(make: object, videos: dict[str, str], frozen: bool) -> None:
+    stage = make(frozen=frozen)
+    samples = [sample("1", videos["a"]), sample("2", videos["b"], videos["a"]), sample("3")]
+    selections, dropped = ready(stage, samples)
+    assert dropped == []
+    assert [len(selections[videos[name]].frames) for name in "ab"] == [7, 7]
+    for names in ("a", "ab", "ba", "aa"):
+        chosen = [selections[videos[name]] for name in names]
+        want = torch.cat([direct(stage, item) for item in chosen])
+        got = stage.embeddings(chosen)
+        assert got.shape == (len(names) * 7 * TOKENS, WIDTH)
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+        assert got.requires_grad is not frozen
+    assert stage.embeddings([]) is None
+
+
+def test_cached_and_fresh_embeddings_are_bit_equal(make: object, videos: dict[str, str]) -> None:
+    samples = [sample("1", videos["a"]), sample("2", videos["b"])]
+    results = []
+    for frozen in (True, True, False):
+        stage = make(frozen=frozen)
+        selections, _ = ready(stage, samples)
+        for _ in range(2):
+            results.append(stage.embeddings([selections[videos["a"]], selections[videos["b"]]]).detach().clone())
+    # Another pass over the same stage: from the store.
+    assert all(torch.equal(result, results[0]) for result in results[:4])
+    # Encoded one by one and in one pass: the same frames in other batches.
+    torch.testing.assert_close(results[4], results[0], rtol=1e-6, atol=1e-6)
+
+
+def test_a_trained_tower_gets_its_gradient(make: object, videos: dict[str, str]) -> None:
+    stage = make(frozen=False)
+    selections, _ = ready(stage, [sample("1", videos["a"])])
+    chosen = selections[videos["a"]]
+    stage.embeddings([chosen]).square().sum().backward()
+    got = stage.encoder.linear.weight.grad.clone()
+    stage.encoder.zero_grad()
+    frames = torch.from_numpy(decode_frames(chosen, size=SIZE).frames_FHWC)
+    stage.encoder(frames).square().sum().backward()
+    torch.testing.assert_close(got, stage.encoder.linear.weight.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_a_frozen_tower_decodes_and_encodes_each_video_once(
+    make: object, videos: dict[str, str], decoded: list[str]
+) -> None:
+    stage = make()
+    first = [sample("1", videos["a"]), sample("2", videos["a"]), sample("3", videos["b"], videos["a"])]
+    selections, _ = ready(stage, first)
+    for _ in range(3):
+        stage.embeddings([selections[videos["a"]]])
+    ready(stage, [sample("4", videos["b"]), sample("5", videos["c"])])
+    ready(stage, first)
+    assert sorted(decoded) == ["a", "b", "c"]
+    assert sum(stage.encoder.batches) == stage.frames_encoded == 21
+    assert max(stage.encoder.batches) <= 3
+    assert len(stage.frames) == 0, "frames are freed once their embeddings are kept"
+    assert len(stage.embeds) == 3
+    assert stage.embeds.bytes_used == 3 * 7 * TOKENS * WIDTH * 4
+
+
+def test_a_trained_tower_decodes_once_and_encodes_at_every_use(
+    make: object, videos: dict[str, str], decoded: list[str]
+) -> None:
+    stage = make(frozen=False)
+    batch = [sample("1", videos["a"]), sample("2", videos["b"])]
+    for _ in range(2):
+        selections, _ = ready(stage, batch)
+        stage.embeddings([selections[videos["a"]]])
+    assert sorted(decoded) == ["a", "b"]
+    assert stage.frames_encoded == 14
+    assert len(stage.embeds) == 0
+    assert len(stage.frames) == 2
+
+
+def test_bad_videos_drop_every_sample_that_uses_them(make: object, videos: dict[str, str]) -> None:
+    stage = make()
+    samples = [
+        sample("ok", videos["a"]),
+        sample("bad", videos["bad"]),
+        sample("half bad", videos["a"], videos["bad"]),
+        sample("gone", videos["gone"]),
+        sample("text only"),
+    ]
+    selections, dropped = ready(stage, samples)
+    assert set(selections) == {videos["a"]}
+    assert [(drop.sample_id, drop.stage) for drop in dropped] == [
+        ("bad", "decode"),
+        ("half bad", "decode"),
+        ("gone", "decode"),
+    ]
+    for drop, name in zip(dropped, ("bad", "bad", "gone"), strict=True):
+        assert drop.reason.startswith(f"{videos[name]}: ")
+        assert len(drop.reason) > len(videos[name]) + 5
+    assert stage.embeddings([selections[videos["a"]]]).shape == (7 * TOKENS, WIDTH)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_video_that_breaks_while_decoding_drops_its_samples(
+    make: object, videos: dict[str, str], tmp_path: Path, frozen: bool
+) -> None:
+    """Its packets can be indexed, its pictures cannot be decoded."""
+    whole = Path(videos["c"]).read_bytes()
+    broken = tmp_path / "broken.mp4"
+    start = whole.index(b"mdat") + 4
+    broken.write_bytes(whole[: start + 8] + bytes(len(whole[start + 8 : -1200])) + whole[-1200:])
+    stage = make(frozen=frozen)
+    samples = [sample("ok", videos["a"]), sample("x", str(broken)), sample("y", videos["a"], str(broken))]
+    selections, dropped = ready(stage, samples)
+    assert [(drop.sample_id, drop.stage) for drop in dropped] == [("x", "decode"), ("y", "decode")]
+    assert all(str(broken) in drop.reason for drop in dropped)
+    assert stage.embeddings([selections[videos["a"]]]).shape == (7 * TOKENS, WIDTH)
+
+
+def test_prefetch_decodes_ahead_and_only_what_is_missing(
+    make: object, videos: dict[str, str], decoded: list[str]
+) -> None:
+    stage = make()
+    samples = [sample("1", videos["a"]), sample("2", videos["b"])]
+    selections, _ = stage.select(samples, CHOOSE)
+    stage.prefetch(list(selections.values()))
+    stage.prefetch(list(selections.values()))  # already running: not started again
+    stage.prepare(samples, selections)
+    assert sorted(decoded) == ["a", "b"]
+    stage.prefetch(list(selections.values()))  # embeddings are kept: nothing to decode
+    stage.prepare(samples, selections)
+    assert sorted(decoded) == ["a", "b"]
+
+
+def test_new_weights_and_new_content_make_new_embeddings(make: object, tmp_path: Path) -> None:
+    stage = make()
+    path = write_video(tmp_path / "v.mp4", 8, shade=10)
+    batch = [sample("1", path)]
+    selections, _ = ready(stage, batch)
+    key, before = stage.embed_key(selections[path]), stage.embeddings([selections[path]])
+    with torch.no_grad():
+        stage.encoder.linear.bias[0] += 1
+    stage.weights_changed()
+    assert stage.embed_key(selections[path]) != key
+    with pytest.raises(KeyError):
+        stage.embeddings([selections[path]])
+    ready(stage, batch)
+    torch.testing.assert_close(stage.embeddings([selections[path]])[0, 0], before[0, 0] + 1)
+    write_video(tmp_path / "v.mp4", 8, shade=100)
+    selections, _ = ready(stage, batch)
+    assert (stage.embeddings([selections[path]]) - before).abs().max() > 0.01
+
+
+def test_a_batch_larger_than_the_frame_budget_names_its_setting(make: object, videos: dict[str, str]) -> None:
+    stage = make(frozen=False, frame_store_bytes=7 * SIZE * SIZE * 3)
+    with pytest.raises(ValueError, match=r"raise video\.frame_cache_gib"):
+        ready(stage, [sample("1", videos["a"], videos["b"])])
+
+
+def test_embeddings_over_their_budget_name_their_setting(make: object, videos: dict[str, str]) -> None:
+    stage = make(embed_store_bytes=7 * TOKENS * WIDTH * 4)
+    ready(stage, [sample("1", videos["a"])])
+    ready(stage, [sample("1", videos["b"])])
+    assert (len(stage.embeds), stage.embeds.num_evicted) == (1, 1)
+    with pytest.raises(ValueError, match=r"raise video\.cache_gib"):
+        ready(stage, [sample("1", videos["a"], videos["b"])])
