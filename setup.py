@@ -32,6 +32,7 @@ setup(
     entry_points={
         "console_scripts": [
             "megalong=megalong.__main__:main",
+            "megalong-convert=checkpoints_tools.cli:main",
         ]
     },
 )

@@ -1,0 +1,135 @@
+"""The two conversions. Both hold one entry of the weight table in memory at a time."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from checkpoints_tools.building import building, check_target
+from checkpoints_tools.errors import raise_all
+from checkpoints_tools.export import plan_export, write_export
+from checkpoints_tools.hf_folder import HfFolder, canonical
+from checkpoints_tools.megatron_writer import write_checkpoint
+from checkpoints_tools.places import Blueprint, Place, check_folder, read_blueprint
+
+STORED = (torch.float32, torch.bfloat16)
+"""Dtypes that the framework trains in."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Conversion:
+    """What was written, or with dry_run what would be."""
+
+    out: str
+    family: str
+    tensors: int  # of the model, in Hugging Face names
+    num_bytes: int  # of all tensors written
+    dtypes: tuple[str, ...]  # of the model's tensors
+    carried_tensors: int = 0  # outside the model, copied from the Hugging Face folder
+    copied_files: int = 0
+    weight_files: tuple[str, ...] = ()  # of an export
+    notes: tuple[str, ...] = ()
+    dry_run: bool = False
+    seconds: float = 0.0
+
+
+def hf_to_megatron(hf: Path, out: Path, *, dtype: torch.dtype | None = None, dry_run: bool = False) -> Conversion:
+    """Write a Megatron checkpoint of the Hugging Face folder, loadable at any layout. dtype None keeps each tensor's.
+
+    Raises ConvertError, with nothing left at `out`, for anything that does not fit.
+    """
+    began = time.monotonic()
+    blueprint = read_blueprint(hf)
+    folder = HfFolder(hf, blueprint.folders)
+    check_folder(folder, blueprint)
+    dtypes = _stored_dtypes(folder, blueprint, dtype)
+    total = sum(place.num_elements * dtypes[place.key].itemsize for place in blueprint.places)
+    done = Conversion(
+        out=str(out),
+        family=blueprint.family,
+        tensors=sum(len(place.entry.hf) for place in blueprint.places),
+        num_bytes=total,
+        dtypes=_names(dtypes.values()),
+        dry_run=dry_run,
+    )
+    check_target(out, num_bytes=total)
+    if dry_run:
+        return done
+    with building(out) as partial, _bar(total, "hf-to-megatron") as bar:
+
+        def make(place: Place) -> Tensor:
+            parts = [folder.read(folder.tensors[canonical(name)]) for name in place.entry.hf]
+            tensor = place.entry.cut(parts, rank=0, size=1).to(dtypes[place.key]).contiguous()
+            bar.update(tensor.nbytes)
+            return tensor
+
+        write_checkpoint(partial, blueprint.places, dtypes, make=make, common={"family": blueprint.family})
+    return replace(done, seconds=round(time.monotonic() - began, 2))
+
+
+def megatron_to_hf(
+    megatron: Path, like: Path, out: Path, *,
+    dtype: torch.dtype | None = None, shard_bytes: int | None = None, dry_run: bool = False,
+) -> Conversion:  # fmt: skip
+    """Write a Hugging Face folder with the checkpoint's weights in the names, files and order of `like`.
+
+    megatron: a checkpoint, or a run's folder of them (the newest is taken). dtype None keeps the checkpoint's.
+    Tensors outside the weight table and all other files are those of `like`, unchanged. shard_bytes None keeps the
+    weight files of `like`; otherwise each folder's are cut anew. Raises ConvertError, with nothing left at `out`.
+    """
+    began = time.monotonic()
+    plan = plan_export(megatron, like, dtype=dtype, shard_bytes=shard_bytes)
+    done = Conversion(
+        out=str(out),
+        family=plan.blueprint.family,
+        tensors=len(plan.dtypes),
+        num_bytes=plan.num_bytes,
+        dtypes=_names(plan.dtypes.values()),
+        carried_tensors=len(plan.folder.tensors) - len(plan.dtypes),
+        copied_files=len(plan.copied),
+        weight_files=tuple(f"{sub}/{file}" for sub, files in plan.layout.items() for file in files),
+        notes=plan.notes(),
+        dry_run=dry_run,
+    )
+    check_target(out, num_bytes=plan.num_bytes + sum(file.stat().st_size for file in plan.copied))
+    if dry_run:
+        return done
+    with building(out) as partial, _bar(plan.num_bytes, "megatron-to-hf") as bar:
+        write_export(plan, partial, progress=bar.update)
+    return replace(done, seconds=round(time.monotonic() - began, 2))
+
+
+def _stored_dtypes(folder: HfFolder, blueprint: Blueprint, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+    """Storage key -> dtype. Layers that share a key must share a dtype."""
+    problems: list[str] = []
+    dtypes: dict[str, torch.dtype] = {}
+    for place in blueprint.places:
+        for name in place.entry.hf:
+            tensor = folder.tensors[canonical(name)]
+            if not tensor.dtype.is_floating_point or (dtype is None and tensor.dtype not in STORED):
+                problems.append(
+                    f"{tensor.file}: tensor {tensor.name!r} has dtype {tensor.dtype}, expected float32 or bfloat16"
+                    + (" (or give --dtype)" if tensor.dtype.is_floating_point else "")
+                )
+            first = dtypes.setdefault(place.key, dtype or tensor.dtype)
+            if dtype is None and tensor.dtype != first:
+                problems.append(
+                    f"{tensor.file}: tensor {tensor.name!r} is {tensor.dtype}, but others that become part of "
+                    f"{place.key} are {first}; give --dtype to make them one"
+                )
+    raise_all(problems)
+    return dtypes
+
+
+def _names(dtypes: object) -> tuple[str, ...]:
+    return tuple(sorted({str(dtype).removeprefix("torch.") for dtype in dtypes}))
+
+
+def _bar(total: int, name: str) -> tqdm:
+    # disable=None: no bar where standard error is no terminal.
+    return tqdm(total=total, desc=name, unit="B", unit_scale=True, disable=None)

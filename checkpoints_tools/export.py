@@ -1,0 +1,132 @@
+"""Megatron checkpoint to Hugging Face folder: what goes into which file, and the writing of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from checkpoints_tools.errors import ConvertError
+from checkpoints_tools.hf_folder import HfFolder, canonical
+from checkpoints_tools.megatron_folder import MegatronFolder, check_checkpoint, megatron_checkpoint
+from checkpoints_tools.places import Blueprint, check_folder, read_blueprint
+from checkpoints_tools.safetensors_files import SafetensorsFile, Slot, reshard, write_index
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportPlan:
+    """Everything checked; nothing written."""
+
+    checkpoint: MegatronFolder
+    folder: HfFolder  # --like
+    blueprint: Blueprint
+    dtypes: dict[str, torch.dtype]  # canonical name of each tensor that comes from the checkpoint
+    layout: dict[str, dict[str, list[Slot]]]  # sub-folder -> file name -> tensors
+    copied: tuple[Path, ...]  # files of --like
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all tensors."""
+        return sum(slot.num_bytes for files in self.layout.values() for slots in files.values() for slot in slots)
+
+    def notes(self) -> tuple[str, ...]:
+        """Where the config says another dtype than the tensors get: loaders that follow it would cast."""
+        notes = []
+        for sub in self.layout:
+            written = {str(dtype).removeprefix("torch.") for name, dtype in self.dtypes.items() if name.startswith(sub)}
+            config = self.folder.path / sub / "config.json"
+            said = json.loads(config.read_text()) if config.is_file() else {}
+            said = said.get("dtype") or said.get("torch_dtype")
+            if said and written != {said}:
+                notes.append(f"{sub}/config.json says dtype {said}, the tensors are {', '.join(sorted(written))}")
+        return tuple(notes)
+
+
+def plan_export(
+    megatron: Path, like: Path, *, dtype: torch.dtype | None = None, shard_bytes: int | None = None
+) -> ExportPlan:
+    """Read all headers and check them against each other. Raises ConvertError for anything that does not fit."""
+    found = megatron_checkpoint(megatron)
+    if found is None:
+        raise ConvertError(f"{megatron}: neither a Megatron checkpoint nor a folder with step_<n> checkpoints")
+    blueprint = read_blueprint(like)
+    folder = HfFolder(like, blueprint.folders)
+    check_folder(folder, blueprint)
+    checkpoint = MegatronFolder(found)
+    check_checkpoint(checkpoint, blueprint)
+    dtypes = {
+        canonical(name): dtype or checkpoint.dtype(place.key) for place in blueprint.places for name in place.entry.hf
+    }
+    return ExportPlan(
+        checkpoint=checkpoint,
+        folder=folder,
+        blueprint=blueprint,
+        dtypes=dtypes,
+        layout=_layout(folder, dtypes, shard_bytes),
+        copied=_copied_files(folder),
+    )
+
+
+def write_export(plan: ExportPlan, target: Path, *, progress: Callable[[int], object]) -> None:
+    """Write the whole folder; progress(bytes) is called for each tensor written."""
+    for file in plan.copied:
+        copy = target / file.relative_to(plan.folder.path)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copy)
+    with ExitStack() as stack:
+        file_of: dict[str, SafetensorsFile] = {}
+        opened: list[SafetensorsFile] = []
+        for sub, files in plan.layout.items():
+            (target / sub).mkdir(parents=True, exist_ok=True)
+            write_index(target / sub, files, metadata=plan.folder.index_metadata(sub))
+            for name, slots in files.items():
+                opened.append(SafetensorsFile(target / sub / name, slots))
+                stack.callback(opened[-1].abandon)
+                file_of.update({canonical(f"{sub}/{slot.name}"): opened[-1] for slot in slots})
+
+        def put(name: str, tensor: Tensor) -> None:
+            file_of[name].put(plan.folder.tensors[name].name, tensor)
+            progress(tensor.nbytes)
+
+        for place in plan.blueprint.places:
+            parts = place.entry.join([plan.checkpoint.read_place(place)])
+            for name, tensor in zip(place.entry.hf, parts, strict=True):
+                put(canonical(name), tensor.to(plan.dtypes[canonical(name)]))
+        for name, tensor in plan.folder.tensors.items():
+            if name not in plan.dtypes:
+                put(name, plan.folder.read(tensor))
+        for file in opened:
+            file.close()
+
+
+def _layout(
+    folder: HfFolder, dtypes: dict[str, torch.dtype], shard_bytes: int | None
+) -> dict[str, dict[str, list[Slot]]]:
+    layout: dict[str, dict[str, list[Slot]]] = {}
+    for sub in folder.folders:
+        files: dict[str, list[Slot]] = {}
+        for name, tensor in folder.tensors.items():
+            if tensor.folder == sub:
+                slot = Slot(name=tensor.name, dtype=dtypes.get(name, tensor.dtype), shape=tensor.shape)
+                files.setdefault(tensor.file.name, []).append(slot)
+        if shard_bytes is not None:
+            files = reshard([slot for slots in files.values() for slot in slots], shard_bytes=shard_bytes)
+        layout[sub] = files
+    return layout
+
+
+def _copied_files(folder: HfFolder) -> tuple[Path, ...]:
+    """Every file of the folder but weights and hidden ones (download caches, version control)."""
+    return tuple(
+        path
+        for path in sorted(folder.path.rglob("*"))
+        if path.is_file()
+        and not folder.is_weight_file(path)
+        and not any(part.startswith(".") for part in path.relative_to(folder.path).parts)
+    )

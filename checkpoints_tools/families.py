@@ -1,0 +1,43 @@
+"""What a family's Hugging Face folder holds beside the model, and how its Megatron keys begin: one line each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import SiglipVisionConfig, SiglipVisionModel
+
+from checkpoints_tools.hf_folder import canonical
+from megalong.models.longvila.spec import LongVilaSpec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FamilyFiles:
+    carried: Callable[[Any], tuple[set[str], set[str]]]  # spec -> canonical names that must, and that may, be there
+    key_prefixes: frozenset[str]  # first parts of its Megatron keys
+
+
+def longvila_carried(spec: LongVilaSpec) -> tuple[set[str], set[str]]:
+    """All names of the stock SigLIP tower; its last block, post_layernorm and head are not part of the model."""
+    config = json.loads((spec.path / "vision_tower" / "config.json").read_text())
+    config = config.get("vision_config", config)
+    with torch.device("meta"):
+        names = {
+            use_head: {
+                canonical(f"vision_tower/{name}")
+                for name in SiglipVisionModel(
+                    SiglipVisionConfig(**{**config, "vision_use_head": use_head})
+                ).state_dict()
+            }
+            for use_head in (False, True)
+        }
+    # Published towers without a head do not always say so in their config.
+    return names[False], names[True] - names[False]
+
+
+FILES: dict[str, FamilyFiles] = {
+    "longvila": FamilyFiles(carried=longvila_carried, key_prefixes=frozenset({"llm", "vision"})),
+}

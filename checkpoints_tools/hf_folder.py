@@ -1,0 +1,181 @@
+"""Reads a Hugging Face folder's safetensors headers, and its tensors one at a time. Runs no code of the folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from checkpoints_tools.errors import ConvertError, raise_all
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+DTYPE_NAMES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HfTensor:
+    """One tensor as a safetensors header describes it."""
+
+    folder: str  # sub-folder of the checkpoint, for example "llm"
+    name: str  # as stored
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def canonical(full_name: str) -> str:
+    """`<folder>/<name>` without SigLIP's `vision_model.`, which transformers before and after 5.20 disagree on."""
+    folder, _, name = full_name.partition("/")
+    return f"{folder}/{name.removeprefix('vision_model.')}" if folder == "vision_tower" else full_name
+
+
+class HfFolder:
+    """The tensors of `folders` under `path`, by canonical `<folder>/<name>`, in the order of the files.
+
+    Only headers are read here. Raises ConvertError naming file and tensor for pickled weights, a cut or malformed
+    file, an index that points outside its folder, and a tensor that is missing, stored twice or not in the index.
+    """
+
+    def __init__(self, path: Path, folders: Sequence[str]) -> None:
+        self.path, self.folders = path, tuple(folders)
+        self.tensors: dict[str, HfTensor] = {}
+        for stray in sorted(path.glob("*.safetensors")) + sorted(path.glob("pytorch_model*.bin")):
+            raise ConvertError(f"{stray}: weights are expected in {', '.join(folders)}, not beside config.json")
+        for folder in folders:
+            for tensor in _folder_tensors(path / folder):
+                key = canonical(f"{folder}/{tensor.name}")
+                if key in self.tensors:
+                    raise ConvertError(
+                        f"{tensor.file}: tensor {tensor.name!r} is stored a second time "
+                        f"(the first, {self.tensors[key].name!r}, is in {self.tensors[key].file})"
+                    )
+                self.tensors[key] = tensor
+
+    def read(self, tensor: HfTensor) -> Tensor:
+        """The tensor, memory-mapped: its pages are read when used and given back with it."""
+        with open_safetensors(tensor.file) as shard:
+            return shard.get_tensor(tensor.name)
+
+    def is_weight_file(self, file: Path) -> bool:
+        """Whether an export writes this file anew instead of copying it."""
+        inside = file.parent.name in self.folders and file.parent.parent == self.path
+        return inside and (file.suffix == ".safetensors" or file.name == INDEX)
+
+    def index_metadata(self, folder: str) -> dict[str, Any]:
+        """`metadata` of the folder's index; empty without an index."""
+        index = self.path / folder / INDEX
+        return dict(_read_index(index).get("metadata") or {}) if index.is_file() else {}
+
+
+@contextmanager
+def open_safetensors(file: Path) -> Iterator[Any]:
+    """safe_open, its errors turned into a ConvertError that names the file."""
+    try:
+        with safe_open(file, framework="pt") as shard:
+            yield shard
+    except (SafetensorError, OSError) as error:
+        raise ConvertError(f"{file}: not a complete safetensors file ({error}); download or copy it again") from error
+
+
+def _folder_tensors(folder: Path) -> list[HfTensor]:
+    if not folder.is_dir():
+        raise ConvertError(f"{folder}: no such folder; the checkpoint's weights are expected there")
+    pickled = sorted(folder.glob("pytorch_model*.bin*"))
+    if pickled:
+        raise ConvertError(
+            f"{pickled[0]}: pickled weights are refused, because loading a pickle can run code; "
+            "save them as safetensors and remove the .bin files"
+        )
+    index, single = folder / INDEX, folder / SINGLE
+    if index.is_file() and single.is_file():
+        raise ConvertError(f"{folder}: both {SINGLE} and {INDEX} are there; remove the one that is not meant")
+    if single.is_file():
+        return _file_tensors(single)
+    if not index.is_file():
+        raise ConvertError(f"{folder}: neither {SINGLE} nor {INDEX} is there")
+    return _indexed_tensors(index)
+
+
+def _indexed_tensors(index: Path) -> list[HfTensor]:
+    file_of = _checked_weight_map(index)
+    found: dict[str, HfTensor] = {}
+    problems = []
+    for file_name in dict.fromkeys(file_of.values()):
+        for tensor in _file_tensors(index.parent / file_name):
+            if tensor.name not in file_of:
+                problems.append(f"{tensor.file}: unexpected tensor {tensor.name!r}, which {index.name} does not list")
+            elif file_of[tensor.name] != file_name:
+                problems.append(
+                    f"{tensor.file}: tensor {tensor.name!r} is stored twice; {index.name} says {file_of[tensor.name]}"
+                )
+            else:
+                found[tensor.name] = tensor
+    problems += [f"{index.parent / file_of[name]}: tensor {name!r} is missing" for name in file_of if name not in found]
+    raise_all(problems)
+    return list(found.values())
+
+
+def _checked_weight_map(index: Path) -> dict[str, str]:
+    weight_map = _read_index(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ConvertError(f"{index}: key 'weight_map' is missing or empty")
+    for name, file_name in weight_map.items():
+        plain = isinstance(file_name, str) and Path(file_name).name == file_name and file_name.endswith(".safetensors")
+        if not plain or not (index.parent / file_name).is_file():
+            raise ConvertError(
+                f"{index}: tensor {name!r} points at {file_name!r}, which is not a safetensors file of that folder"
+            )
+    return weight_map
+
+
+def _read_index(index: Path) -> dict[str, Any]:
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
+        if twice is not None:
+            raise ConvertError(f"{index}: {twice!r} is listed twice")
+        return dict(pairs)
+
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=no_duplicates)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConvertError(f"{index}: not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ConvertError(f"{index}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _file_tensors(file: Path) -> list[HfTensor]:
+    tensors = []
+    with open_safetensors(file) as shard:
+        for name in shard.offset_keys():
+            header = shard.get_slice(name)
+            dtype = header.get_dtype()
+            if dtype not in DTYPE_NAMES:
+                raise ConvertError(f"{file}: tensor {name!r} has dtype {dtype}; known are {', '.join(DTYPE_NAMES)}")
+            tensors.append(
+                HfTensor(
+                    folder=file.parent.name,
+                    name=name,
+                    file=file,
+                    dtype=DTYPE_NAMES[dtype],
+                    shape=tuple(header.get_shape()),
+                )
+            )
+    return tensors

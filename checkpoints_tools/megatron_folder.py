@@ -1,0 +1,225 @@
+"""Reads boxes of tensors from a Megatron checkpoint folder (torch_dist), saved at any parallel layout."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, LoadPlan
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from checkpoints_tools.errors import ConvertError, raise_all
+from checkpoints_tools.places import Blueprint, Place
+from megalong.engine.checkpoint import complete_checkpoints
+from megalong.models.weights import VocabRows
+
+CONFIG, METADATA = "metadata.json", ".metadata"
+OPTIMIZER = "optimizer."
+
+_PLAIN_CLASSES = {
+    ("collections", "OrderedDict"),
+    ("pathlib", "PosixPath"),
+    ("pathlib._local", "PosixPath"),
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("torch.distributed._shard.sharded_tensor.metadata", "TensorProperties"),
+    ("torch.distributed._shard.sharded_tensor.metadata", "MEM_FORMAT_ENCODING"),
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"),
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"),
+} | {
+    (f"torch.distributed.checkpoint.{module}", name)
+    for module, names in {
+        "metadata": "Metadata MetadataIndex ChunkStorageMetadata TensorStorageMetadata BytesStorageMetadata "
+        "TensorProperties StorageMeta _MEM_FORMAT_ENCODING",
+        "planner": "SavePlan WriteItem WriteItemType TensorWriteData BytesIOWriteData",
+    }.items()
+    for name in names.split()
+}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """The metadata file is a pickle, which could run anything: only what such files are made of is let in."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        allowed = (module, name) in _PLAIN_CLASSES or (
+            module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        )
+        if not allowed:
+            raise pickle.UnpicklingError(f"{module}.{name} does not belong into a checkpoint's metadata")
+        return super().find_class(module, name)
+
+
+class _Into(DefaultLoadPlanner):
+    """Puts what the reader delivers into one tensor."""
+
+    def __init__(self, target: Tensor) -> None:
+        super().__init__()
+        self.target = target
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        part = self.target
+        for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+            part = part.narrow(dim, start, length)
+        return part
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        pass
+
+
+def megatron_checkpoint(path: Path) -> Path | None:
+    """`path` when it is a Megatron checkpoint, else the newest complete one in it, else None."""
+    if (path / CONFIG).is_file():
+        return path
+    found = complete_checkpoints(path)
+    return found[-1] if found else None
+
+
+class MegatronFolder:
+    """The tensors of a checkpoint by storage key. Nothing is read but metadata until `read_box`.
+
+    Raises ConvertError for a folder that is no torch_dist checkpoint, is cut short, or points outside itself.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        _check_format(path)
+        self._metadata = _read_metadata(path / METADATA)
+        self.optimizer_keys = 0
+        self.tensors: dict[str, TensorStorageMetadata] = {}  # of the model
+        for key, entry in self._metadata.state_dict_metadata.items():
+            if not isinstance(entry, TensorStorageMetadata):
+                continue  # bytes: extra states, common state
+            if key.startswith(OPTIMIZER):
+                self.optimizer_keys += 1
+            else:
+                self.tensors[key] = entry
+        self._check_files()
+        self._reader = FileSystemReader(path)
+        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+
+    def dtype(self, key: str) -> torch.dtype:
+        return self.tensors[key].properties.dtype
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self.tensors[key].size)
+
+    def read_box(self, key: str, *, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
+        """The box of `sizes` at `offsets` of the whole tensor, put together from the saved shards."""
+        entry = self.tensors[key]
+        box = ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=torch.Size(sizes))
+        items = create_read_items_for_chunk_list(key, entry, [box])
+        covered = sum(math.prod(item.lengths) for item in items)
+        if covered != math.prod(sizes):
+            raise ConvertError(
+                f"{self.path}: {key} at {list(offsets)}: the shards hold {covered} of {math.prod(sizes)} elements"
+            )
+        target = torch.empty(sizes, dtype=entry.properties.dtype)
+        try:
+            self._reader.read_data(LoadPlan(items), _Into(target)).wait()
+        except (RuntimeError, AssertionError, OSError, EOFError, KeyError, pickle.UnpicklingError) as error:
+            files = sorted({self._metadata.storage_data[item.storage_index].relative_path for item in items})
+            raise ConvertError(f"{self.path}: {key} in {', '.join(files)} cannot be read: {error}") from error
+        return target
+
+    def read_place(self, place: Place) -> Tensor:
+        """The whole parameter of a place, with tensor parallelism's vocabulary padding cut off."""
+        sizes = list(place.sizes)
+        if isinstance(place.entry, VocabRows):
+            sizes[0] = self.shape(place.key)[0]
+        whole = self.read_box(place.key, offsets=place.offsets, sizes=tuple(sizes))
+        if sizes[0] > place.sizes[0]:
+            if whole[place.sizes[0] :].any():
+                raise ConvertError(
+                    f"{self.path}: {place.key} has {sizes[0]} vocabulary rows and those from {place.sizes[0]} are not "
+                    f"padding: vocabulary mismatch with vocab_size={place.sizes[0]} of the Hugging Face folder"
+                )
+            whole = whole[: place.sizes[0]]
+        return whole.view(place.model_shape)
+
+    def slices(self, key: str, *, num_bytes: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """(offsets, sizes) of boxes that together are the whole tensor, in order, cut along dimension 0."""
+        shape = self.shape(key)
+        if not shape:
+            yield (), ()
+            return
+        row = math.prod(shape[1:]) * self.dtype(key).itemsize
+        step = max(1, num_bytes // max(1, row))
+        for start in range(0, shape[0], step):
+            yield (start, *[0] * (len(shape) - 1)), (min(step, shape[0] - start), *shape[1:])
+
+    def _check_files(self) -> None:
+        problems = []
+        sizes: dict[str, int] = {}
+        for index, info in self._metadata.storage_data.items():
+            name = info.relative_path
+            if name not in sizes:
+                file = self.path / name
+                if Path(name).name != name:
+                    raise ConvertError(f"{self.path / METADATA}: {index.fqn} points at {name!r}, outside the folder")
+                sizes[name] = file.stat().st_size if file.is_file() else -1
+            if sizes[name] < info.offset + info.length:
+                state = "is missing" if sizes[name] < 0 else f"is cut short ({sizes[name]} bytes)"
+                problems.append(f"{self.path / name} {state}: it should hold {index.fqn} {list(index.offset or ())}")
+        raise_all(problems)
+
+
+def check_checkpoint(checkpoint: MegatronFolder, blueprint: Blueprint) -> None:
+    """Raise ConvertError for every tensor of the model that the checkpoint lacks, has in another shape, or has more."""
+    problems = []
+    for place in blueprint.places:
+        what = f"{checkpoint.path}: tensor {place.key!r}"
+        if place.key not in checkpoint.tensors:
+            problems.append(f"{what} is missing (it becomes {', '.join(place.entry.hf)})")
+            continue
+        shape = checkpoint.shape(place.key)
+        if shape == place.global_shape:
+            continue
+        if not isinstance(place.entry, VocabRows) or shape[1:] != place.global_shape[1:]:
+            problems.append(f"{what} has shape {list(shape)}, expected {list(place.global_shape)}")
+        elif shape[0] < place.global_shape[0]:
+            problems.append(
+                f"{what} has {shape[0]} rows: vocabulary mismatch with vocab_size={place.global_shape[0]} "
+                "of the Hugging Face folder"
+            )
+    known = {place.key for place in blueprint.places}
+    problems += [
+        f"{checkpoint.path}: unexpected tensor {key!r}; the Hugging Face folder's config leaves no place for it"
+        for key in checkpoint.tensors
+        if key not in known
+    ]
+    raise_all(list(dict.fromkeys(problems)))
+
+
+def _check_format(path: Path) -> None:
+    config = path / CONFIG
+    if not config.is_file():
+        raise ConvertError(f"{path}: not a Megatron checkpoint (no {CONFIG}), or one cut short")
+    try:
+        backend = json.loads(config.read_text()).get("sharded_backend")
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise ConvertError(f"{config}: not a valid checkpoint description ({error})") from error
+    if backend != "torch_dist":
+        raise ConvertError(f"{config}: sharded_backend is {backend!r}; only 'torch_dist' can be read")
+
+
+def _read_metadata(file: Path) -> Metadata:
+    if not file.is_file():
+        raise ConvertError(f"{file}: file not found; the checkpoint is cut short")
+    try:
+        with file.open("rb") as stream:
+            metadata = _MetadataUnpickler(stream).load()
+    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, ValueError, IndexError) as error:
+        raise ConvertError(f"{file}: cannot be read ({error})") from error
+    if not isinstance(metadata, Metadata):
+        raise ConvertError(f"{file}: holds a {type(metadata).__name__}, expected torch's checkpoint Metadata")
+    return metadata

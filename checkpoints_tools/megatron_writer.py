@@ -1,0 +1,110 @@
+"""Writes a Megatron checkpoint folder (torch_dist) from tensors that are made one at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter, SavePlan
+from torch.distributed.checkpoint.filesystem import _StorageInfo  # what every reader of the format unpickles
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, StorageMeta, TensorProperties
+from torch.distributed.checkpoint.planner import SavePlanner, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from checkpoints_tools.megatron_folder import CONFIG
+from checkpoints_tools.places import Place
+
+FILE_BYTES = 5 << 30
+
+
+class _Planner(DefaultSavePlanner):
+    """Plans all places from their shapes; a tensor is made when its turn to be written comes."""
+
+    def __init__(
+        self, places: Sequence[Place], dtypes: dict[str, torch.dtype], make: Callable[[Place], Tensor]
+    ) -> None:
+        super().__init__(flatten_state_dict=False)
+        self._places = {MetadataIndex(place.key, place.offsets): place for place in places}
+        self._dtypes, self._make = dtypes, make
+
+    def create_local_plan(self) -> SavePlan:
+        items = [
+            WriteItem(
+                index=index,
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(
+                    chunk=ChunkStorageMetadata(offsets=torch.Size(place.offsets), sizes=torch.Size(place.sizes)),
+                    properties=TensorProperties(dtype=self._dtypes[place.key]),
+                    size=torch.Size(place.global_shape),
+                ),
+            )
+            for index, place in self._places.items()
+        ]
+        self.plan = SavePlan(items)
+        return self.plan
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        place = self._places[MetadataIndex(write_item.index.fqn, write_item.index.offset)]
+        return self._make(place).view(place.sizes)
+
+
+class _Writer(FileSystemWriter):
+    """torch's own writer keeps the last tensor of every key until its file is complete; this one keeps none."""
+
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta()  # without the path, which is about to change
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        results: list[WriteResult] = []
+        file_number, stream = -1, None
+        try:
+            for item in plan.items:
+                if stream is None or stream.tell() >= FILE_BYTES:
+                    if stream is not None:
+                        stream.close()
+                    file_number += 1
+                    stream = open(Path(self.path) / f"__0_{file_number}.distcp", "xb")  # noqa: SIM115
+                start = stream.tell()
+                tensor = planner.resolve_data(item)
+                if tensor.untyped_storage().nbytes() != tensor.nbytes:
+                    tensor = tensor.clone()  # torch.save writes a view's whole storage
+                torch.save(tensor, stream)
+                length = stream.tell() - start
+                results.append(
+                    WriteResult(
+                        index=item.index,
+                        size_in_bytes=length,
+                        storage_data=_StorageInfo(Path(stream.name).name, start, length),
+                    )
+                )
+        finally:
+            if stream is not None:
+                stream.close()
+        future: Future[list[WriteResult]] = Future()
+        future.set_result(results)
+        return future
+
+
+def write_checkpoint(
+    folder: Path, places: Sequence[Place], dtypes: dict[str, torch.dtype], *,
+    make: Callable[[Place], Tensor], common: dict[str, Any],
+) -> None:  # fmt: skip
+    """Write all places; make(place) returns the whole parameter in dtypes[place.key], on the CPU.
+
+    common: plain values that `dist_checkpointing.load` returns beside the tensors.
+    """
+    writer, planner = _Writer(folder, sync_files=False), _Planner(places, dtypes, make)
+    planner.set_up_planner({}, is_coordinator=True)
+    [plan], metadata = planner.create_global_plan([planner.create_local_plan()])
+    writer.set_up_storage_writer(is_coordinator=True)
+    writer.finish(metadata, [writer.write_data(plan, planner).wait()])
+    torch.save(common, folder / "common.pt")
+    # Last: megatron-core takes a folder with this file for a checkpoint.
+    backends = {"sharded_backend": "torch_dist", "common_backend": "torch"}
+    versions = {f"{name}_version": 1 for name in backends}
+    (folder / CONFIG).write_text(json.dumps({**backends, **versions}))
