@@ -69,7 +69,7 @@ def load_checkpoint(path: Path, trainer: Trainer) -> dict[str, Any]:
 def load_weights(path: Path, trainer: Trainer) -> None:
     """Take only the model's weights from a checkpoint of another run (collective), e.g. SFT's before GRPO."""
     _check(path)
-    state = _load({"model": trainer.model.sharded_state_dict()}, path)
+    state = _load({"model": _model_state(trainer)}, path)
     _load_model(trainer, state["model"])
     trainer.optimizer.refresh_masters()
 
@@ -95,8 +95,15 @@ def _load_model(trainer: Trainer, state: dict[str, Any]) -> None:
         raise CheckpointError(f"the checkpoint lacks {missing[:5]} and has unknown {unexpected[:5]}")
 
 
+def _model_state(trainer: Trainer) -> dict[str, Any]:
+    """The model's tensors. Extra states belong to FP8, which is not used, and which of them there are depends on the
+    layer spec: without them a checkpoint of a CPU run or a converted one loads on a GPU."""
+    state = trainer.model.sharded_state_dict()
+    return {name: value for name, value in state.items() if not name.endswith("_extra_state")}
+
+
 def _sharded_state(trainer: Trainer, extra: dict[str, Any]) -> dict[str, Any]:
-    model_state = trainer.model.sharded_state_dict()
+    model_state = _model_state(trainer)
     by_name = {
         name: value for name, value in model_state.items() if isinstance(value, ShardedTensor | ShardedTensorFactory)
     }
