@@ -11,6 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megalong.attention.shared_prefix import pack_attention
+from megalong.config.errors import ConfigError
 from megalong.records import GroupSpan
 
 
@@ -56,7 +57,7 @@ class PackCoreAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         if config.context_parallel_size > 1:
-            raise ValueError(
+            raise ConfigError(
                 f"parallel.cp={config.context_parallel_size}: context-parallel attention is not built yet; "
                 "set parallel.cp=1"
             )

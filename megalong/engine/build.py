@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
+from megalong.config.errors import ConfigError
 from megalong.config.tree import Dtype, LayerSpec, ModelConfig, Recompute
 from megalong.engine.weights_io import CheckpointReader, load_hf_weights
 from megalong.models.families import FAMILIES, Family
@@ -18,22 +19,22 @@ TORCH_DTYPE = {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16}
 
 
 def family_of(config: ModelConfig) -> Family:
-    """The family's entry. Raises ValueError naming the known ones."""
+    """The family's entry. Raises ConfigError naming the known ones."""
     if config.family not in FAMILIES:
-        raise ValueError(f"model.family={config.family!r} is not known; one of {sorted(FAMILIES)}")
+        raise ConfigError(f"model.family={config.family!r} is not known; one of {sorted(FAMILIES)}")
     return FAMILIES[config.family]
 
 
 def build_model(config: ModelConfig, layout: ParallelLayout, *, sequence_parallel: bool) -> LongVila:
     """The model on this rank's device with the weights of config.path, frozen where config says so."""
     if layout.pp_size > 1:
-        raise ValueError(f"parallel.pp={layout.pp_size}: no pipeline schedule yet; set parallel.pp=1")
+        raise ConfigError(f"parallel.pp={layout.pp_size}: no pipeline schedule yet; set parallel.pp=1")
     family = family_of(config)
     on_gpu = layout.device.type == "cuda"
     spec = family.read_spec(Path(config.path))
     use_te = config.layer_spec is LayerSpec.te or (config.layer_spec is LayerSpec.auto and on_gpu)
     if use_te and not on_gpu:
-        raise ValueError("model.layer_spec=te needs a GPU; set model.layer_spec=local or auto")
+        raise ConfigError("model.layer_spec=te needs a GPU; set model.layer_spec=local or auto")
     megatron = transformer_config(
         spec.gpt,
         tp=layout.tp_size,
