@@ -1,0 +1,231 @@
+"""The command line: what the user gave wrongly ends in one message on stderr and exit code 2, without a traceback."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megalong.__main__ import main
+
+LINE = {"id": "1", "problem": "How many?", "answer": "<answer>3</answer>", "problem_type": "numerical", "videos": []}
+RECIPE = """
+model: {{path: {model}, dtype: float32, layer_spec: local, recompute: none}}
+data: {{train: {folder}/train.jsonl, max_prompt_tokens: 400, max_response_tokens: 16, thinking: false}}
+video: {{num_frames: 2, cache_gib: 0.1, frame_cache_gib: 0.1}}
+rollout: {{engine: embedded, group_size: 2}}
+sft: {{steps: 1, batch_size: 1}}
+grpo: {{steps: 1, batch_size: 1}}
+checkpoint: {{save_every: 0}}
+logger: {{run_dir: {folder}/run, tensorboard: false}}
+"""
+
+
+@pytest.fixture
+def recipe(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    (tmp_path / "train.jsonl").write_text(json.dumps(LINE) + "\n")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE.format(model=tiny_checkpoint, folder=tmp_path))
+    return path
+
+
+def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run the command line and return its one line on stderr."""
+    assert main(list(arguments)) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "Traceback" not in captured.err
+    lines = captured.err.splitlines()
+    assert len(lines) == 1, captured.err
+    assert lines[0].startswith(f"megalong {arguments[0]}: ")
+    return lines[0]
+
+
+def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert all(verb in text for verb in ("sft", "grpo", "eval", "plan", "make-demo-data", "report"))
+
+
+@pytest.mark.parametrize("arguments", [[], ["train"], ["sft"], ["plan", "r.yaml", "--task", "dpo"]])
+def test_misuse_prints_the_usage(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert "usage: megalong" in capsys.readouterr().err
+
+
+def test_help_and_plan_import_no_torch(recipe: Path) -> None:
+    code = (
+        "import sys; from megalong.__main__ import main; main(['plan', sys.argv[1]]); "
+        "sys.exit(3 if 'torch' in sys.modules else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(recipe)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("task", ["sft", "grpo"])
+def test_plan_prints_the_recipe_and_its_costs(recipe: Path, capsys: pytest.CaptureFixture[str], task: str) -> None:
+    assert main(["plan", str(recipe), "video.num_frames=3", "--task", task]) == 0
+    text = capsys.readouterr().out
+    assert "num_frames: 3" in text
+    assert "forward and backward" in text
+    assert ("rollout: decode" in text) is (task == "grpo")
+
+
+CONFIG_ERRORS = {
+    "misspelt key": (["grpo.stpes=3"], r"override 'grpo.stpes=3': unknown key grpo.stpes; did you mean grpo.steps?"),
+    "unknown section": (["gropo.steps=3"], "did you mean grpo.steps?"),
+    "wrong type": (["grpo.steps=many"], "grpo.steps must be an integer, got 'many'"),
+    "wrong choice": (["grpo.advantage=ppo"], "grpo.advantage must be one of grpo, dr_grpo, rloo, reinforce_pp"),
+    "no value": (["grpo.steps"], "expected section.key=value"),
+    "out of bounds": (["grpo.steps=0"], "grpo.steps"),
+    "too many processes asked for": (["parallel.tp=2"], "parallel.tp=2"),
+    "prompt that cannot fit": (["data.max_prompt_tokens=10"], "data.max_prompt_tokens=10"),
+    "unknown reward": (["reward.weights={speed: 1.0}"], "speed"),
+    "no model folder": (["model.path=/nowhere/model"], "/nowhere/model"),
+    "cached embeddings of a trained tower": (["model.train_tower=true"], "video.cache_embeddings"),
+}
+
+
+@pytest.mark.parametrize(("overrides", "message"), CONFIG_ERRORS.values(), ids=CONFIG_ERRORS.keys())
+def test_configuration_errors(
+    recipe: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], message: str
+) -> None:
+    assert message in failure(capsys, "grpo", str(recipe), *overrides)
+    assert not (recipe.parent / "run").exists(), "nothing is written before the configuration is known to be right"
+
+
+def test_several_problems_are_listed_together(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["grpo", str(recipe), "grpo.steps=0", "rollout.temperature=-1"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "megalong grpo: 2 problems in the configuration:"
+    assert [line[:2] for line in lines[1:]] == ["- ", "- "]
+
+
+def test_recipe_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no.yaml: cannot read the recipe" in failure(capsys, "sft", str(tmp_path / "no.yaml"))
+
+
+def test_recipe_without_its_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("logger: {run_dir: x}\n")
+    assert "model.path has no value" in failure(capsys, "sft", str(recipe))
+
+
+MANIFESTS = {
+    "bad JSON": ('{"id": "1",', "bad JSON"),
+    "no answer": (json.dumps({key: value for key, value in LINE.items() if key != "answer"}), "'answer'"),
+    "unknown problem type": (json.dumps({**LINE, "problem_type": "essay"}), "problem_type 'essay' is unknown"),
+    "truth that is no number": (json.dumps({**LINE, "answer": "<answer>red</answer>"}), "answer 'red' cannot be read"),
+    "empty": ("", "empty"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), MANIFESTS.values(), ids=MANIFESTS.keys())
+def test_manifest_errors(recipe: Path, capsys: pytest.CaptureFixture[str], content: str, message: str) -> None:
+    (recipe.parent / "train.jsonl").write_text(content)
+    line = failure(capsys, "grpo", str(recipe))
+    assert message in line
+    assert "train.jsonl" in line
+
+
+def test_manifest_that_is_not_there(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "gone.jsonl: no such file" in failure(capsys, "grpo", str(recipe), "data.train=gone.jsonl")
+
+
+def test_chain_of_thought_needs_reasoning(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = failure(capsys, "sft", str(recipe), "data.thinking=true")
+    assert "1 of 1 samples have no reasoning (first: '1')" in line
+
+
+def test_report_of_a_folder_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert str(tmp_path / "none") in failure(capsys, "report", str(tmp_path / "none"))
+
+
+# ---- errors that need the model: one other process runs all of them
+
+
+def truncate_weights(model: Path) -> None:
+    file = model / "vision_tower" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def widen_llm(model: Path) -> None:
+    file = model / "llm" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "intermediate_size": 64}))
+
+
+def remove_projector_weights(model: Path) -> None:
+    (model / "mm_projector" / "model.safetensors").unlink()
+
+
+def leave_alone(_: Path) -> None:
+    """The model folder is good."""
+
+
+MODEL_ERRORS: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
+    "truncated weights": (truncate_weights, [], "vision_tower/model.safetensors: not a whole safetensors file"),
+    "sizes that differ": (widen_llm, [], "mlp.gate_proj.weight' is [48, 32], but the sizes in config.json"),
+    "no projector": (remove_projector_weights, [], "mm_projector: neither model.safetensors nor"),
+    "init_from nowhere": (leave_alone, ["model.init_from=/nowhere"], "model.init_from=/nowhere: neither a megatron"),
+    "init_from a model": (leave_alone, ["model.init_from={model}"], "neither a megatron checkpoint nor a folder with"),
+    "init_from an empty step": (leave_alone, ["model.init_from={torn}"], "torn/step_00000003: not a megatron"),
+    "resume a torn checkpoint": (leave_alone, ["logger.run_dir={torn_run}"], "step_00000003: not a megatron"),
+    "te without a GPU": (leave_alone, ["model.layer_spec=te"], "model.layer_spec=te needs a GPU"),
+    "unknown family": (leave_alone, ["model.family=llama"], "model.family='llama' is not known; one of ['longvila']"),
+    "vllm": (leave_alone, ["rollout.engine=vllm"], "rollout.engine=vllm"),
+}  # fmt: skip
+
+CHILD = """
+import contextlib, io, json, sys
+from megalong.__main__ import main
+from megalong.parallel.layout import destroy_layout
+results = []
+for arguments in json.load(sys.stdin):
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors):
+        code = main(arguments)
+    destroy_layout()
+    results.append((code, errors.getvalue()))
+print(json.dumps(results))
+"""
+
+
+@pytest.fixture(scope="module")
+def model_failures(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
+    commands = []
+    for change, overrides, _ in MODEL_ERRORS.values():
+        folder = tmp_path_factory.mktemp("case")
+        model = Path(shutil.copytree(tiny_checkpoint, folder / "model"))
+        change(model)
+        (folder / "train.jsonl").write_text(json.dumps(LINE) + "\n")
+        (folder / "recipe.yaml").write_text(RECIPE.format(model=model, folder=folder))
+        for torn in (folder / "torn", folder / "torn_run" / "checkpoints"):
+            (torn / "step_00000003").mkdir(parents=True)
+        places = {"model": model, "torn": folder / "torn", "torn_run": folder / "torn_run"}
+        commands.append(["grpo", str(folder / "recipe.yaml"), *(text.format(**places) for text in overrides)])
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", CHILD], input=json.dumps(commands), capture_output=True, text=True,
+        timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout.splitlines()[-1])
+    return dict(zip(MODEL_ERRORS, results, strict=True))
+
+
+@pytest.mark.parametrize("name", MODEL_ERRORS)
+def test_model_and_checkpoint_errors(model_failures: dict[str, tuple[int, str]], name: str) -> None:
+    code, errors = model_failures[name]
+    last = errors.splitlines()[-1]
+    assert code == 2
+    assert "Traceback" not in errors
+    assert last.startswith("megalong grpo: ")
+    assert MODEL_ERRORS[name][2] in last
