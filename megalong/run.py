@@ -170,7 +170,10 @@ def checkpoint_folder(config: RunConfig) -> Path:
 def read_samples(config: RunConfig, *, manifest: str, video_dir: str | None, thinking_targets: bool) -> list[Sample]:
     """Read and check a manifest before anything else is built."""
     samples = read_manifest(manifest, video_dir=video_dir)
-    check_problem_types(samples)
+    try:
+        check_problem_types(samples)
+    except ValueError as error:
+        raise ManifestError(f"{manifest}: {error}") from error
     if thinking_targets and config.data.thinking:
         lacking = [sample.sample_id for sample in samples if not sample.reasoning]
         if lacking:
@@ -185,6 +188,7 @@ def open_run(config: RunConfig, *, task: Task) -> Run:
     """Check the configuration, join the other processes, build the model, load or resume (collective)."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     validate(config, task=task, world_size=world_size, model=read_model_shape(config.model.path))
+    start = None if task == "eval" else resume_point(config)
     family = family_of(config.model)
     parallel = config.parallel
     layout = make_layout(
@@ -199,8 +203,7 @@ def open_run(config: RunConfig, *, task: Task) -> Run:
         load_weights(newest_checkpoint(Path(config.model.init_from)), trainer)
     if task == "grpo" and config.grpo.kl_coef > 0:
         trainer.keep_reference()
-    checkpoints = complete_checkpoints(checkpoint_folder(config)) if config.checkpoint.resume else []
-    resumed = load_checkpoint(checkpoints[-1], trainer) if checkpoints and task != "eval" else {}
+    resumed = load_checkpoint(start, trainer) if start is not None else {}
     vision.weights_changed()
     tokens = family.read_tokens(Path(config.model.path))
     run = Run(
@@ -234,6 +237,22 @@ def open_run(config: RunConfig, *, task: Task) -> Run:
     if layout.is_main:
         save_config(config, Path(config.logger.run_dir) / "config.yaml")
     return run
+
+
+def resume_point(config: RunConfig) -> Path | None:
+    """The checkpoint the run continues from; None at a fresh start.
+
+    Raises CheckpointError when the run folder holds checkpoints that the run is told not to continue from: they would
+    pass for its own, and be the ones that a later restart picks up.
+    """
+    folder = checkpoint_folder(config)
+    checkpoints = complete_checkpoints(folder)
+    if checkpoints and not config.checkpoint.resume:
+        raise CheckpointError(
+            f"checkpoint.resume=false, but {folder} holds {checkpoints[-1].name} of an earlier run; delete {folder} to "
+            "start over, choose another logger.run_dir, or set checkpoint.resume=true to continue"
+        )
+    return checkpoints[-1] if checkpoints else None
 
 
 def build_engine(config: RunConfig, layout: ParallelLayout, *, eos_id: int) -> EmbeddedEngine:

@@ -207,7 +207,7 @@ class CheckpointConfig:
     """Steps between checkpoints; 0: only at the end and on SIGTERM."""
     keep: int = 2
     resume: bool = True
-    """Continue from the latest complete checkpoint of the run folder, if there is one."""
+    """Continue from the latest complete checkpoint of the run folder, if there is one; false: refuse such a folder."""
 
 
 @dataclass
