@@ -49,7 +49,7 @@ def save_checkpoint(folder: Path, trainer: Trainer, *, extra: dict[str, Any], ke
         os.rename(partial, final)
         _flush_folder(folder)
         for old in complete_checkpoints(folder)[:-keep] if keep > 0 else []:
-            shutil.rmtree(old)
+            _delete(old)
     dist.barrier()
     return final
 
@@ -114,6 +114,13 @@ def _sharded_state(trainer: Trainer, extra: dict[str, Any]) -> dict[str, Any]:
         "rng": torch.get_rng_state(),
         "extra": extra,
     }
+
+
+def _delete(checkpoint: Path) -> None:
+    """Take the name of a complete checkpoint away before its files: a kill leaves a *.partial folder, no torn one."""
+    doomed = checkpoint.with_name(f"{checkpoint.name}.partial")
+    os.rename(checkpoint, doomed)
+    shutil.rmtree(doomed)
 
 
 def _flush(folder: Path) -> None:
