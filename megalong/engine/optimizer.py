@@ -77,11 +77,15 @@ class ShardedAdamW:
             }
 
     def grad_norm(self) -> float:
-        """L2 norm of the whole gradient, equal on all ranks; parameters that TP ranks duplicate count once."""
+        """L2 norm of the whole gradient, equal on all ranks; parameters that TP ranks duplicate count once.
+
+        Not finite when any element on any rank is not, duplicates included.
+        """
         squares = torch.zeros((), dtype=torch.float64, device=self.layout.device)
         for name, param in self.named:
-            if self.layout.tp_rank == 0 or name not in self.replicated:
-                squares += param.main_grad.double().square().sum()
+            counted = self.layout.tp_rank == 0 or name not in self.replicated
+            # 0 * inf is NaN: a copy that went bad on this rank alone shows too.
+            squares += param.main_grad.double().square().sum() * float(counted)
         if self.layout.tp_size > 1:
             dist.all_reduce(squares, group=self.layout.tp)
         return squares.sqrt().item()

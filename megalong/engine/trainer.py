@@ -17,7 +17,7 @@ from megalong.engine.weights_io import export_weights
 from megalong.models.longvila.model import LongVila
 from megalong.models.weights import Replicated
 from megalong.objectives.logprobs import vocab_parallel_logprobs
-from megalong.parallel.collectives import gather_objects
+from megalong.parallel.collectives import gather_objects, max_over
 from megalong.parallel.layout import ParallelLayout
 from megalong.records import FrameSelection, StepStats, TokenBatch, WeightBucket
 
@@ -129,7 +129,7 @@ class Trainer:
         self._finish_gradients()
         lr = learning_rate(self.step, self.total_steps, self.settings)
         norm = self.optimizer.grad_norm()
-        healthy = math.isfinite(norm) and math.isfinite(totals["loss"])
+        healthy = self._agree(math.isfinite(norm) and math.isfinite(totals["loss"]))
         if healthy:
             clip = self.settings.clip_grad
             self.optimizer.step(lr=lr, grad_scale=min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0)
@@ -160,6 +160,11 @@ class Trainer:
             partial = getattr(param, "sequence_parallel", False) and self.model.config.sequence_parallel
             if name.startswith("vision.") or partial:
                 dist.all_reduce(param.main_grad, group=self.layout.tp)
+
+    def _agree(self, healthy: bool) -> bool:
+        """True when every rank is healthy: a step that only some ranks skip would leave them with different weights."""
+        bad = {"bad": float(not healthy)}
+        return not max_over(bad, group=self.layout.world, device=self.layout.device)["bad"]
 
     def _count_skip(self, *, skipped: bool, loss: float, norm: float) -> None:
         if not skipped:
