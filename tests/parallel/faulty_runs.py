@@ -1,0 +1,199 @@
+"""What runs inside the processes of the restart tests: train, with something going wrong at a chosen moment."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from unittest import mock
+
+from harness import DemoWorld
+from megatron.core import dist_checkpointing, parallel_state
+from torch import Tensor
+
+from megalong import run, sft
+from megalong.engine import checkpoint
+from megalong.engine.trainer import LossOf, TooManySkippedStepsError, Trainer
+from megalong.grpo import train_grpo
+from megalong.records import StepStats, TokenBatch
+from megalong.sft import train_sft
+
+CRASHED = 17
+
+
+def train(demo: DemoWorld, run_dir: Path, task: str, overrides: tuple[str, ...], *faults: str) -> None:
+    """Run a task to its end, or to where a fault ends it. `faults`: names of functions below and `@step`."""
+    with ExitStack() as broken:
+        for fault in faults:
+            name, _, step = fault.partition("@")
+            broken.enter_context(FAULTS[name](int(step or 0)))
+        (train_sft if task == "sft" else train_grpo)(demo.config(run_dir, *overrides, task=task))
+
+
+@dataclass(kw_only=True)
+class Watched:
+    """What a rank saw of a run: its steps, a checksum of the exported weights after each, and the error at its end."""
+
+    stats: list[StepStats] = field(default_factory=list)
+    weights: list[int] = field(default_factory=list)
+    error: str = ""
+
+
+def train_and_watch(demo: DemoWorld, run_dir: Path, overrides: tuple[str, ...], *faults: str) -> Watched:
+    """SFT with faults; its own error does not end the process."""
+    watched, train_step = Watched(), Trainer.train_step
+
+    def step_and_watch(trainer: Trainer, *args: object, **settings: object) -> StepStats:
+        stats = train_step(trainer, *args, **settings)
+        watched.stats.append(stats)
+        watched.weights.append(sum(bucket.checksum for bucket in trainer.export_weights()))
+        return stats
+
+    with mock.patch.object(Trainer, "train_step", step_and_watch):
+        try:
+            train(demo, run_dir, "sft", overrides, "no_checkpoints", *faults)
+        except TooManySkippedStepsError as error:
+            watched.error = str(error)
+    parallel_state.destroy_model_parallel()
+    return watched
+
+
+def watch_all(demo: DemoWorld, folder: Path, parallel: tuple[str, ...], cases: dict[str, tuple]) -> dict[str, Watched]:
+    """Each case (overrides, faults) under one layout, in the same processes."""
+    return {
+        name: train_and_watch(demo, folder / name, (*overrides, *parallel), *faults)
+        for name, (overrides, faults) in cases.items()
+    }
+
+
+@contextmanager
+def between_backward_and_update(step: int, action: object) -> Iterator[None]:
+    finish_gradients = Trainer._finish_gradients
+
+    def finish(trainer: Trainer) -> None:
+        finish_gradients(trainer)
+        if trainer.step == step - 1:
+            action()
+
+    with mock.patch.object(Trainer, "_finish_gradients", finish):
+        yield
+
+
+def crash_in_step(step: int) -> object:
+    return between_backward_and_update(step, lambda: os._exit(CRASHED))
+
+
+def sigterm_in_step(step: int) -> object:
+    return between_backward_and_update(step, lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+
+def crash_before_writing(step: int) -> object:
+    return _crash_at(dist_checkpointing, "save", lambda _, path: _is_of(path, step))
+
+
+@contextmanager
+def crash_half_written(step: int) -> Iterator[None]:
+    save = dist_checkpointing.save
+
+    def write_half(state: dict, path: str) -> None:
+        save(state, path)
+        if _is_of(path, step):
+            (Path(path) / "metadata.json").unlink()
+            shard = max(Path(path).glob("*.distcp"))
+            os.truncate(shard, shard.stat().st_size // 2)
+            os._exit(CRASHED)
+
+    with mock.patch.object(dist_checkpointing, "save", write_half):
+        yield
+
+
+def crash_before_naming(step: int) -> object:
+    return _crash_at(checkpoint, "_flush", lambda path: _is_of(path, step))
+
+
+def crash_while_deleting(step: int) -> object:
+    """Deletes one file of step's folder and is gone."""
+
+    def torn(path: Path) -> bool:
+        if _is_of(path, step):
+            (path / "metadata.json").unlink()
+        return _is_of(path, step)
+
+    return _crash_at(shutil, "rmtree", torn)
+
+
+def no_checkpoints(_: int) -> object:
+    """Nothing is saved: for runs whose checkpoints nobody reads."""
+    return mock.patch.object(run.Run, "save")
+
+
+@contextmanager
+def poisoned_loss(step: int) -> Iterator[None]:
+    """The loss of one pack of step is not a number, on the last rank alone."""
+    token_mean_loss = sft.token_mean_loss
+
+    def loss(this: run.Run, packs: list[TokenBatch]) -> LossOf:
+        honest = token_mean_loss(this, packs)
+        if this.trainer.step != step - 1 or this.layout.rank != this.layout.world_size - 1:
+            return honest
+
+        def poisoned(index: int, logprobs_R: Tensor, entropy_R: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            value, sums = honest(index, logprobs_R, entropy_R)
+            return value * (float("nan") if index == len(packs) - 1 else 1.0), sums
+
+        return poisoned
+
+    with mock.patch.object(sft, "token_mean_loss", loss):
+        yield
+
+
+@contextmanager
+def poisoned_gradient(step: int) -> Iterator[None]:
+    """One element of one gradient is infinite in step, on the last rank alone; the loss is as it should be."""
+    finish_gradients = Trainer._finish_gradients
+
+    def finish(trainer: Trainer) -> None:
+        finish_gradients(trainer)
+        if trainer.step == step - 1 and trainer.layout.rank == trainer.layout.world_size - 1:
+            # A weight that every tensor-parallel rank holds whole: the norm counts another rank's copy.
+            dict(trainer.trainable)["llm.decoder.final_layernorm.weight"].main_grad[3] = float("inf")
+
+    with mock.patch.object(Trainer, "_finish_gradients", finish):
+        yield
+
+
+FAULTS = {
+    function.__name__: function
+    for function in (
+        crash_in_step,
+        sigterm_in_step,
+        crash_before_writing,
+        crash_half_written,
+        crash_before_naming,
+        crash_while_deleting,
+        no_checkpoints,
+        poisoned_loss,
+        poisoned_gradient,
+    )
+}
+
+
+def _is_of(path: str | Path, step: int) -> bool:
+    return Path(path).name.startswith(f"step_{step:08d}")
+
+
+@contextmanager
+def _crash_at(place: object, name: str, due: object) -> Iterator[None]:
+    function = getattr(place, name)
+
+    def crash_or_call(*args: object, **settings: object) -> object:
+        if due(*args):
+            os._exit(CRASHED)
+        return function(*args, **settings)
+
+    with mock.patch.object(place, name, crash_or_call):
+        yield

@@ -1,0 +1,153 @@
+"""A run that was ended, in whatever way, continues as if nothing had happened."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from faulty_runs import CRASHED, train
+from harness import DemoWorld, World, run_world
+
+from megalong.engine.checkpoint import complete_checkpoints
+from megalong.metrics import read_jsonl
+
+SFT = ("sft.steps=6",)
+GRPO = ("grpo.steps=4",)
+
+
+def finish(demo: DemoWorld, run_dir: Path, task: str, overrides: tuple[str, ...], *faults: str, size: int = 1) -> None:
+    """Run (or resume) in fresh processes that end well."""
+    run_world(size, train, demo, run_dir, task, overrides, *faults, folder=run_dir / "processes")
+
+
+def crash(demo: DemoWorld, run_dir: Path, task: str, overrides: tuple[str, ...], *faults: str) -> None:
+    """Run until the fault ends the process."""
+    world = World(1, train, demo, run_dir, task, overrides, *faults, folder=run_dir / "processes")
+    assert world.exit_codes() == [CRASHED], world.log()
+
+
+def history(run_dir: Path, *, name: str = "metrics.jsonl") -> list[dict]:
+    """Rows of a run, times left out."""
+    timed = ("seconds/", "tokens_per_second")
+    return [
+        {key: value for key, value in row.items() if not key.startswith(timed)} for row in read_jsonl(run_dir / name)
+    ]
+
+
+def saved_steps(run_dir: Path) -> list[str]:
+    return [path.name for path in complete_checkpoints(run_dir / "checkpoints")]
+
+
+@pytest.fixture(scope="module")
+def runs(demo: DemoWorld, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """sft and grpo: runs that nothing interrupted. sft_2: an SFT run ended by SIGTERM in step 2."""
+    folder = tmp_path_factory.mktemp("runs")
+    finish(demo, folder / "sft", "sft", SFT, "no_checkpoints")
+    finish(demo, folder / "grpo", "grpo", GRPO, "no_checkpoints")
+    finish(demo, folder / "sft_2", "sft", SFT, "sigterm_in_step@2")
+    return folder
+
+
+def test_a_run_ended_by_sigterm_saves_and_continues_bit_for_bit(demo: DemoWorld, runs: Path, tmp_path: Path) -> None:
+    assert [row["step"] for row in history(runs / "sft_2")] == [1, 2]
+    assert saved_steps(runs / "sft_2") == ["step_00000002"]
+    resumed = shutil.copytree(runs / "sft_2", tmp_path / "run")
+    finish(demo, resumed, "sft", SFT)
+    assert history(resumed) == history(runs / "sft")
+    assert [row["step"] for row in history(resumed)] == [1, 2, 3, 4, 5, 6]
+    assert saved_steps(resumed) == ["step_00000002", "step_00000006"]
+
+
+@pytest.mark.parametrize(("task", "overrides"), [("sft", SFT), ("grpo", GRPO)])
+def test_a_run_that_crashed_in_a_step_continues_bit_for_bit(
+    task: str, overrides: tuple[str, ...], demo: DemoWorld, runs: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    crash(demo, run_dir, task, (*overrides, "checkpoint.save_every=2"), "crash_in_step@4")
+    assert [row["step"] for row in history(run_dir)] == [1, 2, 3]
+    assert saved_steps(run_dir) == ["step_00000002"]
+    finish(demo, run_dir, task, overrides, "no_checkpoints")
+    assert history(run_dir) == history(runs / task)
+    if task == "grpo":
+        samples = history(run_dir, name="samples.jsonl")
+        assert samples == history(runs / task, name="samples.jsonl")
+        assert {row["step"] for row in samples} == {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize(
+    ("fault", "newest"),
+    [
+        ("crash_before_writing@4", "step_00000002"),
+        ("crash_half_written@4", "step_00000002"),
+        ("crash_before_naming@4", "step_00000002"),
+        ("crash_while_deleting@2", "step_00000004"),
+    ],
+)
+def test_a_kill_during_a_save_leaves_the_newest_complete_checkpoint(
+    fault: str, newest: str, demo: DemoWorld, runs: Path, tmp_path: Path
+) -> None:
+    run_dir = shutil.copytree(runs / "sft_2", tmp_path / "run")
+    crash(demo, run_dir, "sft", (*SFT, "checkpoint.save_every=4", "checkpoint.keep=1"), fault)
+    assert saved_steps(run_dir) == [newest]
+    assert len(list((run_dir / "checkpoints").glob("*.partial"))) == 1
+    finish(demo, run_dir, "sft", SFT, "no_checkpoints")
+    assert history(run_dir) == history(runs / "sft")
+
+
+def test_a_run_continues_on_other_layouts(demo: DemoWorld, runs: Path, tmp_path: Path) -> None:
+    """Two steps alone, two on TP2 with sequence parallelism, two on DP2."""
+    run_dir = shutil.copytree(runs / "sft_2", tmp_path / "run")
+    tp2 = ("parallel.tp=2", "parallel.sequence_parallel=true")
+    finish(demo, run_dir, "sft", (*SFT, *tp2), "sigterm_in_step@4", size=2)
+    assert saved_steps(run_dir) == ["step_00000002", "step_00000004"]
+    finish(demo, run_dir, "sft", SFT, "no_checkpoints", size=2)
+    ours, expected = history(run_dir), history(runs / "sft")
+    assert [row["step"] for row in ours] == [1, 2, 3, 4, 5, 6]
+    for row, expected_row in zip(ours, expected, strict=True):
+        assert row == pytest.approx(expected_row, rel=2e-5)
+    assert ours[:2] == expected[:2]
+    assert ours != expected  # the layouts really differ: only rounding is let through
+
+
+def test_a_folder_with_checkpoints_is_refused_when_told_not_to_resume(
+    demo: DemoWorld, runs: Path, tmp_path: Path
+) -> None:
+    run_dir = shutil.copytree(runs / "sft_2", tmp_path / "run")
+    before = history(run_dir)
+    with pytest.raises(RuntimeError) as error:
+        finish(demo, run_dir, "sft", (*SFT, "checkpoint.resume=false"))
+    assert f"CheckpointError: checkpoint.resume=false, but {run_dir}/checkpoints holds step_00000002" in str(
+        error.value
+    )
+    assert history(run_dir) == before == history(runs / "sft_2")
+    assert saved_steps(run_dir) == ["step_00000002"]
+
+
+def test_the_command_line_saves_and_exits_0_on_sigterm(demo: DemoWorld, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    overrides = [*demo.overrides(run_dir, task="sft"), "sft.steps=100000"]
+    command = [sys.executable, "-W", "ignore", "-m", "megalong", "sft", str(demo.recipe), *overrides]
+    with (tmp_path / "log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
+        try:
+            wait_for_a_step(process, run_dir)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=120) == 0, (tmp_path / "log").read_text()
+        finally:
+            process.kill()
+    last = history(run_dir)[-1]["step"]
+    assert saved_steps(run_dir) == [f"step_{last:08d}"]
+    assert 1 <= last < 100000
+
+
+def wait_for_a_step(process: subprocess.Popen, run_dir: Path) -> None:
+    deadline = time.monotonic() + 120
+    metrics = run_dir / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text()):
+        assert process.poll() is None, "ended before its first step"
+        assert time.monotonic() < deadline, "no step within two minutes"
+        time.sleep(0.1)
