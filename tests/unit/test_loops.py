@@ -1,0 +1,429 @@
+"""The parts of the GRPO and SFT loops that need no model."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from megalong import evaluating, grpo, sft
+from megalong import run as run_module
+from megalong.config.tree import AdvantageKind, Aggregation, LearningRateSchedule, OptimizerConfig, RunConfig
+from megalong.engine.trainer import learning_rate, merge_sums
+from megalong.models.errors import CheckpointError
+from megalong.records import Dropped, Prompt, RolloutGroup, Sample, ScoredGroup, StepStats
+
+RIGHT, WRONG = "<think>t</think> <answer>A</answer>", "<think>t</think> <answer>B</answer>"
+
+
+def prompt(name: str) -> Prompt:
+    sample = Sample(
+        sample_id=name, question="q", answer="A", videos=(), problem_type="multiple choice", category="c",
+        reasoning="", subtitles="",
+    )  # fmt: skip
+    return Prompt(sample=sample, ids_P=(1, 2, 3), selections=())
+
+
+def group(name: str, texts: Sequence[str]) -> RolloutGroup:
+    return RolloutGroup(
+        prompt=prompt(name),
+        response_ids=tuple((index + 1,) * (index + 1) for index in range(len(texts))),
+        logprobs=tuple((-1.0,) * (index + 1) for index in range(len(texts))),
+        texts=tuple(texts),
+        truncated=(False,) * len(texts),
+        weights_version=0,
+    )
+
+
+def scored(name: str, accuracies: Sequence[float]) -> ScoredGroup:
+    column = torch.tensor(accuracies)
+    return ScoredGroup(
+        group=group(name, [RIGHT if value else WRONG for value in accuracies]),
+        rewards_G=column,
+        parts_GK=torch.stack((column, torch.ones(len(column))), dim=1),
+        part_names=("accuracy", "format"),
+    )
+
+
+def names(items: Sequence[ScoredGroup]) -> list[str]:
+    return [item.group.prompt.sample.sample_id for item in items]
+
+
+@contextmanager
+def no_timer(_: str) -> Iterator[None]:
+    yield
+
+
+def fake_run(layout: object, *, config: RunConfig | None = None, **parts: object) -> SimpleNamespace:
+    return SimpleNamespace(layout=layout, config=config or RunConfig(), timer=no_timer, **parts)
+
+
+def config(**grpo_settings: object) -> RunConfig:
+    built = RunConfig()
+    built.data.max_response_tokens = 8
+    built.rollout.group_size = 2
+    for name, value in grpo_settings.items():
+        setattr(built.grpo, name, value)
+    return built
+
+
+# ---- learning rate
+
+
+def rates(total: int, **settings: object) -> list[float]:
+    chosen = OptimizerConfig(lr=1.0, **settings)
+    return [learning_rate(step, total, chosen) for step in range(total)]
+
+
+def test_constant_after_warm_up() -> None:
+    assert rates(6, warmup_steps=4) == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert rates(3) == [1.0, 1.0, 1.0]
+
+
+def test_linear_goes_down_to_the_minimum_at_the_total() -> None:
+    settings = {"schedule": LearningRateSchedule.linear, "warmup_steps": 2, "min_lr": 0.2}
+    assert rates(6, **settings) == pytest.approx([0.5, 1.0, 1.0, 0.8, 0.6, 0.4])
+    assert learning_rate(6, 6, OptimizerConfig(lr=1.0, **settings)) == pytest.approx(0.2)
+
+
+def test_cosine_is_at_the_mean_half_way() -> None:
+    settings = {"schedule": LearningRateSchedule.cosine, "min_lr": 0.1}
+    values = rates(8, **settings)
+    assert values[0] == 1.0
+    assert values[4] == pytest.approx(0.55)
+    assert values[2] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4)))
+    assert values == sorted(values, reverse=True)
+    assert learning_rate(8, 8, OptimizerConfig(lr=1.0, **settings)) == pytest.approx(0.1)
+
+
+def test_warm_up_longer_than_the_run() -> None:
+    assert rates(2, warmup_steps=4, schedule=LearningRateSchedule.cosine) == [0.25, 0.5]
+
+
+# ---- statistics
+
+
+def stats(loss: float, **metrics: float) -> StepStats:
+    return StepStats(
+        loss=loss, grad_norm=2 * loss, learning_rate=loss / 10, skipped=loss > 2, num_tokens=int(loss * 100),
+        metrics=metrics,
+    )  # fmt: skip
+
+
+def test_merge_sums_adds_and_takes_maxima() -> None:
+    parts = [{"a": 1.0, "gap_max": -3.0}, {"a": 2.0, "b": 5.0, "gap_max": -4.0}, {}]
+    assert merge_sums(parts) == {"a": 3.0, "b": 5.0, "gap_max": -3.0}
+
+
+def test_merge_updates_means_sums_and_maxima() -> None:
+    merged = grpo.merge_updates([stats(1.0, entropy=2.0, gap_max=7.0), stats(3.0, entropy=4.0, gap_max=5.0)])
+    assert merged == StepStats(
+        loss=2.0, grad_norm=4.0, learning_rate=0.3, skipped=True, num_tokens=400,
+        metrics={"entropy": 3.0, "gap_max": 7.0},
+    )  # fmt: skip
+
+
+# ---- dynamic sampling
+
+
+def test_only_with_spread_keeps_groups_whose_accuracy_differs() -> None:
+    before = [Dropped(sample_id="x", stage="decode", reason="r")]
+    kept, dropped = grpo.only_with_spread(
+        [scored("flat", [1, 1]), scored("mixed", [1, 0]), scored("wrong", [0, 0])], before
+    )
+    assert names(kept) == ["mixed"]
+    assert dropped[0] == before[0]
+    assert [(drop.sample_id, drop.stage, drop.reason) for drop in dropped[1:]] == [
+        ("flat", "group", "all responses have the same accuracy"),
+        ("wrong", "group", "all responses have the same accuracy"),
+    ]
+
+
+def test_trim_to_batch_keeps_the_first_groups(layout: object) -> None:
+    items = [scored(name, [1, 0]) for name in "abcd"]
+    kept, dropped = grpo.trim_to_batch(fake_run(layout, config=config(batch_size=3)), items, [])
+    assert names(kept) == ["a", "b", "c"]
+    assert [(drop.sample_id, drop.stage, drop.reason) for drop in dropped] == [
+        ("d", "group", "the refilled batch is full")
+    ]
+    assert grpo.trim_to_batch(fake_run(layout, config=config(batch_size=9)), items, []) == (items, [])
+
+
+@pytest.mark.parametrize(
+    ("rank", "before", "want"), [(0, [2, 4], ["a", "b"]), (1, [2, 4], ["a"]), (1, [5, 2], []), (1, [0, 2], ["a", "b"])]
+)
+def test_trim_to_batch_counts_the_replicas_before(
+    layout: object, monkeypatch: pytest.MonkeyPatch, rank: int, before: list[int], want: list[str]
+) -> None:
+    monkeypatch.setattr(grpo, "gather_objects", lambda item, group: before)
+    run = fake_run(SimpleNamespace(dp=None, dp_rank=rank), config=config(batch_size=3))
+    kept, dropped = grpo.trim_to_batch(run, [scored(name, [1, 0]) for name in "ab"], [])
+    assert names(kept) == want
+    assert len(kept) + len(dropped) == 2
+
+
+class Batches:
+    """Prompts p0, p1, .. two at a time; the first of each batch is a flat group, the second as `spread` says."""
+
+    def __init__(self) -> None:
+        self.handed_out = 0
+
+    def __next__(self) -> tuple[list[Prompt], list[Dropped]]:
+        self.handed_out += 2
+        return [prompt(f"p{self.handed_out - 2}"), prompt(f"p{self.handed_out - 1}")], []
+
+
+class Sampler:
+    """Right and wrong for the prompts in `mixed`, all wrong for the others."""
+
+    def __init__(self, mixed: set[str]) -> None:
+        self.mixed = mixed
+        self.refills: list[int] = []
+
+    def sample(
+        self, prompts: Sequence[Prompt], embeds: Sequence[Tensor | None], *, sampling: object, step: int, refill: int
+    ) -> list[RolloutGroup]:
+        self.refills.append(refill)
+        return [
+            group(item.sample.sample_id, [RIGHT if item.sample.sample_id in self.mixed else WRONG, WRONG])
+            for item in prompts
+        ]
+
+
+def sample_groups(
+    layout: object, mixed: set[str], **settings: object
+) -> tuple[list[ScoredGroup], list[Dropped], Sampler, Batches]:
+    sampler, batches = Sampler(mixed), Batches()
+    run = fake_run(
+        layout, config=config(batch_size=2, **settings), sampler=sampler,
+        vision=SimpleNamespace(embeddings=lambda selections: None),
+    )  # fmt: skip
+    return *grpo.sample_groups(run, batches, step=4), sampler, batches
+
+
+def test_without_dynamic_sampling_flat_groups_stay(layout: object) -> None:
+    kept, dropped, sampler, _ = sample_groups(layout, {"p1"})
+    assert names(kept) == ["p0", "p1"]
+    assert dropped == []
+    assert sampler.refills == [0]
+    assert kept[1].rewards_G.tolist() == pytest.approx([1.0, 0.1])
+
+
+def test_dynamic_sampling_refills_until_the_batch_is_full(layout: object) -> None:
+    kept, dropped, sampler, batches = sample_groups(layout, {"p1", "p4", "p5"}, dynamic_sampling=True)
+    assert names(kept) == ["p1", "p4"]
+    assert sampler.refills == [0, 1, 2]
+    assert batches.handed_out == 6
+    assert [(drop.sample_id, drop.reason.split()[0]) for drop in dropped] == [
+        ("p0", "all"), ("p2", "all"), ("p3", "all"), ("p5", "the"),
+    ]  # fmt: skip
+
+
+def test_dynamic_sampling_stops_at_its_limit_with_what_it_has(layout: object) -> None:
+    kept, _, sampler, _ = sample_groups(layout, {"p1"}, dynamic_sampling=True, dynamic_sampling_max_batches=3)
+    assert names(kept) == ["p1"]
+    assert sampler.refills == [0, 1, 2]
+
+
+def test_dynamic_sampling_without_a_usable_group_is_an_error(layout: object) -> None:
+    with pytest.raises(
+        RuntimeError, match=r"step 4: 3 batches of 2 prompts gave no group.*grpo\.dynamic_sampling=false"
+    ):
+        sample_groups(layout, set(), dynamic_sampling=True, dynamic_sampling_max_batches=3)
+
+
+# ---- from rewards to packs and losses
+
+
+def test_pack_updates_shares_groups_out_and_keeps_their_advantages(layout: object) -> None:
+    items = [scored(name, values) for name, values in zip("abc", ([1, 0], [1, 1], [0, 1]), strict=True)]
+    updates = grpo.pack_updates(fake_run(layout, config=config(updates_per_batch=2)), items)
+    assert [[batch.advantages_S.sign().tolist() for batch in update] for update in updates] == [
+        [[1.0, -1.0, -1.0, 1.0]],  # a and c
+        [[0.0, 0.0]],  # b
+    ]
+    assert grpo.pack_updates(fake_run(layout, config=config(updates_per_batch=2)), []) == [[], []]
+
+
+@pytest.mark.parametrize(("updates", "kl_coef"), [(1, 0.0), (1, 0.1), (2, 0.0), (2, 0.1)])
+def test_add_logprobs_makes_only_the_passes_that_the_loss_reads(layout: object, updates: int, kl_coef: float) -> None:
+    calls: list[str] = []
+
+    class Trainer:
+        weights = "policy"
+
+        @contextmanager
+        def reference_weights(self) -> Iterator[None]:
+            self.weights = "reference"
+            yield
+            self.weights = "policy"
+
+        def logprobs(self, packs: Sequence[object], *, temperature: float) -> list[Tensor]:
+            calls.append(self.weights)
+            return [torch.full((len(pack.rows_R),), float(len(calls))) for pack in packs]
+
+    run = fake_run(layout, config=config(updates_per_batch=updates, kl_coef=kl_coef), trainer=Trainer())
+    packed = grpo.pack_updates(run, [scored("a", [1, 0]), scored("b", [0, 1])])
+    done = grpo.add_logprobs(run, packed)
+    assert calls == ["policy"] * (updates > 1) + ["reference"] * (kl_coef > 0)
+    for update in done:
+        for batch in update:
+            assert (batch.old_logprobs_R is not None) is (updates > 1)
+            assert (batch.ref_logprobs_R is not None) is (kl_coef > 0)
+            if batch.ref_logprobs_R is not None:
+                assert batch.ref_logprobs_R.tolist() == [float(len(calls))] * len(batch.tokens.rows_R)
+
+
+@pytest.mark.parametrize("pack_tokens", [100, 1])
+@pytest.mark.parametrize(
+    ("aggregation", "want"),
+    [
+        # Two groups of responses of 1 and 2 tokens, advantages +0.5, -0.5 and -0.5, +0.5: 6 tokens, 4 responses.
+        (Aggregation.token, [-0.5 / 6, 0.5 / 6, 0.5 / 6, 0.5 / 6, -0.5 / 6, -0.5 / 6]),
+        (Aggregation.sequence, [-0.5 / 4, 0.5 / 8, 0.5 / 8, 0.5 / 4, -0.5 / 8, -0.5 / 8]),
+        (Aggregation.constant, [-0.5 / 32, 0.5 / 32, 0.5 / 32, 0.5 / 32, -0.5 / 32, -0.5 / 32]),
+    ],
+)
+def test_grpo_gradient_of_each_row_does_not_depend_on_the_packs(
+    layout: object, aggregation: Aggregation, want: list[float], pack_tokens: int
+) -> None:
+    settings = config(aggregation=aggregation, advantage=AdvantageKind.dr_grpo, kl_coef=0.0)
+    settings.data.pack_tokens = pack_tokens
+    run = fake_run(layout, config=settings)
+    batches = grpo.pack_updates(run, [scored("a", [1, 0]), scored("b", [0, 1])])[0]
+    assert len(batches) == (1 if pack_tokens == 100 else 2)
+    loss_of = grpo.grpo_loss(run, batches, grpo.loss_settings(settings))
+    gradients: list[float] = []
+    for index, batch in enumerate(batches):
+        logprobs_R = torch.full((len(batch.tokens.rows_R),), -1.0, requires_grad=True)
+        loss_of(index, logprobs_R, torch.zeros(()))[0].backward()
+        gradients += logprobs_R.grad.tolist()
+    assert gradients == pytest.approx(want)
+
+
+def test_sft_loss_is_the_mean_over_all_target_tokens(layout: object) -> None:
+    settings = RunConfig()
+    settings.data.max_response_tokens = 5
+    settings.data.pack_tokens = 5
+    targets: dict[str, tuple[int, ...]] = {"a": (7,), "b": (7, 8, 9), "long": (7,) * 6}
+    run = fake_run(layout, config=settings, builder=SimpleNamespace(target=lambda sample: targets[sample.sample_id]))
+    packs, dropped = sft.pack_targets(run, [prompt(name) for name in targets])
+    assert [pack.targets_R.tolist() for pack in packs] == [[7], [7, 8, 9]]
+    assert [(drop.sample_id, drop.stage) for drop in dropped] == [("long", "target")]
+    assert dropped[0].reason == "target of 6 tokens is over data.max_response_tokens=5"
+    loss_of = sft.token_mean_loss(run, packs)
+    values = [torch.tensor([-4.0]), torch.tensor([-1.0, -2.0, -5.0])]
+    assert sum(float(loss_of(i, value, value)[0]) for i, value in enumerate(values)) == pytest.approx(12 / 4)
+    assert sft.pack_targets(run, []) == ([], [])
+
+
+def test_sample_rows_carry_text_reward_and_parts() -> None:
+    rows = grpo.sample_rows(scored("a", [1, 0]))
+    assert rows[1] == {
+        "sample_id": "a", "question": "q", "answer": "A", "response": WRONG, "reward": 0.0, "accuracy": 0.0,
+        "format": 1.0, "tokens": 2, "truncated": False,
+    }  # fmt: skip
+    assert len(rows) == 2
+
+
+# ---- batches, evaluation, checkpoints
+
+
+@pytest.mark.parametrize(
+    ("settings", "want"),
+    [
+        ({"at_start": True, "at_end": True, "every": 0}, ["eval_start", "eval_end"]),
+        ({"every": 2}, ["eval_000002", "eval_000004"]),
+        ({"every": 3, "at_end": True}, ["eval_000003", "eval_end"]),
+        ({}, []),
+    ],
+)
+def test_when_evaluation_is_due(monkeypatch: pytest.MonkeyPatch, settings: dict, want: list[str]) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(evaluating, "evaluate_policy", lambda run, samples, *, name, step: done.append(name))
+    chosen = RunConfig()
+    for name, value in settings.items():
+        setattr(chosen.eval, name, value)
+    for step in range(6):
+        evaluating.evaluate_if_due(SimpleNamespace(config=chosen), [], step=step, total=5)
+    assert done == want
+
+
+def test_newest_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"model\.init_from=.*neither a megatron checkpoint nor a folder"):
+        run_module.newest_checkpoint(tmp_path)
+    for name in ("step_00000002", "step_00000010", "step_00000011.partial", "notes"):
+        (tmp_path / name).mkdir()
+    assert run_module.newest_checkpoint(tmp_path).name == "step_00000010"
+    (tmp_path / "metadata.json").write_text("{}")
+    assert run_module.newest_checkpoint(tmp_path) == tmp_path
+
+
+def test_prompt_batches_save_the_place_of_what_was_handed_out(layout: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One batch is planned ahead; a checkpoint must not skip it."""
+    monkeypatch.setattr(run_module, "plan_prompts", lambda run, samples: ([prompt(s.sample_id) for s in samples], []))
+    monkeypatch.setattr(run_module, "make_ready", lambda run, prompts: (prompts, []))
+    samples = [prompt(str(index)).sample for index in range(7)]
+
+    def batches(resumed: dict) -> run_module.PromptBatches:
+        vision = SimpleNamespace(prefetch=lambda selections: None)
+        return run_module.PromptBatches(fake_run(layout, resumed=resumed, vision=vision), samples, batch_size=3)
+
+    def ids(chosen: run_module.PromptBatches, count: int) -> list[list[str]]:
+        return [[item.sample.sample_id for item in next(chosen)[0]] for _ in range(count)]
+
+    whole = batches({})
+    assert whole.position["position"] == 0
+    want = ids(whole, 6)
+    for done in range(6):
+        first = batches({})
+        ids(first, done)
+        assert first.position["position"] == 3 * done
+        assert ids(batches({"sampler": first.position}), 6 - done) == want[done:]
+
+
+def test_run_steps_stop_after_the_step_in_progress_on_sigterm(layout: object) -> None:
+    trainer = SimpleNamespace(step=3)
+    run = run_module.Run(
+        config=RunConfig(), layout=layout, trainer=trainer, vision=None, builder=None, sampler=None, logger=None,
+        timer=None, resumed={},
+    )  # fmt: skip
+    seen = []
+    before = signal.getsignal(signal.SIGTERM)
+    for step in run.steps(9):
+        seen.append(step)
+        trainer.step += 1
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert seen == [4, 5]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_weights_are_sent_once_per_update() -> None:
+    sent: list[int] = []
+    trainer = SimpleNamespace(num_updates=0, export_weights=lambda: [])
+    sampler = SimpleNamespace(load_weights=lambda buckets, version: sent.append(version))
+    run = run_module.Run(
+        config=RunConfig(), layout=None, trainer=trainer, vision=None, builder=None, sampler=sampler, logger=None,
+        timer=None, resumed={},
+    )  # fmt: skip
+    for updates in (0, 0, 1, 1, 3):
+        trainer.num_updates = updates
+        run.sync_weights()
+    assert sent == [0, 1, 3]
+
+
+def test_make_ready_leaves_out_the_prompts_of_unreadable_videos() -> None:
+    drop = Dropped(sample_id="b", stage="decode", reason="r")
+    vision = SimpleNamespace(prepare=lambda samples, selections: [drop])
+    prompts, dropped = run_module.make_ready(SimpleNamespace(vision=vision), [prompt("a"), prompt("b")])
+    assert [item.sample.sample_id for item in prompts] == ["a"]
+    assert dropped == [drop]
