@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megalong.attention.reference import pack_attention_reference, response_mask
+from megalong.attention.shared_prefix import pack_attention
 from megalong.records import GroupSpan
 
 HEAD_DIM = 6
@@ -49,20 +52,32 @@ def separate_sequences(query: Tensor, key: Tensor, value: Tensor, spans: list[Gr
     return torch.cat(outputs)
 
 
+ATTENDS: dict[str, Callable[..., Tensor]] = {
+    "reference": pack_attention_reference,
+    "three plain calls": partial(pack_attention, kernel="plain"),
+    "three calls of the CPU kernel": partial(pack_attention, kernel="cpu_flash"),
+}
+
+
 def assert_equal_to_separate(
-    groups: list[tuple[int, tuple[int, ...]]], *, heads: int, kv_heads: int, dtype: torch.dtype, tolerance: float
+    attend: Callable[..., Tensor],
+    groups: list[tuple[int, tuple[int, ...]]],
+    *,
+    heads: tuple[int, int],
+    dtype: torch.dtype,
+    tolerance: float,
 ) -> None:
     spans = make_spans(groups)
     length = sum(span.length for span in spans)
     generator = torch.Generator().manual_seed(length)
     leaves = [
         torch.randn(length, count, HEAD_DIM, dtype=dtype, generator=generator).requires_grad_()
-        for count in (heads, kv_heads, kv_heads)
+        for count in (heads[0], heads[1], heads[1])
     ]
-    upstream = torch.randn(length, heads, HEAD_DIM, dtype=dtype, generator=generator)
+    upstream = torch.randn(length, heads[0], HEAD_DIM, dtype=dtype, generator=generator)
     results = []
-    for attend in (pack_attention_reference, separate_sequences):
-        out = attend(*leaves, spans, scale=0.37)
+    for compute in (attend, separate_sequences):
+        out = compute(*leaves, spans, scale=0.37)
         results.append((out, *torch.autograd.grad((out * upstream).sum(), leaves)))
     for name, got, want in zip(("output", "d query", "d key", "d value"), *results, strict=True):
         torch.testing.assert_close(
@@ -80,26 +95,40 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("attend", ATTENDS.values(), ids=ATTENDS.keys())
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)], ids=lambda pair: f"{pair[0]}q{pair[1]}kv")
 @pytest.mark.parametrize("groups", CASES.values(), ids=CASES.keys())
 def test_pack_equals_separate_sequences_in_float64(
-    groups: list[tuple[int, tuple[int, ...]]], heads: tuple[int, int]
+    groups: list[tuple[int, tuple[int, ...]]], heads: tuple[int, int], attend: Callable[..., Tensor]
 ) -> None:
-    assert_equal_to_separate(groups, heads=heads[0], kv_heads=heads[1], dtype=torch.float64, tolerance=1e-12)
+    assert_equal_to_separate(attend, groups, heads=heads, dtype=torch.float64, tolerance=1e-12)
 
 
-def test_pack_equals_separate_sequences_in_float32() -> None:
+@pytest.mark.parametrize("attend", ATTENDS.values(), ids=ATTENDS.keys())
+def test_pack_equals_separate_sequences_in_float32(attend: Callable[..., Tensor]) -> None:
     groups = CASES["several groups"]
-    assert_equal_to_separate(groups, heads=4, kv_heads=2, dtype=torch.float32, tolerance=1e-5)
+    assert_equal_to_separate(attend, groups, heads=(4, 2), dtype=torch.float32, tolerance=1e-5)
 
 
 group = st.tuples(st.integers(1, 9), st.lists(st.integers(1, 8), max_size=4).map(tuple))
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.lists(group, min_size=1, max_size=4))
-def test_any_lengths(groups: list[tuple[int, tuple[int, ...]]]) -> None:
-    assert_equal_to_separate(groups, heads=2, kv_heads=1, dtype=torch.float64, tolerance=1e-12)
+@pytest.mark.parametrize("attend", ATTENDS.values(), ids=ATTENDS.keys())
+@settings(max_examples=40, deadline=None)
+@given(groups=st.lists(group, min_size=1, max_size=4))
+def test_any_lengths(groups: list[tuple[int, tuple[int, ...]]], attend: Callable[..., Tensor]) -> None:
+    assert_equal_to_separate(attend, groups, heads=(2, 1), dtype=torch.float64, tolerance=1e-12)
+
+
+@pytest.mark.parametrize("attend", ATTENDS.values(), ids=ATTENDS.keys())
+def test_scores_of_hundreds_stay_exact(attend: Callable[..., Tensor]) -> None:
+    """Log-sum-exps that differ by hundreds are merged without overflow."""
+    spans = make_spans([(3, (2, 2))])
+    generator = torch.Generator().manual_seed(1)
+    query, key, value = (torch.randn(7, 2, HEAD_DIM, dtype=torch.float64, generator=generator) for _ in range(3))
+    key[:3] *= 500
+    want = separate_sequences(query, key, value, spans, scale=1.0)
+    torch.testing.assert_close(attend(query, key, value, spans, scale=1.0), want, rtol=1e-12, atol=1e-12)
 
 
 def test_response_sees_its_prefix_and_its_own_past_only() -> None:
@@ -111,3 +140,9 @@ def test_response_sees_its_prefix_and_its_own_past_only() -> None:
         [1, 1, 0, 1, 1, 0],
         [1, 1, 0, 1, 1, 1],
     ]
+
+
+def test_a_kernel_that_does_not_take_the_input_names_the_setting() -> None:
+    rows = [torch.zeros(3, 1, HEAD_DIM)] * 3
+    with pytest.raises(ValueError, match=r"model\.attention=flash runs on cuda.*set model\.attention=auto"):
+        pack_attention(*rows, make_spans([(2, (1,))]), scale=1.0, kernel="flash")
