@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     if getattr(args, "shard_gb", None) is not None and args.shard_gb <= 0:
         parser.error(f"--shard-gb {args.shard_gb}: expected a positive number")
     # Clean-up runs on exceptions, so a polite kill becomes one.
-    signal.signal(signal.SIGTERM, _stop)
+    before = signal.signal(signal.SIGTERM, _stop)
     warnings.filterwarnings("ignore", module="megatron")
     from checkpoints_tools.errors import ConvertError
 
@@ -65,6 +65,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"megalong-convert {args.verb}: interrupted, nothing was written", file=sys.stderr)  # noqa: T201
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     print(json.dumps(result, indent=2) if args.json else _as_text(result))  # noqa: T201
     return code
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from checkpoints_tools.errors import ConvertError, raise_all
@@ -117,18 +119,28 @@ def _places(family: str, spec: Any) -> list[Place]:
     config = transformer_config(
         spec.gpt, tp=1, cp=1, pp=1, sequence_parallel=False, dtype=torch.float32, recompute=False, on_gpu=False
     )
-    # Megatron's modules ask for parallel groups even when there is one process.
-    make_layout(tp=1, cp=1, pp=1, seed=1)
-    try:
-        with torch.device("meta"):
-            model = FAMILIES[family].build(config, spec, use_te=False)
+    with _single_process_groups(), torch.device("meta"):
+        model = FAMILIES[family].build(config, spec, use_te=False)
         table, state = model.weight_table(), model.sharded_state_dict()
-    finally:
-        destroy_layout()
     shapes = {name: param.shape for name, param in model.named_parameters()}
     if {entry.megatron for entry in table} != shapes.keys():
         raise ConvertError(f"the weight table of {family} does not name the parameters that its model has")
     return [_place(entry, shapes[entry.megatron], state[entry.megatron]) for entry in table]
+
+
+@contextmanager
+def _single_process_groups() -> Iterator[None]:
+    """Megatron's modules ask for parallel groups even when there is one process. Groups that exist are used."""
+    if parallel_state.model_parallel_is_initialized():
+        if parallel_state.get_tensor_model_parallel_world_size() != 1:
+            raise ConvertError("checkpoint tools run in one process, without tensor parallelism")
+        yield
+        return
+    make_layout(tp=1, cp=1, pp=1, seed=1)
+    try:
+        yield
+    finally:
+        destroy_layout()
 
 
 def _place(entry: Entry, shape: torch.Size, stored: ShardedTensor | ShardedTensorFactory) -> Place:

@@ -1,0 +1,170 @@
+"""Hugging Face -> Megatron -> Hugging Face gives every bit back, and both sides load where they should."""
+
+from __future__ import annotations
+
+import filecmp
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from harness import run_world
+from safetensors.torch import load_file
+from tiny_checkpoints import all_tensors, edit_weights, split_llm
+from transformers import Qwen2ForCausalLM, SiglipVisionModel
+
+from checkpoints_tools.compare import verify
+from checkpoints_tools.convert import hf_to_megatron, megatron_to_hf
+from megalong.config.tree import Dtype, ModelConfig, OptimizerConfig, Recompute
+from megalong.engine.build import build_model
+from megalong.engine.checkpoint import load_weights, save_checkpoint
+from megalong.engine.trainer import Trainer
+from megalong.parallel.layout import ParallelLayout, make_layout
+
+
+def make_variant(hf: Path, *, dtype: torch.dtype, tied: bool, prefix: bool) -> None:
+    for file in hf.rglob("*.safetensors"):
+        edit_weights(
+            file,
+            lambda tensors: {
+                (name if prefix else name.removeprefix("vision_model.")): tensor.to(dtype)
+                for name, tensor in tensors.items()
+                if not (tied and name == "lm_head.weight")
+            },
+        )
+    config = json.loads((hf / "llm/config.json").read_text())
+    (hf / "llm/config.json").write_text(json.dumps({**config, "tie_word_embeddings": tied}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tied", "prefix"), [(False, True), (True, False)])
+def test_round_trip_gives_back_every_bit_and_every_other_file(
+    hf: Path, tmp_path: Path, dtype: torch.dtype, tied: bool, prefix: bool
+) -> None:
+    make_variant(hf, dtype=dtype, tied=tied, prefix=prefix)
+    assert hf_to_megatron(hf, tmp_path / "megatron").dtypes == (str(dtype).removeprefix("torch."),)
+    done = megatron_to_hf(tmp_path / "megatron", hf, tmp_path / "back")
+    # Tower block 2 of 3 (16 tensors) and post_layernorm (2).
+    assert (done.tensors, done.carried_tensors) == (68 - tied, 18)
+    before, after = all_tensors(hf), all_tensors(tmp_path / "back")
+    assert list(before) == list(after)
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype == dtype
+        assert torch.equal(tensor, after[name]), name
+    others = sorted(
+        str(path.relative_to(hf)) for path in hf.rglob("*") if path.is_file() and path.suffix[1:5] != "safe"
+    )
+    assert "modeling_vila.py" in others
+    assert filecmp.cmpfiles(hf, tmp_path / "back", others, shallow=False) == (others, [], [])
+    assert len(others) + 3 == len([path for path in (tmp_path / "back").rglob("*") if path.is_file()])
+
+
+def test_export_loads_in_stock_classes_and_keeps_the_shards_of_like(hf: Path, tmp_path: Path) -> None:
+    split_llm(hf)
+    hf_to_megatron(hf, tmp_path / "megatron")
+    megatron_to_hf(tmp_path / "megatron", hf, tmp_path / "back")
+    index = json.loads((tmp_path / "back/llm/model.safetensors.index.json").read_text())
+    source = json.loads((hf / "llm/model.safetensors.index.json").read_text())
+    assert index["weight_map"] == source["weight_map"]
+    llm_bytes = sum(tensor.nbytes for name, tensor in all_tensors(hf).items() if name.startswith("llm/"))
+    assert index["metadata"] == {"total_size": llm_bytes, "note": "kept"}
+    for kind, sub in ((Qwen2ForCausalLM, "llm"), (SiglipVisionModel, "vision_tower")):
+        model, info = kind.from_pretrained(tmp_path / "back" / sub, output_loading_info=True)
+        assert {name: set(found) for name, found in info.items() if found} == {}
+        want = kind.from_pretrained(hf / sub).state_dict()
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, want[name]), name
+
+
+def test_shard_size_cuts_every_folder_anew(hf: Path, megatron: Path, tmp_path: Path) -> None:
+    megatron_to_hf(megatron, hf, tmp_path / "back", shard_bytes=10_000)
+    for sub in ("llm", "vision_tower"):
+        index = json.loads((tmp_path / "back" / sub / "model.safetensors.index.json").read_text())
+        files = sorted(set(index["weight_map"].values()))
+        count = len(files)
+        assert count > 1
+        assert files == [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+        for file in files:
+            tensors = load_file(tmp_path / "back" / sub / file)
+            assert len(tensors) == 1 or sum(tensor.nbytes for tensor in tensors.values()) <= 10_000
+    assert not (tmp_path / "back/llm/model.safetensors").exists()
+    assert verify(hf, tmp_path / "back").equal
+
+
+def test_dtype_casts_the_model_and_nothing_else(hf: Path, tmp_path: Path) -> None:
+    hf_to_megatron(hf, tmp_path / "megatron", dtype=torch.bfloat16)
+    done = megatron_to_hf(tmp_path / "megatron", hf, tmp_path / "back")
+    assert done.notes[0] == "llm/config.json says dtype float32, the tensors are bfloat16"
+    before, after = all_tensors(hf), all_tensors(tmp_path / "back")
+    for name, tensor in before.items():
+        carried = "layers.2." in name and "vision" in name or "post_layernorm" in name
+        assert torch.equal(after[name], tensor if carried else tensor.to(torch.bfloat16)), name
+    assert not verify(hf, tmp_path / "megatron").equal
+    assert verify(hf, tmp_path / "megatron", dtype=torch.bfloat16).equal
+
+
+def test_dry_run_writes_nothing(hf: Path, megatron: Path, tmp_path: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    planned = hf_to_megatron(hf, tmp_path / "out", dry_run=True)
+    assert planned.num_bytes == 4 * sum(
+        tensor.numel()
+        for name, tensor in all_tensors(hf).items()
+        if "post_layernorm" not in name and not ("layers.2." in name and "vision" in name)
+    )
+    assert megatron_to_hf(megatron, hf, tmp_path / "out", dry_run=True).weight_files[0] == "llm/model.safetensors"
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def make_trainer(path: Path, layout: ParallelLayout) -> Trainer:
+    config = ModelConfig(
+        path=str(path), dtype=Dtype.float32, recompute=Recompute.none, train_tower=True, train_projector=True
+    )
+    model = build_model(config, layout, sequence_parallel=False)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.fill_(7)
+    return Trainer(model, layout, OptimizerConfig(lr=1e-3), total_steps=1, embeddings=lambda selections: None)
+
+
+def exported(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for bucket in trainer.export_weights() for name, tensor in bucket.tensors.items()}
+
+
+def test_init_from_loads_the_conversion_in_one_process(hf: Path, megatron: Path, layout: ParallelLayout) -> None:
+    trainer = make_trainer(hf, layout)
+    load_weights(megatron, trainer)
+    assert_same_tensors(exported(trainer), hf)
+
+
+def assert_same_tensors(got: dict[str, torch.Tensor], hf: Path) -> None:
+    assert len(got) == 68
+    want = {name.replace("/model.safetensors:", "/"): tensor for name, tensor in all_tensors(hf).items()}
+    for name, tensor in got.items():
+        assert torch.equal(tensor, want[name]), name
+
+
+def load_change_and_save(hf: Path, megatron: Path, out: Path) -> list[dict[str, torch.Tensor]]:
+    """On each of two tensor-parallel ranks: the weights after loading, and after a change that was saved."""
+    trainer = make_trainer(hf, make_layout(tp=2, cp=1, pp=1, seed=1))
+    load_weights(megatron, trainer)
+    loaded = exported(trainer)
+    with torch.no_grad():
+        for param in trainer.model.parameters():
+            param.mul_(1.5)
+    save_checkpoint(out, trainer, extra={}, keep=1)
+    return [loaded, exported(trainer)]
+
+
+def test_conversion_loads_at_tp2_and_its_padded_checkpoint_exports(hf: Path, megatron: Path, tmp_path: Path) -> None:
+    results = run_world(2, load_change_and_save, hf, megatron, tmp_path / "run", folder=tmp_path / "world")
+    for loaded, _ in results:
+        assert_same_tensors(loaded, hf)
+    megatron_to_hf(tmp_path / "run", hf, tmp_path / "back")  # the newest step of the folder
+    assert_same_tensors(results[0][1], tmp_path / "back")
+    checked = verify(tmp_path / "run", tmp_path / "back")
+    assert checked.equal
+    assert (checked.compared, checked.outside) == (68, 18)
+    by_key = verify(tmp_path / "run", megatron)
+    assert any("padding of the vocabulary? give --like" in difference for difference in by_key.differences)
+    # Scaled by 1.5, so every tensor differs; with --like the padded ones are compared too.
+    assert len(verify(tmp_path / "run", megatron, like=hf).differences) == 68
