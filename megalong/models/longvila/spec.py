@@ -137,5 +137,7 @@ def _parse(text: str, *, where: str) -> dict:
 
 def _require(values: dict, keys: tuple[str, ...], where: str) -> None:
     for key in keys:
-        if type(values.get(key)) is not int or values[key] < 1:
-            raise CheckpointError(f"{where}: {key} is {values.get(key)!r}, expected a positive integer")
+        if key not in values:
+            raise CheckpointError(f"{where}: key {key!r} is missing")
+        if type(values[key]) is not int or values[key] < 1:
+            raise CheckpointError(f"{where}: {key} is {values[key]!r}, expected a positive integer")

@@ -76,8 +76,8 @@ WRONG = {
     "positive layer": ("config.json", {"mm_vision_select_layer": 1}, "mm_vision_select_layer is 1"),
     "text as layer": ("config.json", {"mm_vision_select_layer": "x"}, "mm_vision_select_layer is 'x'"),
     "sub-config text": ("config.json", {"llm_cfg": "{oops"}, r"config\.json: llm_cfg: not valid JSON"),
-    "no tower size": ("vision_tower/config.json", {"image_size": None}, "image_size is None, expected a positive"),
-    "no width": ("llm/config.json", {"hidden_size": None}, r"llm/config\.json: hidden_size is None"),
+    "no tower size": ("vision_tower/config.json", {"image_size": None}, "key 'image_size' is missing"),
+    "no width": ("llm/config.json", {"hidden_size": None}, r"llm/config\.json: key 'hidden_size' is missing"),
     "width as text": ("llm/config.json", {"hidden_size": "32"}, "hidden_size is '32', expected a positive integer"),
     "sliding window": ("llm/config.json", {"use_sliding_window": True}, "use_sliding_window=true is not supported"),
     "rope kind": (
