@@ -66,7 +66,9 @@ class VocabRows:
 
     def cut(self, tensors: Sequence[Tensor], *, rank: int, size: int) -> Tensor:
         padding = -self.vocab % size
-        return F.pad(tensors[0], (0, 0, 0, padding)).chunk(size)[rank]
+        # F.pad copies even when there is nothing to add, and this is the largest tensor of the model.
+        padded = F.pad(tensors[0], (0, 0, 0, padding)) if padding else tensors[0]
+        return padded.chunk(size)[rank]
 
     def join(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return (torch.cat(list(shards))[: self.vocab],)
