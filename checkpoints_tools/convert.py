@@ -66,7 +66,8 @@ def hf_to_megatron(hf: Path, out: Path, *, dtype: torch.dtype | None = None, dry
             parts = [folder.read(folder.tensors[canonical(name)]) for name in place.entry.hf]
             tensor = place.entry.cut(parts, rank=0, size=1).to(dtypes[place.key]).contiguous()
             bar.update(tensor.nbytes)
-            return tensor
+            # A memory-mapped tensor is read from disk when it is first used: do that here, ahead of its writing.
+            return tensor.clone() if tensor.data_ptr() == parts[0].data_ptr() else tensor
 
         write_checkpoint(partial, blueprint.places, dtypes, make=make, common={"family": blueprint.family})
     return replace(done, seconds=round(time.monotonic() - began, 2))

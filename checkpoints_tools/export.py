@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from checkpoints_tools.ahead import ahead
 from checkpoints_tools.errors import ConvertError
 from checkpoints_tools.hf_folder import HfFolder, canonical
 from checkpoints_tools.megatron_folder import MegatronFolder, check_checkpoint, megatron_checkpoint
@@ -94,8 +95,9 @@ def write_export(plan: ExportPlan, target: Path, *, progress: Callable[[int], ob
             file_of[name].put(plan.folder.tensors[name].name, tensor)
             progress(tensor.nbytes)
 
-        for place in plan.blueprint.places:
-            parts = place.entry.join([plan.checkpoint.read_place(place)])
+        places = plan.blueprint.places
+        for place, whole in zip(places, ahead(plan.checkpoint.read_place, places), strict=True):
+            parts = place.entry.join([whole])
             for name, tensor in zip(place.entry.hf, parts, strict=True):
                 put(canonical(name), tensor.to(plan.dtypes[canonical(name)]))
         for name, tensor in plan.folder.tensors.items():

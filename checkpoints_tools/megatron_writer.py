@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.planner import SavePlanner, TensorWriteData, W
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from checkpoints_tools.ahead import ahead
 from checkpoints_tools.megatron_folder import CONFIG
 from checkpoints_tools.places import Place
 
@@ -63,14 +64,13 @@ class _Writer(FileSystemWriter):
         results: list[WriteResult] = []
         file_number, stream = -1, None
         try:
-            for item in plan.items:
+            for item, tensor in zip(plan.items, ahead(planner.resolve_data, plan.items), strict=True):
                 if stream is None or stream.tell() >= FILE_BYTES:
                     if stream is not None:
                         stream.close()
                     file_number += 1
                     stream = open(Path(self.path) / f"__0_{file_number}.distcp", "xb")  # noqa: SIM115
                 start = stream.tell()
-                tensor = planner.resolve_data(item)
                 if tensor.untyped_storage().nbytes() != tensor.nbytes:
                     tensor = tensor.clone()  # torch.save writes a view's whole storage
                 torch.save(tensor, stream)
