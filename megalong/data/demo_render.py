@@ -20,10 +20,10 @@ RGB = {
     "purple": (180, 50, 210),
     "white": (250, 250, 250),
 }
-RADIUS = {"big": 0.46, "small": 0.24}
+RADIUS = {"huge": 0.75, "plain": 0.46, "big": 0.6, "small": 0.2}
 STEPS = ((-1.0, -1.0), (1.0, -1.0), (-1.0, 1.0), (1.0, 1.0))
 """Pixel direction (x, y) of each of CORNERS."""
-BALL_SHOWN, BALL_HIDDEN, SWAPS_START, SWAPS_END = 0.20, 0.28, 0.35, 0.80
+BALL_SHOWN, SWAPS_START, SWAPS_END = 0.30, 0.38, 0.65
 """Moments of a spatial story, as fractions of the video."""
 
 _Y, _X = np.mgrid[0:FRAME_SIZE, 0:FRAME_SIZE].astype(np.float32)
@@ -40,47 +40,52 @@ def render(scenario: Scenario, moment: float, *, backdrop: tuple[int, int, int])
 
 
 def paint_temporal(frame_HWC: np.ndarray, scenario: Temporal, moment: float) -> None:
-    """Each event fills an equal share of the story; the shape bobs a little."""
+    """Each event fills an equal share of the story; the shape slides a little toward a corner."""
     share = moment * len(scenario.events)
     index = min(int(share), len(scenario.events) - 1)
     thing = scenario.events[index]
     x, y = cell_centre(thing.cell)
-    paint_shape(frame_HWC, thing.shape, at=(x, y + 2.0 * math.sin(4 * math.pi * share)), colour=thing.colour)
+    slide_x, slide_y = STEPS[scenario.drift]
+    along = 6.0 * (share - index) - 3.0
+    paint_shape(
+        frame_HWC, thing.shape, at=(x + along * slide_x, y + along * slide_y), colour=thing.colour, size=thing.size
+    )
 
 
 def paint_spatial(frame_HWC: np.ndarray, scenario: Spatial, moment: float) -> None:
-    """The ball sinks into its box, the boxes trade places along arcs, the ball may come out."""
-    places = [float(place) for place in range(3)]  # current place of each box, by start place
-    order = [0, 1, 2]  # box at each place
-    arcs = [0.0, 0.0, 0.0]
+    """The ball goes into its box, boxes trade corners, the ball comes out again."""
+    at = [corner_centre(corner) for corner in range(4)]  # where each box is, by its first corner
+    order = [0, 1, 2, 3]  # box at each corner
+    span = (SWAPS_END - SWAPS_START) / len(scenario.swaps)
     for number, (one, other) in enumerate(scenario.swaps):
-        span = (SWAPS_END - SWAPS_START) / len(scenario.swaps)
-        done = smooth((moment - SWAPS_START - number * span) / (0.7 * span))
+        done = smooth((moment - SWAPS_START - number * span) / (0.8 * span))
         first, second = order[one], order[other]
-        places[first] = one + (other - one) * done
-        places[second] = other + (one - other) * done
-        arcs[first], arcs[second] = math.sin(math.pi * done), -math.sin(math.pi * done)
+        at[first], at[second] = between(one, other, done), between(other, one, done)
         if done < 1.0:
             break
         order[one], order[other] = second, first
     for box, colour in enumerate(scenario.boxes):
-        x, y = CELL * (places[box] + 0.5), FRAME_SIZE / 2 + 0.6 * CELL * arcs[box]
-        paint_shape(frame_HWC, "square", at=(x, y), colour=colour)
-    if moment < BALL_HIDDEN:
-        sink = smooth((moment - BALL_SHOWN) / (BALL_HIDDEN - BALL_SHOWN))
-        paint_ball(frame_HWC, (CELL * (scenario.ball + 0.5), CELL * (0.5 + 0.5 * sink)))
-    elif scenario.taken_out and moment > SWAPS_END:
-        paint_ball(frame_HWC, (FRAME_SIZE / 2, FRAME_SIZE - CELL / 2))
+        paint_shape(frame_HWC, "square", at=at[box], colour=colour)
+    shown = min(1.0 - smooth((moment - BALL_SHOWN) / 0.06), 1.0) + smooth((moment - SWAPS_END) / 0.05)
+    if shown > 0.0:
+        paint_ball(frame_HWC, at[scenario.ball], scale=shown)
+
+
+def between(start: int, end: int, done: float) -> tuple[float, float]:
+    """Pixel (x, y) on the way from corner to corner; the two of a swap pass each other at a distance."""
+    (x0, y0), (x1, y1) = corner_centre(start), corner_centre(end)
+    aside = 0.25 * math.sin(math.pi * done)
+    return x0 + (x1 - x0) * done + aside * (y1 - y0), y0 + (y1 - y0) * done - aside * (x1 - x0)
 
 
 def paint_goal(frame_HWC: np.ndarray, scenario: Goal, moment: float) -> None:
     """The agent looks one way, then walks most of the way to its target and stops."""
     middle = FRAME_SIZE / 2
-    for (dx, dy), colour in zip(STEPS, scenario.targets, strict=True):
-        paint_shape(frame_HWC, scenario.shape, at=(middle + dx * CELL, middle + dy * CELL), colour=colour)
+    for corner, colour in enumerate(scenario.targets):
+        paint_shape(frame_HWC, scenario.shape, at=corner_centre(corner), colour=colour)
     look, walk = STEPS[scenario.glance], STEPS[scenario.heading]
     glance = 3.0 * math.sin(math.pi * min(moment / 0.2, 1.0))
-    way = 0.6 * CELL * smooth((moment - 0.25) / 0.35)
+    way = 0.7 * CELL * smooth((moment - 0.25) / 0.35)
     paint_ball(frame_HWC, (middle + look[0] * glance + walk[0] * way, middle + look[1] * glance + walk[1] * way))
 
 
@@ -89,17 +94,19 @@ def paint_plot(frame_HWC: np.ndarray, scenario: Plot, moment: float) -> None:
     if 0.49 < moment < 0.51:
         frame_HWC[:] = 0
         return
-    second = moment >= 0.5
+    second = moment >= scenario.cut
     thing: Thing = scenario.after if second else scenario.before
     dark = scenario.dark_after if second else scenario.dark_before
-    if not dark:
-        frame_HWC[:] = 255 - frame_HWC // 2
+    if dark:
+        frame_HWC[:] = frame_HWC // 6
     x, y = cell_centre(thing.cell)
     paint_shape(frame_HWC, thing.shape, at=(x, y), colour=thing.colour, size=thing.size)
 
 
-def paint_shape(frame_HWC: np.ndarray, shape: str, *, at: tuple[float, float], colour: str, size: str = "big") -> None:
-    """Fill a shape around pixel (x, y); a big one is about as large as a cell."""
+def paint_shape(
+    frame_HWC: np.ndarray, shape: str, *, at: tuple[float, float], colour: str, size: str = "plain"
+) -> None:
+    """Fill a shape around pixel (x, y); a plain one is about as large as a cell."""
     across, along = np.abs(_X + 0.5 - at[0]), np.abs(_Y + 0.5 - at[1])
     radius = CELL * RADIUS[size]
     if shape == "circle":
@@ -113,9 +120,15 @@ def paint_shape(frame_HWC: np.ndarray, shape: str, *, at: tuple[float, float], c
     frame_HWC[inside] = RGB[colour]
 
 
-def paint_ball(frame_HWC: np.ndarray, at: tuple[float, float]) -> None:
-    """A small white disc: the ball, and the agent."""
-    frame_HWC[(_X + 0.5 - at[0]) ** 2 + (_Y + 0.5 - at[1]) ** 2 <= (0.25 * CELL) ** 2] = RGB["white"]
+def paint_ball(frame_HWC: np.ndarray, at: tuple[float, float], *, scale: float = 1.0) -> None:
+    """A white disc: the ball, and the agent."""
+    frame_HWC[(_X + 0.5 - at[0]) ** 2 + (_Y + 0.5 - at[1]) ** 2 <= (0.32 * CELL * scale) ** 2] = RGB["white"]
+
+
+def corner_centre(corner: int) -> tuple[float, float]:
+    """Pixel (x, y) of the middle of a corner cell."""
+    dx, dy = STEPS[corner]
+    return FRAME_SIZE / 2 + dx * CELL, FRAME_SIZE / 2 + dy * CELL
 
 
 def cell_centre(cell: int) -> tuple[float, float]:

@@ -1,7 +1,7 @@
 """The demo's little world: scenarios (what happens in a video) and the questions asked about them.
 
 Four categories, as in LongVideo-Reason: `temporal` (shapes appear one after another), `spatial` (a ball goes
-into one of three boxes, the boxes are swapped), `goal` (an agent walks toward one of four targets and stops
+into one of four boxes, the boxes are swapped), `goal` (an agent walks toward one of four targets and stops
 on the way), `plot` (two scenes that differ in one thing). Pure functions of a `random.Random`: no files, no pixels.
 """
 
@@ -10,14 +10,14 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import combinations
 
 COLOURS = ("red", "green", "blue", "yellow")
 SHAPES = ("circle", "square", "cross")
 SIZES = ("big", "small")
 PLACES = ("left", "middle", "right")
 CORNERS = ("northwest", "northeast", "southwest", "southeast")
-ORDINALS = ("first", "second", "third", "fourth")
-SWAPS = ((0, 1), (1, 2), (0, 2))
+SWAPS = tuple(combinations(range(4), 2))
 CHANGES = ("colour", "size", "position", "light")
 
 
@@ -28,23 +28,23 @@ class Thing:
     colour: str
     shape: str
     cell: int
-    size: str = "big"
+    size: str = "plain"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Temporal:
     events: tuple[Thing, ...]  # in the order they appear, one at a time
+    drift: int  # index into CORNERS: where every shape slides to while it is shown
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Spatial:
-    boxes: tuple[str, str, str]  # colours, left to right, at the start
-    ball: int  # place (index into PLACES) of the box that gets the ball
-    swaps: tuple[tuple[int, int], ...]  # pairs of places whose boxes trade, in order
-    taken_out: bool  # the ball lies in front of the boxes at the end
+    boxes: tuple[str, ...]  # colours at the start, in the order of CORNERS
+    ball: int  # corner (index into CORNERS) of the box that gets the ball
+    swaps: tuple[tuple[int, int], ...]  # pairs of corners whose boxes trade, in order
 
     def final_boxes(self) -> tuple[str, ...]:
-        """Colours, left to right, after all swaps."""
+        """Colours after all swaps, in the order of CORNERS."""
         boxes = list(self.boxes)
         for one, other in self.swaps:
             boxes[one], boxes[other] = boxes[other], boxes[one]
@@ -53,7 +53,7 @@ class Spatial:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Goal:
-    targets: tuple[str, str, str, str]  # colours, in the order of CORNERS
+    targets: tuple[str, ...]  # colours, in the order of CORNERS
     shape: str  # of all targets
     heading: int  # index into CORNERS
     glance: int  # index into CORNERS: where the agent looks before it goes
@@ -66,6 +66,7 @@ class Plot:
     dark_before: bool
     dark_after: bool
     change: str  # one of CHANGES
+    cut: float  # moment of the second scene, as a fraction of the video
 
 
 Scenario = Temporal | Spatial | Goal | Plot
@@ -83,13 +84,13 @@ class Question:
 
 def draw_temporal(rng: random.Random) -> Temporal:
     colours = rng.sample(COLOURS, rng.choice((1, 2, 3, 4)))
-    return Temporal(events=tuple(Thing(c, rng.choice(SHAPES), rng.randrange(9)) for c in colours))
+    events = tuple(Thing(c, rng.choice(SHAPES), rng.randrange(9), "huge") for c in colours)
+    return Temporal(events=events, drift=rng.randrange(4))
 
 
 def draw_spatial(rng: random.Random) -> Spatial:
-    left, middle, right = rng.sample(COLOURS, 3)
     swaps = tuple(rng.sample(SWAPS, rng.choice((1, 2))))
-    return Spatial(boxes=(left, middle, right), ball=rng.randrange(3), swaps=swaps, taken_out=rng.random() < 0.25)
+    return Spatial(boxes=tuple(rng.sample(COLOURS, 4)), ball=rng.randrange(4), swaps=swaps)
 
 
 def draw_goal(rng: random.Random) -> Goal:
@@ -118,6 +119,7 @@ def draw_plot(rng: random.Random) -> Plot:
         dark_before=dark,
         dark_after=dark != (change == "light"),
         change=change,
+        cut=rng.choice((0.45, 0.5, 0.55)),
     )
 
 
@@ -129,7 +131,6 @@ def cell_of(place: str) -> int:
 def ask_temporal(scenario: Temporal) -> list[Question]:
     colours = [event.colour for event in scenario.events]
     seen = f"I see {', then '.join(colours)}."
-    asked = [(ORDINALS[index], colour) for index, colour in enumerate(colours[:-1])] + [("last", colours[-1])]
     count = str(len(colours))
     return [
         Question(
@@ -145,42 +146,43 @@ def ask_temporal(scenario: Temporal) -> list[Question]:
                 options=COLOURS,
                 reasoning=f"{seen} The {when} is {colour}.",
             )
-            for when, colour in asked
+            for when, colour in (("first", colours[0]), ("last", colours[-1]))
         ),
     ]
 
 
 def ask_spatial(scenario: Spatial) -> list[Question]:
     box, final = scenario.boxes[scenario.ball], scenario.final_boxes()
-    where = "outside" if scenario.taken_out else PLACES[final.index(box)]
+    corner = CORNERS[final.index(box)]
     seen = (
         f"The boxes are {', '.join(scenario.boxes)}. The ball goes into {box}. "
-        f"At the end the boxes are {', '.join(final)}."
+        f"Then they are {', '.join(final)}. The ball is {corner} in {box}."
     )
-    asked = [("does the ball go into", box), *((f"is {n} at the end", c) for n, c in zip(PLACES, final, strict=True))]
     return [
         Question(
             text="Where is the ball at the end?",
-            answer=where,
-            options=(*PLACES, "outside"),
-            reasoning=f"{seen} The ball is {where}.",
+            answer=corner,
+            options=CORNERS,
+            reasoning=f"{seen} It is {corner}.",
         ),
-        *(
-            Question(text=f"Which box {what}?", answer=colour, options=COLOURS, reasoning=f"{seen} It is {colour}.")
-            for what, colour in asked
+        Question(
+            text="Which box does the ball go into?",
+            answer=box,
+            options=COLOURS,
+            reasoning=f"{seen} It is {box}.",
         ),
     ]
 
 
 def ask_goal(scenario: Goal) -> list[Question]:
     corner, colour = CORNERS[scenario.heading], scenario.targets[scenario.heading]
-    seen = f"The targets are {', '.join(scenario.targets)}. The agent moves {corner} to {colour}."
+    seen = f"The targets are {', '.join(scenario.targets)}. The agent goes {corner} to {colour}."
     return [
         Question(
             text="Which way does the agent go?",
             answer=corner,
             options=CORNERS,
-            reasoning=f"{seen} The way is {corner}.",
+            reasoning=f"{seen} It is {corner}.",
         ),
         Question(
             text="Which target does the agent want to reach?",
@@ -193,29 +195,35 @@ def ask_goal(scenario: Goal) -> list[Question]:
 
 def ask_plot(scenario: Plot) -> list[Question]:
     before, after = scenario.before, scenario.after
-    first, then = describe(before, dark=scenario.dark_before), describe(after, dark=scenario.dark_after)
+    pairs = {
+        "light": (brightness(scenario.dark_before), brightness(scenario.dark_after)),
+        "size": (before.size, after.size),
+        "colour": (before.colour, after.colour),
+        "position": (PLACES[before.cell - 3], PLACES[after.cell - 3]),
+    }
+    told = (f"{old} to {new}" + f" changes {name}" * (old != new) for name, (old, new) in pairs.items())
+    seen = f"I see {', '.join(told)}."
     return [
         Question(
             text="What changes in the second scene?",
             answer=scenario.change,
             options=CHANGES,
-            reasoning=f"First {first}. Then {then}. It is the {scenario.change}.",
+            reasoning=f"{seen} It changes {scenario.change}.",
         ),
         *(
             Question(
                 text=f"What colour is the shape in the {which} scene?",
                 answer=thing.colour,
                 options=COLOURS,
-                reasoning=f"First {first}. Then {then}. It is {thing.colour}.",
+                reasoning=f"{seen} It is {thing.colour}.",
             )
             for which, thing in (("first", before), ("second", after))
         ),
     ]
 
 
-def describe(thing: Thing, *, dark: bool) -> str:
-    """One scene of a plot in words."""
-    return f"{'dark' if dark else 'bright'} {thing.size} {thing.colour} {PLACES[thing.cell - 3]}"
+def brightness(dark: bool) -> str:
+    return "dark" if dark else "bright"
 
 
 DRAW: dict[str, Callable[[random.Random], Scenario]] = {

@@ -20,10 +20,13 @@ from megalong.data.demo_render import FRAME_SIZE, render
 from megalong.data.demo_tasks import ASK, CATEGORIES, DRAW, Question, Scenario
 
 LETTERS = "ABCD"
-OPEN_SHARE = 0.125
+OPEN_SHARE = 0.2
 """Share of questions without options."""
-VIDEO_FPS = 4
-KEYFRAME_EVERY = 8
+WORDS_SHARE = 0.65
+"""SFT only: of the multiple-choice questions about a video's course, the share whose annotation names the right
+option's text instead of its letter. SFT learns that habit; a reward that wants the letter unlearns it."""
+VIDEO_FPS = 2
+KEYFRAME_EVERY = 4
 """Frames between keyframes: a short distance keeps reading a few frames of a file cheap."""
 MAX_DRAWS = 10_000
 """Tries to find a scenario that no other video shows before giving up."""
@@ -53,8 +56,8 @@ class DemoData:
 def make_demo_data(
     out_dir: Path,
     *,
-    num_train_sft: int = 320,
-    num_train_rl: int = 640,
+    num_train_sft: int = 3200,
+    num_train_rl: int = 1440,
     num_heldout: int = 200,
     seed: int = 1,
     questions_per_video: int = 2,
@@ -76,7 +79,7 @@ def make_demo_data(
     paths = {}
     for split, count in (("train_sft", num_train_sft), ("train_rl", num_train_rl), ("heldout", num_heldout)):
         videos = draw_videos(split, -(-count // questions_per_video), rng=rng, used=used)
-        lines = ask_questions(videos, per_video=questions_per_video, rng=rng)[:count]
+        lines = ask_questions(split, videos, per_video=questions_per_video, rng=rng)[:count]
         if split != "train_sft":
             lines = [{**line, "reasoning": ""} for line in lines]
         paths[split] = out_dir / f"{split}.jsonl"
@@ -103,7 +106,7 @@ def draw_videos(split: str, count: int, *, rng: random.Random, used: set[Scenari
                 category=category,
                 scenario=draw_new(category, option=decks[category].pop(), rng=rng, used=used),
                 seconds=rng.randint(30, 60),
-                backdrop=(rng.randint(10, 50), rng.randint(10, 50), rng.randint(10, 50)),
+                backdrop=(rng.randint(115, 140), rng.randint(115, 140), rng.randint(115, 140)),
             )
         )
     return videos
@@ -120,7 +123,7 @@ def draw_new(category: str, *, option: int, rng: random.Random, used: set[Scenar
     raise ValueError(f"no unused {category} scenario left after {MAX_DRAWS} draws; ask for fewer demo videos")
 
 
-def ask_questions(videos: list[Video], *, per_video: int, rng: random.Random) -> list[dict]:
+def ask_questions(split: str, videos: list[Video], *, per_video: int, rng: random.Random) -> list[dict]:
     """Manifest lines: per video one question about its course and the rest about colours."""
     asked = {category: Counter() for category in CATEGORIES}
     lines = []
@@ -138,7 +141,12 @@ def ask_questions(videos: list[Video], *, per_video: int, rng: random.Random) ->
                 "videos": f"videos/{video.name}",
                 "category": video.category,
             }
-            lines.append({**base, **phrase(question, with_options=rng.random() >= OPEN_SHARE)})
+            fields = phrase(question, with_options=rng.random() >= OPEN_SHARE)
+            if split == "train_sft" and question is course and rng.random() < WORDS_SHARE:
+                kind = "numerical" if question.answer.isdigit() else "open-ended"
+                fields |= {"reasoning": question.reasoning, "answer": f"<answer>{question.answer}</answer>"}
+                fields["problem_type"] = kind
+            lines.append({**base, **fields})
     return lines
 
 

@@ -56,7 +56,7 @@ class DemoModelSize:
     """The last one is skipped, as LongVILA does (mm_vision_select_layer -2)."""
     tower_heads: int = 4
     tower_intermediate: int = 128
-    image: int = 32
+    image: int = 48
     patch: int = 8
 
 
