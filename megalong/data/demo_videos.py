@@ -56,7 +56,7 @@ class DemoData:
 def make_demo_data(
     out_dir: Path,
     *,
-    num_train_sft: int = 14400,
+    num_train_sft: int = 3200,
     num_train_rl: int = 1440,
     num_heldout: int = 200,
     seed: int = 1,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,7 +44,7 @@ class DemoModelSize:
     """Sizes of the demo model; every LLM size divides by 2, for tensor parallelism."""
 
     hidden: int = 128
-    layers: int = 2
+    layers: int = 3
     heads: int = 4
     kv_heads: int = 2
     intermediate: int = 384
@@ -52,34 +52,27 @@ class DemoModelSize:
     vocab: int = 640
     """Upper bound; the corpus may need fewer merges."""
     tower_hidden: int = 64
-    tower_layers: int = 2
+    tower_layers: int = 3
     """The last one is skipped, as LongVILA does (mm_vision_select_layer -2)."""
     tower_heads: int = 4
     tower_intermediate: int = 128
     image: int = 48
-    patch: int = 4
+    patch: int = 8
 
 
 def make_demo_checkpoint(
-    out_dir: Path,
-    *,
-    texts: Iterable[str],
-    phrases: Sequence[str] = (),
-    seed: int = 1,
-    size: DemoModelSize | None = None,
+    out_dir: Path, *, texts: Iterable[str], seed: int = 1, size: DemoModelSize | None = None
 ) -> Path:
     """Write the checkpoint folder and return it; the same arguments give the same bytes.
 
     texts: what the byte-level BPE vocabulary is learnt from. Weights are float32 and random.
-    phrases: fixed texts, such as the prompt template up to the question, that become one token each: a tiny
-    model on a CPU would spend a third of its time on them.
     """
     size = size or DemoModelSize()
     if size.image % size.patch:
         raise ValueError(f"image={size.image} must be a multiple of patch={size.patch}")
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer(texts, phrases=phrases, size=size)
+    tokenizer = train_tokenizer(texts, size=size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         write_llm(out_dir / "llm", tokenizer, size)
@@ -89,9 +82,9 @@ def make_demo_checkpoint(
     return out_dir
 
 
-def train_tokenizer(texts: Iterable[str], *, phrases: Sequence[str], size: DemoModelSize) -> Qwen2Tokenizer:
+def train_tokenizer(texts: Iterable[str], *, size: DemoModelSize) -> Qwen2Tokenizer:
     """Byte-level BPE learnt from `texts` by Qwen2's rules (NFC, word split), with Qwen2's and VILA's added tokens."""
-    added = (*SPECIAL_TOKENS, *TAG_TOKENS, *phrases)
+    added = (*SPECIAL_TOKENS, *TAG_TOKENS)
     if size.vocab < 256 + len(added):
         raise ValueError(f"vocab={size.vocab} is too small: 256 bytes and {len(added)} added tokens must fit")
     rules = Qwen2Tokenizer().backend_tokenizer
@@ -104,7 +97,7 @@ def train_tokenizer(texts: Iterable[str], *, phrases: Sequence[str], size: DemoM
         show_progress=False,
     )
     # Added tokens never reach the BPE when encoding, so it must not spend merges on them.
-    markers = re.compile("|".join(re.escape(token) for token in sorted(added, key=len, reverse=True)))
+    markers = re.compile("|".join(re.escape(token) for token in added))
     learner.train_from_iterator((piece for text in texts for piece in markers.split(text)), trainer)
     learnt = json.loads(learner.to_str())["model"]
     tokenizer = Qwen2Tokenizer(
@@ -118,13 +111,13 @@ def train_tokenizer(texts: Iterable[str], *, phrases: Sequence[str], size: DemoM
         clean_up_tokenization_spaces=False,
     )
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
-    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in (*TAG_TOKENS, *phrases)])
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in TAG_TOKENS])
     return tokenizer
 
 
 def write_llm(folder: Path, tokenizer: Qwen2Tokenizer, size: DemoModelSize) -> None:
     """Stock Qwen2 weights and config, and the tokenizer files beside them."""
-    ids = tokenizer.get_added_vocab()
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in (*SPECIAL_TOKENS, *TAG_TOKENS)}
     config = Qwen2Config(
         vocab_size=-(-len(tokenizer) // 16) * 16,
         hidden_size=size.hidden,
