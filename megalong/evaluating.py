@@ -103,5 +103,5 @@ def evaluate_if_due(run: Run, samples: Sequence[Sample], *, step: int, total: in
         evaluate_policy(run, samples, name="eval_start", step=step)
     elif step == total and settings.at_end:
         evaluate_policy(run, samples, name="eval_end", step=step)
-    elif 0 < step < total and settings.every and step % settings.every == 0:
+    elif 0 < step < total and run.is_due(settings.every):
         evaluate_policy(run, samples, name=f"eval_{step:06d}", step=step)

@@ -88,9 +88,11 @@ def sample_groups(run: Run, batches: PromptBatches, *, step: int) -> tuple[list[
     if not grpo.dynamic_sampling:
         return kept, dropped
     kept, dropped = only_with_spread(kept, dropped)
+    rounds = [0] * len(kept)  # which batch of this step each kept group came from
     sampled = 1
     while count_everywhere(run, kept) < grpo.batch_size and sampled < grpo.dynamic_sampling_max_batches:
         more, lost = only_with_spread(*sample_batch(run, batches, step=step, refill=sampled))
+        rounds += [sampled] * len(more)
         kept, dropped, sampled = [*kept, *more], [*dropped, *lost], sampled + 1
     if count_everywhere(run, kept) == 0:
         raise RuntimeError(
@@ -98,7 +100,7 @@ def sample_groups(run: Run, batches: PromptBatches, *, step: int) -> tuple[list[
             "answers; the data is too easy or too hard for this policy: change data.train, raise "
             "rollout.group_size, or set grpo.dynamic_sampling=false"
         )
-    return trim_to_batch(run, kept, dropped)
+    return trim_to_batch(run, kept, dropped, rounds=rounds)
 
 
 def sample_batch(
@@ -142,15 +144,18 @@ def count_everywhere(run: Run, scored: Sequence[ScoredGroup]) -> int:
 
 
 def trim_to_batch(
-    run: Run, scored: list[ScoredGroup], dropped: list[Dropped]
+    run: Run, scored: list[ScoredGroup], dropped: list[Dropped], *, rounds: list[int]
 ) -> tuple[list[ScoredGroup], list[Dropped]]:
-    """Keep the first grpo.batch_size groups of all replicas, replica after replica; the rest is a counted drop."""
-    counts = gather_objects(len(scored), group=run.layout.dp)
-    before = sum(counts[: run.layout.dp_rank])
-    keep = min(len(scored), max(0, run.config.grpo.batch_size - before))
-    extra = [item.group.prompt.sample.sample_id for item in scored[keep:]]
+    """Keep the first grpo.batch_size groups of all replicas; the rest is a counted drop.
+
+    First means by round of sampling, then by place in the global batch: the same groups at any DP size.
+    """
+    everywhere = gather_objects(rounds, group=run.layout.dp)
+    order = sorted((number, rank, index) for rank, part in enumerate(everywhere) for index, number in enumerate(part))
+    chosen = {index for _, rank, index in order[: run.config.grpo.batch_size] if rank == run.layout.dp_rank}
+    extra = [item.group.prompt.sample.sample_id for index, item in enumerate(scored) if index not in chosen]
     lost = [Dropped(sample_id=name, stage="group", reason="the refilled batch is full") for name in extra]
-    return scored[:keep], [*dropped, *lost]
+    return [item for index, item in enumerate(scored) if index in chosen], [*dropped, *lost]
 
 
 def pack_updates(run: Run, scored: Sequence[ScoredGroup]) -> list[list[PolicyBatch]]:

@@ -57,6 +57,7 @@ class Run:
     resumed: dict[str, Any]  # `extra` of the checkpoint the run continues from; {} at a fresh start
     weights_version: int = -1  # of the sampler
     stop_requested: bool = False
+    step_before: int = 0  # trainer.step when the loop's current round began
 
     def sync_weights(self) -> None:
         """Send the trainer's weights to the sampler, unless it has them already."""
@@ -75,8 +76,9 @@ class Run:
         )
         try:
             while self.trainer.step < total and not self._stop_anywhere():
+                self.step_before = self.trainer.step
                 yield self.trainer.step + 1
-                bar.update()
+                bar.update(self.trainer.step - self.step_before)
         finally:
             bar.close()
             signal.signal(signal.SIGTERM, previous)
@@ -96,9 +98,12 @@ class Run:
         )
 
     def save_if_due(self, batches: PromptBatches) -> None:
-        every = self.config.checkpoint.save_every
-        if every and self.trainer.step % every == 0:
+        if self.is_due(self.config.checkpoint.save_every):
             self.save(batches)
+
+    def is_due(self, every: int) -> bool:
+        """Whether this round, which may hold several optimizer steps, reached a multiple of `every` (0: never)."""
+        return every > 0 and self.trainer.step // every > self.step_before // every
 
     def report_dropped(self, dropped: Sequence[Dropped]) -> int:
         """Write the drops of all replicas to dropped.jsonl; returns how many there were."""

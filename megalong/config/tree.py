@@ -71,7 +71,7 @@ class KlEstimator(Enum):
 
 
 class RolloutEngine(Enum):
-    auto = "auto"  # vllm on a GPU when installed, embedded otherwise
+    auto = "auto"  # the best engine there is for the device; at present embedded everywhere
     embedded = "embedded"
     vllm = "vllm"
 

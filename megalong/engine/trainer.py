@@ -27,7 +27,7 @@ LossOf = Callable[[int, Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
 
 
 class TooManySkippedStepsError(RuntimeError):
-    """Loss or gradient was non-finite in too many steps in a row."""
+    """Too many steps in a row had a non-finite loss or gradient, or no sample at all."""
 
 
 def learning_rate(step: int, total_steps: int, settings: OptimizerConfig) -> float:
@@ -106,7 +106,9 @@ class Trainer:
                 param.data = current[name]
 
     def train_step(self, packs: Sequence[TokenBatch], loss_of: LossOf, *, temperature: float) -> StepStats:
-        """Forward, loss, backward of every pack, then one optimizer update (skipped when anything is non-finite).
+        """Forward, loss, backward of every pack, then one optimizer update.
+
+        The update is skipped, and counted, when anything is non-finite or there is no row at all.
 
         Losses of all packs and replicas are added up, so loss_of weighs its rows by the global batch. Raises
         TooManySkippedStepsError after optimizer.max_skipped_in_a_row skips.
@@ -129,7 +131,8 @@ class Trainer:
         self._finish_gradients()
         lr = learning_rate(self.step, self.total_steps, self.settings)
         norm = self.optimizer.grad_norm()
-        healthy = self._agree(math.isfinite(norm) and math.isfinite(totals["loss"]))
+        # Without any row (everything was dropped) an update would follow Adam's momentum alone.
+        healthy = self._agree(math.isfinite(norm) and math.isfinite(totals["loss"]) and totals["rows"] > 0)
         if healthy:
             clip = self.settings.clip_grad
             self.optimizer.step(lr=lr, grad_scale=min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0)
@@ -174,9 +177,9 @@ class Trainer:
         self.num_skipped += 1
         if self.skipped_in_a_row >= self.settings.max_skipped_in_a_row:
             raise TooManySkippedStepsError(
-                f"step {self.step}: loss {loss} and gradient norm {norm} were not finite in {self.skipped_in_a_row} "
-                "steps in a row; lower optimizer.lr, or look at the rewards and the data of these steps "
-                "(samples.jsonl), and resume from the last checkpoint"
+                f"step {self.step}: loss {loss} and gradient norm {norm}; {self.skipped_in_a_row} steps in a row were "
+                "skipped because these were not finite or every sample was dropped; lower optimizer.lr, look at these "
+                "steps' rewards and data (samples.jsonl, dropped.jsonl), and resume from the last checkpoint"
             )
 
     def _llm_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:

@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -149,25 +150,27 @@ def test_only_with_spread_keeps_groups_whose_accuracy_differs() -> None:
 
 def test_trim_to_batch_keeps_the_first_groups(layout: object) -> None:
     items = [scored(name, [1, 0]) for name in "abcd"]
-    kept, dropped = grpo.trim_to_batch(fake_run(layout, config=config(batch_size=3)), items, [])
+    kept, dropped = grpo.trim_to_batch(fake_run(layout, config=config(batch_size=3)), items, [], rounds=[0, 0, 1, 1])
     assert names(kept) == ["a", "b", "c"]
     assert [(drop.sample_id, drop.stage, drop.reason) for drop in dropped] == [
         ("d", "group", "the refilled batch is full")
     ]
-    assert grpo.trim_to_batch(fake_run(layout, config=config(batch_size=9)), items, []) == (items, [])
+    run = fake_run(layout, config=config(batch_size=9))
+    assert grpo.trim_to_batch(run, items, [], rounds=[0, 0, 1, 1]) == (items, [])
 
 
 @pytest.mark.parametrize(
-    ("rank", "before", "want"), [(0, [2, 4], ["a", "b"]), (1, [2, 4], ["a"]), (1, [5, 2], []), (1, [0, 2], ["a", "b"])]
-)
-def test_trim_to_batch_counts_the_replicas_before(
-    layout: object, monkeypatch: pytest.MonkeyPatch, rank: int, before: list[int], want: list[str]
+    ("rank", "want"), [(0, ["a", "b"]), (1, ["c"])]  # rounds: rank 0 has 0, 1, 2 and rank 1 has 0, 1
+)  # fmt: skip
+def test_trim_to_batch_takes_round_after_round_over_all_replicas(
+    layout: object, monkeypatch: pytest.MonkeyPatch, rank: int, want: list[str]
 ) -> None:
-    monkeypatch.setattr(grpo, "gather_objects", lambda item, group: before)
+    monkeypatch.setattr(grpo, "gather_objects", lambda item, group: [[0, 1, 2], [0, 1]])
     run = fake_run(SimpleNamespace(dp=None, dp_rank=rank), config=config(batch_size=3))
-    kept, dropped = grpo.trim_to_batch(run, [scored(name, [1, 0]) for name in "ab"], [])
+    mine = [scored(name, [1, 0]) for name in ("abx", "cy")[rank]]
+    kept, dropped = grpo.trim_to_batch(run, mine, [], rounds=[[0, 1, 2], [0, 1]][rank])
     assert names(kept) == want
-    assert len(kept) + len(dropped) == 2
+    assert len(kept) + len(dropped) == len(mine)
 
 
 class Batches:
@@ -353,8 +356,17 @@ def test_when_evaluation_is_due(monkeypatch: pytest.MonkeyPatch, settings: dict,
     for name, value in settings.items():
         setattr(chosen.eval, name, value)
     for step in range(6):
-        evaluating.evaluate_if_due(SimpleNamespace(config=chosen), [], step=step, total=5)
+        run = SimpleNamespace(config=chosen, trainer=SimpleNamespace(step=step), step_before=step - 1)
+        run.is_due = partial(run_module.Run.is_due, run)
+        evaluating.evaluate_if_due(run, [], step=step, total=5)
     assert done == want
+
+
+@pytest.mark.parametrize(("before", "after", "want"), [(0, 3, False), (3, 6, True), (4, 5, True), (5, 8, False)])
+def test_a_round_of_several_updates_is_due_when_it_reaches_a_multiple(before: int, after: int, want: bool) -> None:
+    run = SimpleNamespace(trainer=SimpleNamespace(step=after), step_before=before)
+    assert run_module.Run.is_due(run, 5) is want
+    assert run_module.Run.is_due(run, 0) is False
 
 
 def test_newest_checkpoint(tmp_path: Path) -> None:

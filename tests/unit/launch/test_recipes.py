@@ -67,7 +67,7 @@ def test_7b_grpo_settings() -> None:
     assert config.grpo.kl_estimator is KlEstimator.k3
     assert (config.optimizer.lr, config.rollout.group_size, config.video.num_frames) == (1e-6, 8, 256)
     assert dict(config.reward.weights) == {"accuracy": 0.9, "format": 0.1}
-    assert (config.model.layer_spec, config.rollout.engine) == (LayerSpec.te, RolloutEngine.vllm)
+    assert (config.model.layer_spec, config.rollout.engine) == (LayerSpec.te, RolloutEngine.auto)
     assert config.parallel.sequence_parallel is True
     longer = load_config(RECIPES / "grpo_7b_512f.yaml")
     assert (longer.video.num_frames, longer.grpo.steps) == (512, config.grpo.steps)
