@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, LoadPlan
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
@@ -59,21 +59,32 @@ class _MetadataUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-class _Into(DefaultLoadPlanner):
-    """Puts what the reader delivers into one tensor."""
+class _Slice(io.RawIOBase):
+    """`length` bytes of a file from `start`, as a file: each shard is a complete torch.save of its own."""
 
-    def __init__(self, target: Tensor) -> None:
-        super().__init__()
-        self.target = target
+    def __init__(self, file: BinaryIO, *, start: int, length: int) -> None:
+        self._file, self._start, self._length = file, start, length
+        self._at = 0
 
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        part = self.target
-        for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
-            part = part.narrow(dim, start, length)
-        return part
+    def readable(self) -> bool:
+        return True
 
-    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        pass
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        return self._at
+
+    def readinto(self, buffer: memoryview) -> int:
+        view = memoryview(buffer).cast("B")[: max(0, self._length - self._at)]
+        self._file.seek(self._start + self._at)
+        count = self._file.readinto(view)
+        self._at += count
+        return count
 
 
 def megatron_checkpoint(path: Path) -> Path | None:
@@ -104,8 +115,6 @@ class MegatronFolder:
             else:
                 self.tensors[key] = entry
         self._check_files()
-        self._reader = FileSystemReader(path)
-        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
 
     def dtype(self, key: str) -> torch.dtype:
         return self.tensors[key].properties.dtype
@@ -123,13 +132,26 @@ class MegatronFolder:
             raise ConvertError(
                 f"{self.path}: {key} at {list(offsets)}: the shards hold {covered} of {math.prod(sizes)} elements"
             )
+        if len(items) == 1 and (shard := self._read_shard(items[0])).shape == torch.Size(sizes):
+            return shard
         target = torch.empty(sizes, dtype=entry.properties.dtype)
-        try:
-            self._reader.read_data(LoadPlan(items), _Into(target)).wait()
-        except (RuntimeError, AssertionError, OSError, EOFError, KeyError, pickle.UnpicklingError) as error:
-            files = sorted({self._metadata.storage_data[item.storage_index].relative_path for item in items})
-            raise ConvertError(f"{self.path}: {key} in {', '.join(files)} cannot be read: {error}") from error
+        for item in items:
+            shard = self._read_shard(item)
+            _narrow(target, item.dest_offsets, item.lengths).copy_(_narrow(shard, item.storage_offsets, item.lengths))
         return target
+
+    def _read_shard(self, item: ReadItem) -> Tensor:
+        """The whole saved shard that the item is in."""
+        info = self._metadata.storage_data[item.storage_index]
+        try:
+            with (self.path / info.relative_path).open("rb", buffering=0) as file:
+                return torch.load(
+                    _Slice(file, start=info.offset, length=info.length), map_location="cpu", weights_only=True
+                )
+        except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            raise ConvertError(
+                f"{self.path}: {item.storage_index.fqn} in {info.relative_path} cannot be read: {error}"
+            ) from error
 
     def read_place(self, place: Place) -> Tensor:
         """The whole parameter of a place, with tensor parallelism's vocabulary padding cut off."""
@@ -167,10 +189,18 @@ class MegatronFolder:
                 if Path(name).name != name:
                     raise ConvertError(f"{self.path / METADATA}: {index.fqn} points at {name!r}, outside the folder")
                 sizes[name] = file.stat().st_size if file.is_file() else -1
+            if info.transform_descriptors:
+                raise ConvertError(f"{self.path / name}: {index.fqn} is stored transformed, which is not supported")
             if sizes[name] < info.offset + info.length:
                 state = "is missing" if sizes[name] < 0 else f"is cut short ({sizes[name]} bytes)"
                 problems.append(f"{self.path / name} {state}: it should hold {index.fqn} {list(index.offset or ())}")
         raise_all(problems)
+
+
+def _narrow(tensor: Tensor, offsets: Sequence[int], lengths: Sequence[int]) -> Tensor:
+    for dim, (start, length) in enumerate(zip(offsets, lengths, strict=True)):
+        tensor = tensor.narrow(dim, start, length)
+    return tensor
 
 
 def check_checkpoint(checkpoint: MegatronFolder, blueprint: Blueprint) -> None:
