@@ -90,8 +90,8 @@ def paint_goal(frame_HWC: np.ndarray, scenario: Goal, moment: float) -> None:
 
 
 def paint_plot(frame_HWC: np.ndarray, scenario: Plot, moment: float) -> None:
-    """Two scenes with a short black cut in the middle; the floor shows whether the light is on."""
-    if 0.49 < moment < 0.51:
+    """Two scenes with a short black cut between them; the floor shows whether the light is on."""
+    if abs(moment - scenario.cut) < 0.01:
         frame_HWC[:] = 0
         return
     second = moment >= scenario.cut
