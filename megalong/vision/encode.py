@@ -50,6 +50,7 @@ class VisionStage:
         self.frames_encoded = 0  # by this rank, since the start
         self._pool = ThreadPoolExecutor(max_workers=settings.decode_workers, thread_name_prefix="decode")
         self._running: dict[str, Future[np.ndarray]] = {}
+        self._indexed: dict[str, FrameSelection | str] = {}  # path -> its frames, or why it cannot be read
         self.weights_changed()
 
     def select(
@@ -57,18 +58,20 @@ class VisionStage:
     ) -> tuple[dict[str, FrameSelection], list[Dropped]]:
         """Index the videos of the samples (files shared out over the replica's ranks) and choose their frames.
 
-        Returns the selection of each readable path and a Dropped for each sample that has an unreadable one.
+        A file is indexed once per run; `choose` is the same for all calls. Returns the selection of each readable path and a Dropped for each sample that has an unreadable one.
         """
         paths = sorted({path for sample in samples for path in sample.videos})
+        unknown = [path for path in paths if path not in self._indexed]
         mine: dict[str, FrameSelection | str] = {}
-        for path in paths[self.layout.replica_rank :: self.layout.replica_size]:
+        for path in unknown[self.layout.replica_rank :: self.layout.replica_size]:
             try:
                 mine[path] = choose(probe(path))
             except DecodeError as error:
                 mine[path] = error.reason
-        found = {
-            path: entry for part in gather_objects(mine, group=self.layout.replica) for path, entry in part.items()
-        }
+        if unknown:  # the same on every rank of the replica
+            for part in gather_objects(mine, group=self.layout.replica):
+                self._indexed.update(part)
+        found = {path: self._indexed[path] for path in paths}
         reasons = {path: entry for path, entry in found.items() if isinstance(entry, str)}
         selections = {path: entry for path, entry in found.items() if not isinstance(entry, str)}
         return selections, _drops(samples, reasons)
