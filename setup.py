@@ -15,7 +15,7 @@ setup(
         "transformers>=5.5,<6",
         "safetensors",
         "omegaconf>=2.3",
-        "av>=14",
+        "av>=17,<20",
         "triton>=3.4; platform_system == 'Linux'",
         "einops",
         "numpy",
@@ -27,7 +27,7 @@ setup(
     extras_require={
         "gpu": ["transformer-engine[pytorch]", "vllm>=0.25,<0.26", "nvidia-dali-cuda130"],
         "wandb": ["wandb"],
-        "test": ["pytest", "pytest-timeout", "hypothesis", "ruff"],
+        "test": ["pytest", "pytest-timeout", "hypothesis", "pillow", "ruff"],
     },
     entry_points={
         "console_scripts": [

@@ -58,7 +58,8 @@ class VisionStage:
     ) -> tuple[dict[str, FrameSelection], list[Dropped]]:
         """Index the videos of the samples (files shared out over the replica's ranks) and choose their frames.
 
-        A file is indexed once per run; `choose` is the same for all calls. Returns the selection of each readable path and a Dropped for each sample that has an unreadable one.
+        A file is indexed once per run; `choose` is the same for all calls. Returns the selection of each readable
+        path and a Dropped for each sample that has an unreadable one.
         """
         paths = sorted({path for sample in samples for path in sample.videos})
         unknown = [path for path in paths if path not in self._indexed]
