@@ -33,7 +33,7 @@ RUN if [ "${INSTALL_VLLM}" = 1 ]; then \
     fi
 
 RUN pip install --no-cache-dir -c /tmp/constraint.txt \
-      "megatron-core>=0.16.1,<0.20" "transformers>=5.5,<6" safetensors "omegaconf>=2.3" "av>=14" einops numpy psutil \
+      "megatron-core>=0.16.1,<0.20" "transformers>=5.5,<6" safetensors "omegaconf>=2.3" "av>=17,<20" einops numpy psutil \
       tqdm matplotlib tensorboard wandb pytest pytest-timeout hypothesis ruff
 
 WORKDIR /workspace/megalong
