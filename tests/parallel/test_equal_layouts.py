@@ -52,14 +52,14 @@ def reference(alone: dict[str, Recorded], variant: str) -> Recorded:
 
 
 def unequal(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Tensors that differ by more than 1e-5 of their largest value, and by how much."""
+    """Tensors that differ by more than float32 sums in another order do (2e-5 of their largest value), and how much."""
     assert tensors.keys() == expected.keys()
     gaps = {}
     for name, tensor in tensors.items():
         # No key bias changes what a softmax without rotation gives: its gradient is rounding, and so is its change.
         scale = 0.1 if is_tower_key_bias(name) else float(expected[name].abs().max())
         gaps[name] = float((tensor - expected[name]).abs().max()) / (scale or 1.0)
-    return {name: gap for name, gap in gaps.items() if gap > 1e-5}
+    return {name: gap for name, gap in gaps.items() if gap > 2e-5}
 
 
 def is_tower_key_bias(name: str) -> bool:
