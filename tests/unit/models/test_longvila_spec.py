@@ -27,7 +27,7 @@ def change(file: Path, **changes: Any) -> None:
 def test_sizes_of_the_demo_checkpoint(folder: Path) -> None:
     spec = read_spec(folder)
     assert spec.vision == VisionShape(hidden=16, layers=3, select_layer=-2, image_size=48, patch_size=8, downsample=2)
-    assert spec.vision.tokens_per_frame == 4
+    assert spec.vision.tokens_per_frame == 9
     assert (spec.gpt.hidden, spec.gpt.layers, spec.gpt.heads, spec.gpt.kv_heads, spec.gpt.head_dim) == (32, 2, 4, 2, 8)
     assert (spec.gpt.ffn, spec.gpt.tied, spec.gpt.rope_scaling) == (48, False, 1.0)
 
