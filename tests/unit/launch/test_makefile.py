@@ -22,7 +22,9 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def make(checkout: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["make", *args], cwd=checkout, capture_output=True, text=True, check=False, timeout=30)
+    return subprocess.run(
+        ["make", "--no-print-directory", *args], cwd=checkout, capture_output=True, text=True, check=False, timeout=30
+    )
 
 
 def fake_python(folder: Path, *, fails_on: str) -> str:
