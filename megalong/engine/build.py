@@ -52,8 +52,13 @@ def build_model(config: ModelConfig, layout: ParallelLayout, *, sequence_paralle
 
 
 def wrap_for_gradients(model: LongVila) -> DistributedDataParallel:
-    """Megatron's gradient buffers: float32 `main_grad` per trainable parameter, summed over data-parallel ranks."""
+    """Megatron's gradient buffers: float32 `main_grad` per trainable parameter, summed over data-parallel ranks.
+
+    Parameters in float64, which tests use to tell rounding from a defect, have gradients in float64.
+    """
     settings = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=False
+        grad_reduce_in_fp32=model.config.params_dtype != torch.float64,
+        overlap_grad_reduce=False,
+        use_distributed_optimizer=False,
     )
     return DistributedDataParallel(model.config, settings, model)

@@ -53,9 +53,9 @@ class ShardedAdamW:
         owners = assign_owners([param.numel() for _, param in self.named], dist.get_world_size(layout.dp))
         self._owner = dict(zip((name for name, _ in self.named), owners, strict=True))
         me = dist.get_rank(layout.dp)
-        # A float32 parameter is its own master copy.
+        # A float32 (or wider) parameter is its own master copy.
         self.masters: dict[str, Tensor] = {
-            name: param.detach() if param.dtype == torch.float32 else param.detach().float().clone()
+            name: param.detach() if param.dtype.itemsize >= 4 else param.detach().float().clone()
             for name, param in self.named
             if self._owner[name] == me
         }
@@ -95,7 +95,7 @@ class ShardedAdamW:
         """One AdamW update with every gradient times grad_scale, then the new values to every rank."""
         for name, param in self.named:
             if name in self.masters:
-                self.masters[name].grad = param.main_grad.float() * grad_scale
+                self.masters[name].grad = param.main_grad.to(self.masters[name].dtype) * grad_scale
         for group in self.adam.param_groups:
             group["lr"] = lr
         self.adam.step()

@@ -46,7 +46,7 @@ class GptShape:
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm in float32, weight applied in the input's dtype, as Qwen2.
+    """Root-mean-square norm in float32 (float64 for float64), weight applied in the input's dtype, as Qwen2.
 
     Marks its weight for megatron's sequence-parallel gradient reduction, which the local spec's own
     norm refuses.
@@ -59,7 +59,8 @@ class RMSNorm(nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return F.rms_norm(hidden.float(), hidden.shape[-1:], eps=self.eps).to(hidden.dtype) * self.weight
+        wide = hidden if hidden.dtype == torch.float64 else hidden.float()
+        return F.rms_norm(wide, wide.shape[-1:], eps=self.eps).to(hidden.dtype) * self.weight
 
 
 class PackRotary(nn.Module):

@@ -107,8 +107,8 @@ def policy_loss(
     gap_R = old_R - sampler_logprobs_R
     metrics = {
         "ratio": ratio_R,
-        "clip_fraction_low": low_R,
-        "clip_fraction_high": high_R,
+        "clip_fraction_low": low_R.to(ratio_R.dtype),
+        "clip_fraction_high": high_R.to(ratio_R.dtype),
         "sampler_gap_sum": gap_R.abs(),
     }
     objective_R = clipped_R * advantages_R

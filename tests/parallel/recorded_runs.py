@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
 
+import torch
 from harness import DemoWorld
 from megatron.core import parallel_state
 from torch import Tensor
 
 from megalong import grpo, run
+from megalong.config.tree import Dtype
+from megalong.engine.build import TORCH_DTYPE
 from megalong.engine.trainer import Trainer
 from megalong.grpo import train_grpo
 from megalong.parallel.collectives import gather_objects
@@ -36,6 +39,8 @@ VARIANTS = {
     ),
 }
 """Name -> task and overrides."""
+EXACT = {f"{name}_float64": VARIANTS[name] for name in ("sft", "sft_one_frame", "grpo", "grpo_vision")}
+"""Again in float64, where any difference beyond 1e-10 is a defect: no sum in another order makes one."""
 
 
 @dataclass(kw_only=True)
@@ -54,10 +59,11 @@ def record_all(
 ) -> dict[str, Recorded]:
     """Every variant under one layout. `rollouts` of a variant replace what a GRPO run samples itself."""
     done = {}
-    for name, (task, overrides) in VARIANTS.items():
+    for name, (task, overrides) in {**VARIANTS, **EXACT}.items():
         config = demo.config(folder / name, *overrides, *parallel, task=task)
         recorded = Recorded()
-        with recording(recorded, rollouts.get(name)):
+        wide = mock.patch.dict(TORCH_DTYPE, {Dtype.float32: torch.float64}) if name in EXACT else nullcontext()
+        with wide, recording(recorded, rollouts.get(name)):
             (train_sft if task == "sft" else train_grpo)(config)
         parallel_state.destroy_model_parallel()
         done[name] = recorded
