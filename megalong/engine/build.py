@@ -27,8 +27,6 @@ def family_of(config: ModelConfig) -> Family:
 
 def build_model(config: ModelConfig, layout: ParallelLayout, *, sequence_parallel: bool) -> LongVila:
     """The model on this rank's device with the weights of config.path, frozen where config says so."""
-    if layout.pp_size > 1:
-        raise ConfigError(f"parallel.pp={layout.pp_size}: no pipeline schedule yet; set parallel.pp=1")
     family = family_of(config)
     on_gpu = layout.device.type == "cuda"
     spec = family.read_spec(Path(config.path))

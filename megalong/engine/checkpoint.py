@@ -1,7 +1,8 @@
-"""Training checkpoints: megatron dist_checkpointing, complete or absent, loadable at any TP and DP split."""
+"""Training checkpoints: megatron dist_checkpointing, complete or absent, loadable at any TP, PP and DP split."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shutil
@@ -55,7 +56,7 @@ def save_checkpoint(folder: Path, trainer: Trainer, *, extra: dict[str, Any], ke
 
 
 def load_checkpoint(path: Path, trainer: Trainer) -> dict[str, Any]:
-    """Continue from a checkpoint of save_checkpoint, at any TP and DP split (collective). Returns its `extra`."""
+    """Continue from a checkpoint of save_checkpoint, at any TP, PP and DP split (collective). Returns its `extra`."""
     _check(path)
     state = _load(_sharded_state(trainer, {}), path)
     _load_model(trainer, state["model"])
@@ -96,10 +97,18 @@ def _load_model(trainer: Trainer, state: dict[str, Any]) -> None:
 
 
 def _model_state(trainer: Trainer) -> dict[str, Any]:
-    """The model's tensors. Extra states belong to FP8, which is not used, and which of them there are depends on the
-    layer spec: without them a checkpoint of a CPU run or a converted one loads on a GPU."""
+    """This rank's tensors of the model.
+
+    Extra states belong to FP8, which is not used, and which of them there are depends on the layer spec: without them
+    a checkpoint of a CPU run or a converted one loads on a GPU.
+    """
     state = trainer.model.sharded_state_dict()
-    return {name: value for name, value in state.items() if not name.endswith("_extra_state")}
+    kept = {name: value for name, value in state.items() if not name.endswith("_extra_state")}
+    stage = trainer.layout.pp_rank
+    for name, value in kept.items():
+        if name.startswith("vision."):  # whole on every pipeline stage: the first one writes it
+            kept[name] = dataclasses.replace(value, replica_id=(stage, *value.replica_id[1:]))
+    return kept
 
 
 def _sharded_state(trainer: Trainer, extra: dict[str, Any]) -> dict[str, Any]:

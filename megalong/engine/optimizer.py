@@ -2,7 +2,7 @@
 
 Each parameter's float32 master copy and moments live on one rank of the gradient group, which updates it and
 broadcasts the result. Whole parameters, because a state then has the same tensor-parallel cut as its parameter:
-checkpoints load at any TP and DP split through megatron's dist_checkpointing, on the CPU and on GPUs alike.
+checkpoints load at any TP, PP and DP split through megatron's dist_checkpointing, on the CPU and on GPUs alike.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class ShardedAdamW:
         named_parameters: Sequence[tuple[str, nn.Parameter]],
         layout: ParallelLayout,
         *,
-        replicated: frozenset[str],
+        counted: frozenset[str],
         lr: float,
         betas: tuple[float, float],
         eps: float,
@@ -49,7 +49,7 @@ class ShardedAdamW:
             raise ValueError("nothing to train: set model.train_llm, model.train_projector or model.train_tower")
         self.named = list(named_parameters)
         self.layout = layout
-        self.replicated = replicated  # names of parameters that every tensor-parallel rank holds whole
+        self.counted = counted  # names whose gradient this rank adds to the norm: others hold the rest, or a copy
         owners = assign_owners([param.numel() for _, param in self.named], dist.get_world_size(layout.dp))
         self._owner = dict(zip((name for name, _ in self.named), owners, strict=True))
         me = dist.get_rank(layout.dp)
@@ -77,17 +77,16 @@ class ShardedAdamW:
             }
 
     def grad_norm(self) -> float:
-        """L2 norm of the whole gradient, equal on all ranks; parameters that TP ranks duplicate count once.
+        """L2 norm of the whole gradient, equal on all ranks; parameters that several ranks hold count once.
 
         Not finite when any element on any rank is not, duplicates included.
         """
         squares = torch.zeros((), dtype=torch.float64, device=self.layout.device)
         for name, param in self.named:
-            counted = self.layout.tp_rank == 0 or name not in self.replicated
             # 0 * inf is NaN: a copy that went bad on this rank alone shows too.
-            squares += param.main_grad.double().square().sum() * float(counted)
-        if self.layout.tp_size > 1:
-            dist.all_reduce(squares, group=self.layout.tp)
+            squares += param.main_grad.double().square().sum() * float(name in self.counted)
+        if dist.get_world_size(self.layout.model) > 1:
+            dist.all_reduce(squares, group=self.layout.model)
         return squares.sqrt().item()
 
     @torch.no_grad()

@@ -13,15 +13,15 @@ from torch import Tensor
 from megalong.config.tree import LearningRateSchedule, OptimizerConfig
 from megalong.engine.build import wrap_for_gradients
 from megalong.engine.optimizer import ShardedAdamW
+from megalong.engine.pipeline import Embeddings, run_packs
 from megalong.engine.weights_io import export_weights
 from megalong.models.longvila.model import LongVila
-from megalong.models.weights import Replicated
+from megalong.models.weights import Entry, Replicated
 from megalong.objectives.logprobs import vocab_parallel_logprobs
 from megalong.parallel.collectives import gather_objects, max_over
 from megalong.parallel.layout import ParallelLayout
-from megalong.records import FrameSelection, StepStats, TokenBatch, WeightBucket
+from megalong.records import StepStats, TokenBatch, WeightBucket
 
-Embeddings = Callable[[Sequence[FrameSelection]], Tensor | None]
 LossOf = Callable[[int, Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
 """(index of the pack, logprobs_R, entropy_R) -> (loss, sums to log); keys ending in _max are maxima, not sums."""
 
@@ -58,7 +58,7 @@ class Trainer:
         self.optimizer = ShardedAdamW(
             self.trainable,
             layout,
-            replicated=frozenset(entry.megatron for entry in model.weight_table() if isinstance(entry, Replicated)),
+            counted=counted_names(model.weight_table(), layout),
             lr=settings.lr,
             betas=(settings.beta1, settings.beta2),
             eps=settings.eps,
@@ -71,8 +71,11 @@ class Trainer:
         self._reference: dict[str, Tensor] = {}
 
     def forward(self, tokens: TokenBatch, *, temperature: float) -> tuple[Tensor, Tensor]:
-        """logprobs_R and entropy_R of a pack, [R] float32, equal over the tensor-parallel ranks."""
+        """logprobs_R and entropy_R of a pack, [R] float32, equal over tensor-parallel ranks; only without stages."""
         hidden_RD = self.ddp(tokens, self.embeddings(tokens.selections))
+        return self._score(tokens, hidden_RD, temperature=temperature)
+
+    def _score(self, tokens: TokenBatch, hidden_RD: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
         return vocab_parallel_logprobs(
             hidden_RD,
             self.model.llm.head_weight,
@@ -85,7 +88,13 @@ class Trainer:
     @torch.no_grad()
     def logprobs(self, packs: Sequence[TokenBatch], *, temperature: float) -> list[Tensor]:
         """Log-probabilities under the current weights, [R] float32 on the CPU for each pack; no gradient."""
-        return [self.forward(tokens, temperature=temperature)[0].cpu() for tokens in packs]
+
+        def finish(index: int, hidden_RD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            logprobs_R, _ = self._score(packs[index], hidden_RD, temperature=temperature)
+            return logprobs_R.sum(), {"logprobs_R": logprobs_R}
+
+        done = run_packs(self.ddp, self.layout, packs, finish, embeddings=self.embeddings, backward=False)
+        return [of_pack["logprobs_R"] for of_pack in done]
 
     def keep_reference(self) -> None:
         """Remember the current LLM weights as the reference policy (design: frozen reference of GRPO's KL)."""
@@ -114,19 +123,22 @@ class Trainer:
         TooManySkippedStepsError after optimizer.max_skipped_in_a_row skips.
         """
         self.ddp.zero_grad_buffer()
-        totals = {"loss": 0.0, "entropy_sum": 0.0, "rows": 0.0, "num_tokens": 0.0}
-        for index, tokens in enumerate(packs):
-            logprobs_R, entropy_R = self.forward(tokens, temperature=temperature)
+
+        def finish(index: int, hidden_RD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            tokens = packs[index]
+            logprobs_R, entropy_R = self._score(tokens, hidden_RD, temperature=temperature)
             loss, sums = loss_of(index, logprobs_R, entropy_R)
-            loss.backward()
-            sums = {
-                "loss": loss.detach(),
+            return loss, {
+                "loss": loss,
                 "entropy_sum": entropy_R.sum(),
                 "rows": torch.tensor(float(len(entropy_R))),
                 "num_tokens": torch.tensor(float(len(tokens.ids_T))),
                 **sums,
             }
-            totals = merge_sums([totals, {name: float(value) for name, value in sums.items()}])
+
+        done = run_packs(self.ddp, self.layout, packs, finish, embeddings=self.embeddings, backward=True)
+        parts = [{name: float(value) for name, value in of_pack.items()} for of_pack in done]
+        totals = merge_sums([{"loss": 0.0, "entropy_sum": 0.0, "rows": 0.0, "num_tokens": 0.0}, *parts])
         totals = merge_sums(gather_objects(totals, group=self.layout.dp))
         self._finish_gradients()
         lr = learning_rate(self.step, self.total_steps, self.settings)
@@ -150,19 +162,22 @@ class Trainer:
         )
 
     def export_weights(self) -> Iterator[WeightBucket]:
-        """The trained weights in Hugging Face names, in buckets (collective over the tensor-parallel group)."""
+        """The trained weights in Hugging Face names, in buckets (collective over the replica)."""
         return export_weights(self.model, self.model.weight_table(), self.layout)
 
     def _finish_gradients(self) -> None:
-        """Sum gradients over data-parallel ranks, and over TP those that each TP rank holds only a part of."""
+        """Sum gradients over data-parallel ranks, then those that several ranks of a replica hold only a part of."""
         self.ddp.finish_grad_sync()
-        if self.layout.tp_size == 1:
-            return
         for name, param in self.trainable:
             # A vision parameter saw this rank's frames only; a norm weight under sequence parallelism its tokens only.
             partial = getattr(param, "sequence_parallel", False) and self.model.config.sequence_parallel
-            if name.startswith("vision.") or partial:
+            if name.startswith("vision."):
+                dist.all_reduce(param.main_grad, group=self.layout.model)
+            elif partial:
                 dist.all_reduce(param.main_grad, group=self.layout.tp)
+        tied = self.model.llm.tied_weight
+        if tied is not None and tied.requires_grad:
+            dist.all_reduce(tied.main_grad, group=self.layout.tied)
 
     def _agree(self, healthy: bool) -> bool:
         """True when every rank is healthy: a step that only some ranks skip would leave them with different weights."""
@@ -184,6 +199,20 @@ class Trainer:
 
     def _llm_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         return [(name, param) for name, param in self.model.named_parameters() if name.startswith("llm.")]
+
+
+def counted_names(table: Sequence[Entry], layout: ParallelLayout) -> frozenset[str]:
+    """Megatron names whose gradient this rank counts: each tensor on one rank (each shard on its own) of a replica.
+
+    table: of this pipeline stage. What several stages hold counts on the first of them (collective over the stages).
+    """
+    stages = gather_objects([entry.hf for entry in table], group=layout.pp)
+    earlier = {names for stage in stages[: layout.pp_rank] for names in stage}
+    return frozenset(
+        entry.megatron
+        for entry in table
+        if entry.hf not in earlier and (layout.tp_rank == 0 or not isinstance(entry, Replicated))
+    )
 
 
 def merge_sums(parts: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from megalong.models.errors import CheckpointError
 from megalong.models.weights import Entry, Replicated
+from megalong.parallel.collectives import broadcast_object
 from megalong.parallel.layout import ParallelLayout
 from megalong.records import WeightBucket, bucket_checksum
 
@@ -95,7 +96,7 @@ def _listed_file(index: Path, name: str, file_name: Any) -> Path:
 
 @torch.no_grad()
 def load_hf_weights(model: nn.Module, table: Sequence[Entry], reader: CheckpointReader, layout: ParallelLayout) -> None:
-    """Fill the local shards of `model` (replicated where the table says so).
+    """Fill the local shards of `model` (replicated where the table says so). `table`: what this pipeline stage holds.
 
     Raises CheckpointError for a missing tensor or one of the wrong shape, and ValueError for a model parameter that the
     table does not name.
@@ -122,10 +123,24 @@ def export_weights(
     model: nn.Module, table: Sequence[Entry], layout: ParallelLayout, *, bucket_bytes: int = 1 << 30
 ) -> Iterator[WeightBucket]:
     """Stream the model in Hugging Face names and shapes, at most about bucket_bytes at a time (a larger tensor gets
-    a bucket of its own). Every rank of the tensor-parallel group must iterate; every rank receives every bucket."""
+    a bucket of its own). `table` names what this pipeline stage holds. Every rank of the replica must iterate; every
+    rank receives every bucket: first those of the first stage, then those of the next one.
+    """
+    sent: set[str] = set()
+    for stage in range(layout.pp_size):
+        # What several stages hold, the vision side and a tied head, is sent by the first of them.
+        entries = [entry for entry in table if entry.hf[0] not in sent] if stage == layout.pp_rank else []
+        buckets = _buckets(_joined(model, entries, layout), bucket_bytes)
+        if layout.pp_size > 1:
+            buckets = _from_stage(buckets, stage, layout)
+        for bucket in buckets:
+            sent.update(bucket.tensors)
+            yield bucket
+
+
+def _joined(model: nn.Module, table: Sequence[Entry], layout: ParallelLayout) -> Iterator[tuple[str, Tensor]]:
+    """Whole tensors of the table by name (collective over the tensor-parallel group)."""
     parameters = dict(model.named_parameters())
-    bucket: dict[str, Tensor] = {}
-    held = 0
     for entry in table:
         local = parameters[entry.megatron].detach()
         if isinstance(entry, Replicated) or layout.tp_size == 1:
@@ -133,12 +148,35 @@ def export_weights(
         else:
             shards = [torch.empty_like(local) for _ in range(layout.tp_size)]
             dist.all_gather(shards, local.contiguous(), group=layout.tp)
-        for name, tensor in zip(entry.hf, entry.join(shards), strict=True):
-            size = tensor.numel() * tensor.element_size()
-            if bucket and held + size > bucket_bytes:
-                yield WeightBucket(tensors=bucket, checksum=bucket_checksum(bucket))
-                bucket, held = {}, 0
-            bucket[name] = tensor
-            held += size
+        yield from zip(entry.hf, entry.join(shards), strict=True)
+
+
+def _buckets(tensors: Iterator[tuple[str, Tensor]], bucket_bytes: int) -> Iterator[WeightBucket]:
+    bucket: dict[str, Tensor] = {}
+    held = 0
+    for name, tensor in tensors:
+        size = tensor.numel() * tensor.element_size()
+        if bucket and held + size > bucket_bytes:
+            yield WeightBucket(tensors=bucket, checksum=bucket_checksum(bucket))
+            bucket, held = {}, 0
+        bucket[name] = tensor
+        held += size
     if bucket:
         yield WeightBucket(tensors=bucket, checksum=bucket_checksum(bucket))
+
+
+def _from_stage(buckets: Iterator[WeightBucket], stage: int, layout: ParallelLayout) -> Iterator[WeightBucket]:
+    """The buckets of a pipeline stage on every stage, with the checksum that the sending one made."""
+    while True:
+        mine = next(buckets, None) if stage == layout.pp_rank else None
+        shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in mine.tensors.items()} if mine else None
+        announced = broadcast_object((shapes, mine and mine.checksum), source=stage, group=layout.pp)
+        shapes, checksum = announced
+        if shapes is None:
+            return
+        tensors = {}
+        for name, (shape, dtype) in shapes.items():
+            held = mine.tensors[name].contiguous() if mine else torch.empty(shape, dtype=dtype, device=layout.device)
+            dist.broadcast(held, group_src=stage, group=layout.pp)
+            tensors[name] = held
+        yield WeightBucket(tensors=tensors, checksum=checksum)

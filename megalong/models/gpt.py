@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
@@ -24,6 +26,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megalong.attention.core import PackCoreAttention, encode_spans
+from megalong.models.weights import Entry, stage_table
 from megalong.records import MEDIA_TOKEN, TokenBatch
 
 
@@ -84,14 +87,26 @@ class PackRotary(nn.Module):
 
 
 class PackGpt(GPTModel):
-    """GPTModel that takes a TokenBatch and returns the hidden states of its response rows."""
+    """GPTModel that takes a TokenBatch and returns the hidden states of its response rows.
+
+    With pipeline parallelism it is one stage: the first one embeds, each holds an equal share of the layers, the last
+    one holds the final norm and the output head. The schedule hands over what the stage before returned
+    (set_input_tensor) before it calls.
+    """
 
     def __init__(
         self, config: TransformerConfig, shape: GptShape, *, use_te: bool, padded_vocab: int, attention_kernel: str
     ) -> None:
+        stages = config.pipeline_model_parallel_size
+        # megatron's layers take their numbers from the same place.
+        stage = parallel_state.get_pipeline_model_parallel_rank() if stages > 1 else 0
         super().__init__(
             config=config,
-            transformer_layer_spec=_block_spec(config.num_layers, use_te=use_te, attention_kernel=attention_kernel),
+            transformer_layer_spec=_block_spec(
+                config.num_layers // stages, use_te=use_te, attention_kernel=attention_kernel
+            ),
+            pre_process=stage == 0,
+            post_process=stage == stages - 1,
             vocab_size=padded_vocab,
             max_sequence_length=shape.max_positions,
             share_embeddings_and_output_weights=shape.tied,
@@ -127,9 +142,10 @@ class PackGpt(GPTModel):
     def response_hidden(self, tokens: TokenBatch, embeds_ND: Tensor | None) -> Tensor:
         """Final hidden state of the rows that predict a response token.
 
-        embeds_ND: [N, D] vision embeddings of the pack, replicated over TP. Returns [R, D], replicated
-        over TP, in the model's dtype; its backward sums the gradient over the TP group, so each rank
-        hands in the part that comes from its own vocabulary rows.
+        embeds_ND: [N, D] vision embeddings of the pack, replicated over TP; read by the first pipeline stage alone.
+        Returns [R, D], replicated over TP, in the model's dtype; its backward sums the gradient over the TP group, so
+        each rank hands in the part that comes from its own vocabulary rows. Before the last stage: what the next stage
+        takes, [T (/tp with sequence parallel), 1, D].
         """
         device = next(self.parameters()).device
         ids_T, positions_T, spans = _pad_to_multiple(tokens, self._sequence_multiple())
@@ -138,8 +154,10 @@ class PackGpt(GPTModel):
             input_ids=None,
             position_ids=positions_T[None],
             attention_mask=encode_spans(spans),
-            decoder_input=self.embed(ids_T, embeds_ND),
+            decoder_input=self.embed(ids_T, embeds_ND) if self.pre_process else None,
         )
+        if not self.post_process:
+            return hidden
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
         else:
@@ -152,6 +170,33 @@ class PackGpt(GPTModel):
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
+
+    @property
+    def tied_weight(self) -> nn.Parameter | None:
+        """This stage's copy of an embedding that is also the head, when two stages hold one."""
+        one_of_two = self.pre_process != self.post_process
+        return (
+            self.shared_embedding_or_output_weight()
+            if one_of_two and self.share_embeddings_and_output_weights
+            else None
+        )
+
+    def stage_table(self, table: Sequence[Entry], *, prefix: str) -> list[Entry]:
+        """This stage's part of the weight table of the whole model, with the names that its tensors have here.
+
+        prefix: of this module's names in the table.
+        """
+        if self.pre_process and self.post_process:
+            return list(table)
+        return stage_table(
+            table,
+            prefix=prefix,
+            first_layer=self.decoder.layers[0].layer_number - 1,
+            num_layers=len(self.decoder.layers),
+            is_first=self.pre_process,
+            is_last=self.post_process,
+            tied=self.share_embeddings_and_output_weights,
+        )
 
     def _sequence_multiple(self) -> int:
         return self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
@@ -211,6 +256,8 @@ def transformer_config(
         sequence_parallel=sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
+        variable_seq_lengths=True,  # between pipeline stages: packs differ in length
+        moe_token_dispatcher_type="alltoall",  # the one that megatron lets variable lengths have
         bf16=dtype == torch.bfloat16,
         use_cpu_initialization=not on_gpu,
         perform_initialization=False,

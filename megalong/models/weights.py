@@ -7,7 +7,7 @@ knows how its Hugging Face tensors are cut over tensor-parallel ranks and how th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -162,3 +162,30 @@ def decoder_table(
             )
         )
     return table
+
+
+def stage_table(
+    table: Sequence[Entry], *, prefix: str, first_layer: int, num_layers: int, is_first: bool, is_last: bool, tied: bool
+) -> list[Entry]:  # fmt: skip
+    """The entries of one pipeline stage, Megatron's layer numbers counted from the stage's first layer.
+
+    Entries outside `prefix` (the vision side) belong to every stage. A tied embedding belongs to the first stage, and
+    under the head's name to the last one.
+    """
+    layers, embedding, head = f"{prefix}decoder.layers.", f"{prefix}embedding.", f"{prefix}output_layer.weight"
+    kept: list[Entry] = []
+    for entry in table:
+        name = entry.megatron
+        if name.startswith(layers):
+            number, _, inner = name.removeprefix(layers).partition(".")
+            local = int(number) - first_layer
+            if 0 <= local < num_layers:
+                kept.append(replace(entry, megatron=f"{layers}{local}.{inner}"))
+        elif name.startswith(embedding):
+            if is_first:
+                kept.append(entry)
+            if is_last and tied:
+                kept.append(replace(entry, megatron=head))
+        elif is_last or not name.startswith(prefix):
+            kept.append(entry)
+    return kept

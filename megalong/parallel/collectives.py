@@ -37,6 +37,13 @@ def gather_objects(item: Any, *, group: ProcessGroup) -> list[Any]:
     return items
 
 
+def broadcast_object(item: Any, *, source: int, group: ProcessGroup) -> Any:
+    """The picklable item of rank `source` of the group, on every rank; what the others pass is not looked at."""
+    items = [item]
+    dist.broadcast_object_list(items, group_src=source, group=group)
+    return items[0]
+
+
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, local: Tensor, counts: tuple[int, ...], group: ProcessGroup) -> Tensor:

@@ -24,12 +24,16 @@ class ParallelLayout:
     tp_rank: int
     tp_size: int
     cp_size: int
+    pp_rank: int  # pipeline stage; 0 embeds, the last one holds the output head
     pp_size: int
     dp_rank: int
     dp_size: int
     replica_rank: int  # rank inside the replica
     replica_size: int
     tp: ProcessGroup
+    pp: ProcessGroup  # the stages of a replica that have the same place in their stage, in order
+    model: ProcessGroup  # tp x pp: ranks that hold the model once between them
+    tied: ProcessGroup | None  # first and last stage, which both hold a tied embedding; None between them
     dp: ProcessGroup  # ranks with the same place in every replica (times cp: megatron's gradient group)
     replica: ProcessGroup
     world: ProcessGroup
@@ -37,6 +41,14 @@ class ParallelLayout:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
 
 
 def start_process_group(*, timeout_minutes: int) -> torch.device:
@@ -96,12 +108,16 @@ def make_layout(*, tp: int, cp: int, pp: int, seed: int, timeout_minutes: int = 
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         tp_size=tp,
         cp_size=cp,
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pp_size=pp,
         dp_rank=dp_rank,
         dp_size=parallel_state.get_data_parallel_world_size(with_context_parallel=False),
         replica_rank=dist.get_rank(replica),
         replica_size=tp * cp * pp,
         tp=parallel_state.get_tensor_model_parallel_group(),
+        pp=parallel_state.get_pipeline_model_parallel_group(),
+        model=parallel_state.get_model_parallel_group(),
+        tied=parallel_state.get_embedding_group(check_initialized=False),
         dp=parallel_state.get_data_parallel_group(with_context_parallel=True),
         replica=replica,
         world=dist.group.WORLD,

@@ -14,6 +14,8 @@ LAYOUTS = {
     "tp2_sp": (2, ("parallel.tp=2", "parallel.sequence_parallel=true")),
     "dp2": (2, ()),
     "tp2_dp2": (4, ("parallel.tp=2",)),
+    "pp2": (2, ("parallel.pp=2",)),
+    "tp2_pp2": (4, ("parallel.tp=2", "parallel.pp=2")),
 }
 """Name -> number of processes and overrides."""
 REFERENCE_OF = {"sft_split": "sft", "grpo_split": "grpo"}

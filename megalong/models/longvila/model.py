@@ -46,7 +46,8 @@ class LongVila(MegatronModule):
         self.vision.projector.requires_grad_(projector)
 
     def weight_table(self) -> list[Entry]:
-        return weight_table(self.spec, self.vision, use_te=self.use_te)
+        """The tensors of this pipeline stage (all of them without pipeline parallelism)."""
+        return self.llm.stage_table(weight_table(self.spec, self.vision, use_te=self.use_te), prefix="llm.")
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
         state = self.llm.sharded_state_dict(f"{prefix}llm.", sharded_offsets, metadata)
