@@ -152,6 +152,7 @@ def plan_prompts(run: Run, samples: Sequence[Sample]) -> tuple[list[Prompt], lis
         num_frames=video.num_frames,
         fps=video.fps,
         max_frames=video.max_frames,
+        layout=run.vision.videos,
     )
     selections, unreadable = run.vision.select(samples, choose)
     prompts, too_long = build_prompts(
@@ -201,7 +202,9 @@ def open_run(config: RunConfig, *, task: Task) -> Run:
     )
     seed_everything(config.seed)
     model = build_model(config.model, layout, sequence_parallel=parallel.sequence_parallel)
-    vision = VisionStage(model.vision, layout, vision_settings(config, model.spec.vision))
+    tokens = family.read_tokens(Path(config.model.path))
+    videos = None if family.vision is None else family.vision.layout(model.spec, tokens, config.video)
+    vision = VisionStage(model.vision, layout, vision_settings(config), videos=videos)
     total_steps = config.grpo.steps * config.grpo.updates_per_batch if task == "grpo" else config.sft.steps
     trainer = Trainer(model, layout, config.optimizer, total_steps=total_steps, embeddings=vision.embeddings)
     if config.model.init_from:
@@ -210,7 +213,6 @@ def open_run(config: RunConfig, *, task: Task) -> Run:
         trainer.keep_reference()
     resumed = load_checkpoint(start, trainer) if start is not None else {}
     vision.weights_changed()
-    tokens = family.read_tokens(Path(config.model.path))
     run = Run(
         config=config,
         layout=layout,
@@ -218,9 +220,8 @@ def open_run(config: RunConfig, *, task: Task) -> Run:
         vision=vision,
         builder=SequenceBuilder(
             encode=tokens.encode,
-            newline_id=tokens.newline_id,
             eos_id=tokens.eos_id,
-            tokens_per_frame=model.spec.vision.tokens_per_frame,
+            videos=videos,
             system_prompt=tokens.system_prompt,
             thinking=config.data.thinking,
         ),
@@ -267,18 +268,16 @@ def build_engine(config: RunConfig, layout: ParallelLayout, *, eos_id: int) -> E
     family = family_of(config.model)
     return EmbeddedEngine(
         family.sampler_model(Path(config.model.path), TORCH_DTYPE[config.model.dtype]),
-        prefix=family.sampler_prefix,
+        name_of=family.sampler_name,
         eos_id=eos_id,
         device=layout.device,
         batch_prompts=config.rollout.batch_prompts,
     )
 
 
-def vision_settings(config: RunConfig, shape: Any) -> VisionSettings:
+def vision_settings(config: RunConfig) -> VisionSettings:
     video, model = config.video, config.model
     return VisionSettings(
-        image_size=shape.image_size,
-        tokens_per_frame=shape.tokens_per_frame,
         tower_batch_frames=video.tower_batch_frames,
         frozen=video.cache_embeddings and not (model.train_tower or model.train_projector),
         embed_store_bytes=int(video.cache_gib * GIB),

@@ -51,13 +51,15 @@ def pack_groups(groups: Sequence[GroupTokens]) -> TokenBatch:
     for group in groups:
         start, prefix_len = len(ids), len(group.prompt.ids_P)
         ids += group.prompt.ids_P
-        positions.append(torch.arange(prefix_len))
+        prefix_positions = group.prompt.positions_P
+        positions.append(prefix_positions)
         for response in group.responses:
             if not response:
                 raise ValueError(f"{group.prompt.sample.sample_id}: a response without tokens cannot be trained on")
             at, length = len(ids), len(response)
             ids += response
-            positions.append(torch.arange(prefix_len, prefix_len + length))
+            first = group.prompt.next_position
+            positions.append(torch.arange(first, first + length).expand(*prefix_positions.shape[:-1], length))
             # The last prefix row predicts the first token of every response of the group.
             rows.append(torch.cat((torch.tensor([start + prefix_len - 1]), torch.arange(at, at + length - 1))))
             targets += response
@@ -66,7 +68,7 @@ def pack_groups(groups: Sequence[GroupTokens]) -> TokenBatch:
         spans.append(GroupSpan(start=start, prefix_len=prefix_len, response_lens=lens))
     return TokenBatch(
         ids_T=torch.tensor(ids),
-        positions_T=torch.cat(positions),
+        positions_T=torch.cat(positions, dim=-1),
         spans=tuple(spans),
         selections=tuple(selection for group in groups for selection in group.prompt.selections),
         rows_R=torch.cat(rows),

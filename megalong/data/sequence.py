@@ -8,7 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from megalong.records import MEDIA_TOKEN, FrameSelection, Prompt, Sample
+import torch
+
+from megalong.data.video_layout import VideoLayout
+from megalong.records import FrameSelection, Prompt, Sample
 
 THINKING_TEMPLATE = (
     "You are a helpful assistant. The user asks a question, and then you solves it.\n\n"
@@ -19,39 +22,55 @@ THINKING_TEMPLATE = (
 )
 """The prompt LongVILA-R1 was trained with, wording included: a checkpoint expects it to the letter."""
 
+TEXT_THINKING_TEMPLATE = THINKING_TEMPLATE.replace(" based on the given video", "")
+"""The same for a model that sees no video."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SequenceBuilder:
-    """Turns samples into token ids for one tokenizer and one vision layout."""
+    """Turns samples into token ids and positions for one tokenizer and one video layout."""
 
     encode: Callable[[str], list[int]]  # text -> ids, special tokens in the text recognised, none added
-    newline_id: int  # follows the tokens of every frame
     eos_id: int  # ends an assistant turn
-    tokens_per_frame: int  # vision tokens of a frame, newline not counted
-    system_prompt: str
+    videos: VideoLayout | None  # None: a family without vision, positions 0, 1, 2, ..
+    system_prompt: str  # "": no system turn
     thinking: bool  # ask for <think>..</think><answer>..</answer>
 
     def prompt(self, sample: Sample, selections: Sequence[FrameSelection]) -> Prompt:
-        """Chat turn with the videos first: each frame is its vision tokens and a newline token.
+        """Chat turn with the videos first, each laid out as the family does.
 
-        Raises ValueError when the number of selections is not the sample's number of videos.
+        Raises ValueError when the number of selections is not the sample's number of videos, or when there are videos
+        and the family has no vision.
         """
         if len(selections) != len(sample.videos):
             raise ValueError(
                 f"{sample.sample_id}: {len(sample.videos)} videos but {len(selections)} frame selections were given"
             )
-        frame = [MEDIA_TOKEN] * self.tokens_per_frame + [self.newline_id]
-        ids = [*self.encode(f"<|im_start|>system\n{self.system_prompt}<|im_end|>\n<|im_start|>user\n")]
+        if selections and self.videos is None:
+            raise ValueError(f"{sample.sample_id}: has videos, and this model family has no vision; see model.family")
+        system = f"<|im_start|>system\n{self.system_prompt}<|im_end|>\n" if self.system_prompt else ""
+        ids = [*self.encode(f"{system}<|im_start|>user\n")]
         for selection in selections:
-            ids += frame * len(selection.frames)
+            ids += self.videos.video_ids(selection)
         ids += self.encode(f"{self.user_text(sample)}<|im_end|>\n<|im_start|>assistant\n")
-        return Prompt(sample=sample, ids_P=tuple(ids), selections=tuple(selections))
+        if self.videos is None:
+            positions_P, next_position = torch.arange(len(ids)), len(ids)
+        else:
+            positions_P, next_position = self.videos.positions(ids, selections)
+        return Prompt(
+            sample=sample,
+            ids_P=tuple(ids),
+            selections=tuple(selections),
+            positions_P=positions_P,
+            next_position=next_position,
+        )
 
     def user_text(self, sample: Sample) -> str:
         question = sample.question
         if sample.subtitles:
             question = f"Subtitles:\n{sample.subtitles}\n\n{question}"
-        return THINKING_TEMPLATE.format(question=question) if self.thinking else question
+        template = TEXT_THINKING_TEMPLATE if self.videos is None else THINKING_TEMPLATE
+        return template.format(question=question) if self.thinking else question
 
     def target(self, sample: Sample) -> tuple[int, ...]:
         """The assistant turn SFT learns: <think>reasoning</think><answer>answer</answer> and the end token.

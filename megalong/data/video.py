@@ -22,6 +22,7 @@ from av.video.stream import VideoStream
 
 from megalong.config.tree import FrameSampling
 from megalong.data.video_index import DecodeError, Orientation, VideoIndex, lower_first, opened, probe
+from megalong.data.video_layout import VideoLayout
 from megalong.records import Clip, FrameSelection
 
 __all__ = ["DecodeError", "Orientation", "VideoIndex", "decode_frames", "probe", "select_frames"]
@@ -34,13 +35,15 @@ _MISSING = "it is missing from the decoded stream"
 
 
 def select_frames(
-    index: VideoIndex, *, sampling: FrameSampling, num_frames: int, fps: float, max_frames: int
+    index: VideoIndex, *, sampling: FrameSampling, num_frames: int, fps: float, max_frames: int, layout: VideoLayout
 ) -> FrameSelection:
-    """Choose frames of a video; the arguments are VideoConfig's fields of the same names.
+    """Choose frames of a video, and their size; the arguments but `layout` are VideoConfig's fields of the same names.
 
     uniform: `num_frames` frames at linspace(0, N - 1) rounded half to even, or all N of a shorter file.
     fps: for t = 0, 1/fps, 2/fps, .. the frame on display at t (the last one at or before t), each once;
     when these are more than `max_frames`, `max_frames` of them at linspace as above.
+    Limits and counts are rounded down to a multiple of layout.frames_per_step: the last frames are left out.
+    Raises DecodeError when the file has less than one step of frames.
     """
     if sampling is FrameSampling.uniform:
         if num_frames < 1:
@@ -54,19 +57,29 @@ def select_frames(
             raise ValueError(f"max_frames is {max_frames}, expected at least 1; set video.max_frames")
         chosen = _frames_at_rate(index.seconds_F, fps)
         limit = max_frames
+    step = layout.frames_per_step
+    limit -= limit % step
     if len(chosen) > limit:
         chosen = chosen[np.round(np.linspace(0, len(chosen) - 1, limit)).astype(np.int64)]
+    chosen = chosen[: len(chosen) - len(chosen) % step]
+    if not len(chosen):
+        raise DecodeError(
+            index.path,
+            f"fewer frames than the {step} that the model takes at a time; use longer videos, or raise "
+            "video.num_frames, video.max_frames or video.fps",
+        )
+    height, width = layout.frame_size(height=index.height, width=index.width, num_frames=len(chosen))
     return FrameSelection(
         path=index.path,
         frames=tuple(chosen.tolist()),
         seconds=tuple(index.seconds_F[chosen].tolist()),
+        height=height,
+        width=width,
     )
 
 
-def decode_frames(
-    selection: FrameSelection, *, first: int = 0, last: int | None = None, size: int, threads: int = 1
-) -> Clip:
-    """Decode frames[first:last] of a selection, turned upright, RGB, resized to size x size (uint8).
+def decode_frames(selection: FrameSelection, *, first: int = 0, last: int | None = None, threads: int = 1) -> Clip:
+    """Decode frames[first:last] of a selection, turned upright, RGB, resized to its height x width (uint8).
 
     The aspect ratio is not kept; the resize is bicubic with antialiasing, Pillow's and SigLIP's within 2 grey
     levels. Only the groups of pictures that hold wanted frames are decoded. `threads` is the codec's: leave it
@@ -76,9 +89,10 @@ def decode_frames(
     last = len(selection.frames) if last is None else last
     if not 0 <= first <= last <= len(selection.frames):
         raise ValueError(f"{selection.path}: [{first}, {last}) is not a range of {len(selection.frames)} frames")
-    if size < 1:
-        raise ValueError(f"{selection.path}: size is {size} pixels, expected at least 1")
-    frames_FHWC = np.empty((last - first, size, size, 3), dtype=np.uint8)
+    height, width = selection.height, selection.width
+    if min(height, width) < 1:
+        raise ValueError(f"{selection.path}: size is {height} x {width} pixels, expected at least 1 x 1")
+    frames_FHWC = np.empty((last - first, height, width, 3), dtype=np.uint8)
     if first < last:
         index = probe(selection.path)
         wanted = _checked_frames(selection, index)[first:last]
@@ -87,7 +101,8 @@ def decode_frames(
             stream.codec_context.thread_count = threads
             for place, frame in enumerate(_wanted_frames(container, stream, index, wanted)):
                 rgb_HWC = _to_rgb(frame, reformatter)
-                frames_FHWC[place] = _turn(_resize(rgb_HWC, size), index.orientation)
+                stored = (width, height) if index.orientation.transpose else (height, width)
+                frames_FHWC[place] = _turn(_resize(rgb_HWC, stored), index.orientation)
     return Clip(selection=selection, first=first, frames_FHWC=frames_FHWC)
 
 
@@ -261,21 +276,21 @@ def _to_rgb(frame: VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
     return reformatter.reformat(frame, format="rgb24", interpolation="BICUBIC", threads=1).to_ndarray()
 
 
-def _resize(rgb_HWC: np.ndarray, size: int) -> np.ndarray:
+def _resize(rgb_HWC: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     # A channels-last view: PyTorch has a vectorised path for it, several times faster than Pillow.
     pixels_1CHW = torch.from_numpy(rgb_HWC).permute(2, 0, 1).unsqueeze(0)
     resized_1CHW = torch.nn.functional.interpolate(
-        pixels_1CHW, size=(size, size), mode="bicubic", antialias=True, align_corners=False
+        pixels_1CHW, size=size, mode="bicubic", antialias=True, align_corners=False
     )
     return resized_1CHW[0].permute(1, 2, 0).numpy()
 
 
-def _turn(square_HWC: np.ndarray, orientation: Orientation) -> np.ndarray:
-    """Turned after the resize: it is the same, the picture being square by now, and there is less to move."""
+def _turn(picture_HWC: np.ndarray, orientation: Orientation) -> np.ndarray:
+    """Turned after the resize, for which height and width were swapped: there is less to move."""
     if orientation.transpose:
-        square_HWC = square_HWC.transpose(1, 0, 2)
+        picture_HWC = picture_HWC.transpose(1, 0, 2)
     if orientation.mirror_x:
-        square_HWC = square_HWC[:, ::-1]
+        picture_HWC = picture_HWC[:, ::-1]
     if orientation.mirror_y:
-        square_HWC = square_HWC[::-1]
-    return square_HWC
+        picture_HWC = picture_HWC[::-1]
+    return picture_HWC

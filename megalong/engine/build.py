@@ -12,7 +12,7 @@ from megalong.config.tree import Dtype, LayerSpec, ModelConfig, Recompute
 from megalong.engine.weights_io import CheckpointReader, load_hf_weights
 from megalong.models.families import FAMILIES, Family
 from megalong.models.gpt import transformer_config
-from megalong.models.longvila.model import LongVila
+from megalong.models.policy import PolicyModel
 from megalong.parallel.layout import ParallelLayout
 
 TORCH_DTYPE = {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16}
@@ -25,7 +25,7 @@ def family_of(config: ModelConfig) -> Family:
     return FAMILIES[config.family]
 
 
-def build_model(config: ModelConfig, layout: ParallelLayout, *, sequence_parallel: bool) -> LongVila:
+def build_model(config: ModelConfig, layout: ParallelLayout, *, sequence_parallel: bool) -> PolicyModel:
     """The model on this rank's device with the weights of config.path, frozen where config says so."""
     family = family_of(config)
     on_gpu = layout.device.type == "cuda"
@@ -49,7 +49,7 @@ def build_model(config: ModelConfig, layout: ParallelLayout, *, sequence_paralle
     return model
 
 
-def wrap_for_gradients(model: LongVila) -> DistributedDataParallel:
+def wrap_for_gradients(model: PolicyModel) -> DistributedDataParallel:
     """Megatron's gradient buffers: float32 `main_grad` per trainable parameter, summed over data-parallel ranks.
 
     Parameters in float64, which tests use to tell rounding from a defect, have gradients in float64.

@@ -15,7 +15,7 @@ from megalong.engine.build import wrap_for_gradients
 from megalong.engine.optimizer import ShardedAdamW
 from megalong.engine.pipeline import Embeddings, run_packs
 from megalong.engine.weights_io import export_weights
-from megalong.models.longvila.model import LongVila
+from megalong.models.policy import PolicyModel
 from megalong.models.weights import Entry, Replicated
 from megalong.objectives.logprobs import vocab_parallel_logprobs
 from megalong.parallel.collectives import gather_objects, max_over
@@ -47,7 +47,7 @@ class Trainer:
     """One policy on one layout. Every rank of a replica calls the same methods with the same packs."""
 
     def __init__(
-        self, model: LongVila, layout: ParallelLayout, settings: OptimizerConfig, *,
+        self, model: PolicyModel, layout: ParallelLayout, settings: OptimizerConfig, *,
         total_steps: int, embeddings: Embeddings,
     ) -> None:  # fmt: skip
         self.model, self.layout, self.settings = model, layout, settings
@@ -169,11 +169,13 @@ class Trainer:
         """Sum gradients over data-parallel ranks, then those that several ranks of a replica hold only a part of."""
         self.ddp.finish_grad_sync()
         for name, param in self.trainable:
-            # A vision parameter saw this rank's frames only; a norm weight under sequence parallelism its tokens only.
-            partial = getattr(param, "sequence_parallel", False) and self.model.config.sequence_parallel
+            # A vision parameter saw this rank's frames only; a norm weight under sequence parallelism its tokens only,
+            # and a norm of queries or keys its heads only.
+            tokens = getattr(param, "sequence_parallel", False) and self.model.config.sequence_parallel
+            heads = name.endswith(("q_layernorm.weight", "k_layernorm.weight"))
             if name.startswith("vision."):
                 dist.all_reduce(param.main_grad, group=self.layout.model)
-            elif partial:
+            elif tokens or heads:
                 dist.all_reduce(param.main_grad, group=self.layout.tp)
         tied = self.model.llm.tied_weight
         if tied is not None and tied.requires_grad:

@@ -21,7 +21,7 @@ from megalong.records import WeightBucket, bucket_checksum
 
 
 class CheckpointReader:
-    """Reads tensors by `<folder>/<name>` from safetensors files, one at a time; nothing else stays in memory.
+    """Reads tensors by `<folder>/<name>` (`<name>` for folder "") from safetensors files; one at a time is in memory.
 
     Raises CheckpointError for a missing folder, a bad index (no JSON, a file outside its folder, a missing file), a
     file that is not whole, and a missing tensor.
@@ -29,31 +29,34 @@ class CheckpointReader:
 
     def __init__(self, path: Path, folders: Sequence[str]) -> None:
         self.path = path
-        self._file_of: dict[str, Path] = {}
+        self._places: dict[str, tuple[Path, tuple[str, ...]]] = {}  # full name -> file, names it may have there
         for folder in folders:
-            for name, file in _tensor_files(path / folder).items():
-                # transformers before and after 5.20 name SigLIP's tensors with and without this prefix.
-                plain = name.removeprefix("vision_model.") if folder == "vision_tower" else name
-                self._file_of[f"{folder}/{plain}"] = file
-                self._file_of.setdefault(f"{folder}/{name}", file)
+            prefix = f"{folder}/" if folder else ""
+            for listed, file in _tensor_files(path / folder).items():
+                names = _spellings(listed) if folder == "vision_tower" else (listed,)
+                self._places.update({prefix + name: (file, names) for name in names})
 
     def file_of(self, name: str) -> Path:
         """The file that holds a tensor."""
-        folder, _, inner = name.partition("/")
-        plain = inner.removeprefix("vision_model.")
-        for candidate in (inner, plain):
-            if f"{folder}/{candidate}" in self._file_of:
-                return self._file_of[f"{folder}/{candidate}"]
-        raise CheckpointError(f"{self.path}: tensor {name!r} is in none of the safetensors files of {folder}/")
+        if name not in self._places:
+            folder, slash, _ = name.partition("/")
+            where = f"{folder}/" if slash else "the folder"
+            raise CheckpointError(f"{self.path}: tensor {name!r} is in none of the safetensors files of {where}")
+        return self._places[name][0]
 
     def read(self, name: str) -> Tensor:
         file = self.file_of(name)
-        plain = name.partition("/")[2].removeprefix("vision_model.")
         with _opened(file) as shard:
-            for candidate in (plain, f"vision_model.{plain}"):
-                if candidate in shard.keys():  # noqa: SIM118 - safe_open is no mapping
-                    return shard.get_tensor(candidate)
+            for stored in self._places[name][1]:
+                if stored in shard.keys():  # noqa: SIM118 - safe_open is no mapping
+                    return shard.get_tensor(stored)
         raise CheckpointError(f"{file}: the index says that tensor {name!r} is in this file, and it is not")
+
+
+def _spellings(name: str) -> tuple[str, str]:
+    """transformers before and after 5.20 name SigLIP's tensors with and without a prefix."""
+    plain = name.removeprefix("vision_model.")
+    return plain, f"vision_model.{plain}"
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The model families: one line each. A new family is a folder with spec, tower, weights and model."""
+"""The model families, one entry each: a folder with spec, tokens and weights and, with vision, tower and layout."""
 
 from __future__ import annotations
 
@@ -8,32 +8,60 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
 from transformers import PreTrainedModel
 
-from megalong.models.longvila import model as longvila_model
+from megalong.config.tree import VideoConfig
+from megalong.models.chat import ChatTokens
+from megalong.models.longvila import layout as longvila_layout
 from megalong.models.longvila import spec as longvila_spec
 from megalong.models.longvila import tokens as longvila_tokens
+from megalong.models.longvila import tower as longvila_tower
+from megalong.models.longvila import weights as longvila_weights
+from megalong.models.policy import PolicyModel
+from megalong.models.weights import Entry
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Vision:
+    """The vision side of a family."""
+
+    encoder: Callable[[Any], nn.Module]  # spec -> encoder, see PolicyModel
+    layout: Callable[[Any, ChatTokens, VideoConfig], Any]  # (spec, tokens, config.video) -> data's VideoLayout
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Family:
     """What the rest of megalong asks of a family."""
 
-    read_spec: Callable[[Path], Any]  # sizes from the checkpoint folder's JSON
-    build: Callable[..., Any]  # (TransformerConfig, spec, use_te=) -> module
-    weight_folders: tuple[str, ...]  # sub-folders that hold safetensors
-    read_tokens: Callable[[Path], longvila_tokens.ChatTokens]  # tokenizer and the ids a prompt needs
+    read_spec: Callable[[Path], Any]  # sizes from the checkpoint folder's JSON; has .path and .gpt
+    vision: Vision | None
+    weight_table: Callable[..., list[Entry]]  # (spec, encoder or None, use_te=) -> every tensor of the model
+    weight_folders: tuple[str, ...]
+    """Sub-folders that hold safetensors; names are `<folder>/<tensor>`. "" is the checkpoint folder itself, whose
+    tensors keep their plain names: a stock Hugging Face checkpoint."""
+    read_tokens: Callable[[Path], ChatTokens]  # tokenizer and the ids a prompt needs
     sampler_model: Callable[[Path, torch.dtype], PreTrainedModel]  # transformers LLM without weights
-    sampler_prefix: str  # sync names of the sampler's parameters start with this
+    sampler_name: Callable[[str], str | None]  # sync name -> the sampler's parameter; None: not a part of it
+
+    def build(
+        self, config: TransformerConfig, spec: Any, *, use_te: bool, attention_kernel: str = "auto"
+    ) -> PolicyModel:
+        """The module, weights not loaded."""
+        encoder = None if self.vision is None else self.vision.encoder(spec)
+        table = self.weight_table(spec, encoder, use_te=use_te)
+        return PolicyModel(config, spec, vision=encoder, table=table, use_te=use_te, attention_kernel=attention_kernel)
 
 
 FAMILIES: dict[str, Family] = {
     "longvila": Family(
         read_spec=longvila_spec.read_spec,
-        build=longvila_model.LongVila,
+        vision=Vision(encoder=longvila_tower.VisionEncoder, layout=longvila_layout.video_layout),
+        weight_table=longvila_weights.weight_table,
         weight_folders=("llm", "vision_tower", "mm_projector"),
         read_tokens=longvila_tokens.read_tokens,
         sampler_model=longvila_tokens.sampler_model,
-        sampler_prefix="llm/",
+        sampler_name=longvila_tokens.sampler_name,
     ),
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -26,26 +25,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megalong.attention.core import PackCoreAttention, encode_spans
+from megalong.models.gpt_shape import GptShape
 from megalong.models.weights import Entry, stage_table
 from megalong.records import MEDIA_TOKEN, TokenBatch
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GptShape:
-    """Sizes of a Qwen2-style decoder: grouped-query attention, QKV bias, RoPE, RMSNorm, SwiGLU."""
-
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    ffn: int
-    vocab: int  # rows of the embedding in the checkpoint
-    tied: bool
-    rope_theta: float
-    rope_scaling: float  # linear position scaling factor; 1.0: none
-    norm_eps: float
-    max_positions: int
 
 
 class RMSNorm(nn.Module):
@@ -73,17 +55,35 @@ class PackRotary(nn.Module):
     2,000,000 a float32 product is off by up to 0.1 rad.
     """
 
-    def __init__(self, *, head_dim: int, theta: float, scaling: float) -> None:
+    def __init__(self, shape: GptShape) -> None:
         super().__init__()
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
-        self.inv_freq_64 = theta**-exponents / scaling  # float64, CPU; no buffer: never cast or saved
+        exponents = torch.arange(0, shape.head_dim, 2, dtype=torch.float64) / shape.head_dim
+        # float64, CPU; no buffers: never cast or saved
+        self.inv_freq_64 = shape.rope_theta**-exponents / shape.rope_scaling
+        self.row_of_frequency = _position_rows(shape)
 
     def forward(self, position_ids: Tensor, *_: Any, **__: Any) -> Tensor:
-        """position_ids: [1, T] int64. Returns angles [T, 1, 1, head_dim] float32, on the same device."""
+        """position_ids: [1, T] or [3, T] int64. Returns angles [T, 1, 1, head_dim] float32, on the same device."""
+        rows = self.row_of_frequency.clamp(max=len(position_ids) - 1)
         inv_freq = self.inv_freq_64.to(position_ids.device)
-        angles = position_ids[0].double()[:, None] * inv_freq[None, :]
+        angles = position_ids.double()[rows.to(position_ids.device)].T * inv_freq
         angles = torch.remainder(angles, 2 * torch.pi).float()
         return torch.cat((angles, angles), dim=-1)[:, None, None, :]
+
+
+def _position_rows(shape: GptShape) -> Tensor:
+    """Which row of three positions each frequency turns with, [head_dim / 2] int64; all row 0 without M-RoPE.
+
+    One section after the other (Qwen2-VL), or T H W T H W .. as far as H and W go, then T (Qwen3-VL).
+    """
+    rows = torch.zeros(shape.head_dim // 2, dtype=torch.int64)
+    if shape.mrope_section is None:
+        return rows
+    if not shape.mrope_interleaved:
+        return torch.arange(3).repeat_interleave(torch.tensor(shape.mrope_section))
+    for row in (1, 2):
+        rows[row : 3 * shape.mrope_section[row] : 3] = row
+    return rows
 
 
 class PackGpt(GPTModel):
@@ -103,7 +103,7 @@ class PackGpt(GPTModel):
         super().__init__(
             config=config,
             transformer_layer_spec=_block_spec(
-                config.num_layers // stages, use_te=use_te, attention_kernel=attention_kernel
+                config, config.num_layers // stages, use_te=use_te, attention_kernel=attention_kernel
             ),
             pre_process=stage == 0,
             post_process=stage == stages - 1,
@@ -115,7 +115,7 @@ class PackGpt(GPTModel):
             # Vision embeddings are put in before the sequence is split.
             scatter_embedding_sequence_parallel=False,
         )
-        self.rotary_pos_emb = PackRotary(head_dim=shape.head_dim, theta=shape.rope_theta, scaling=shape.rope_scaling)
+        self.rotary_pos_emb = PackRotary(shape)
         self.real_vocab = shape.vocab
 
     def _postprocess(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -152,7 +152,7 @@ class PackGpt(GPTModel):
         ids_T, positions_T = ids_T.to(device), positions_T.to(device)
         hidden = self(
             input_ids=None,
-            position_ids=positions_T[None],
+            position_ids=torch.atleast_2d(positions_T),  # [1, T] or [3, T]
             attention_mask=encode_spans(spans),
             decoder_input=self.embed(ids_T, embeds_ND) if self.pre_process else None,
         )
@@ -215,18 +215,22 @@ def _pad_to_multiple(tokens: TokenBatch, multiple: int) -> tuple[Tensor, Tensor,
     )
 
 
-def _block_spec(num_layers: int, *, use_te: bool, attention_kernel: str) -> TransformerBlockSubmodules:
+def _block_spec(
+    config: TransformerConfig, num_layers: int, *, use_te: bool, attention_kernel: str
+) -> TransformerBlockSubmodules:
     """Megatron's own layer with our core attention; Transformer Engine's linears and norms on a GPU."""
     if use_te:
         from megatron.core.extensions.transformer_engine import TENorm
 
-        layer, norm = get_gpt_layer_with_transformer_engine_spec(), TENorm
+        layer, norm = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm), TENorm
     else:
         layer, norm = get_gpt_layer_local_spec(normalization="RMSNorm"), RMSNorm
         layer.submodules.input_layernorm = RMSNorm
         layer.submodules.pre_mlp_layernorm = RMSNorm
     attention: ModuleSpec = layer.submodules.self_attention
     attention.submodules.core_attention = partial(PackCoreAttention, kernel=attention_kernel)
+    if config.qk_layernorm:
+        attention.submodules.q_layernorm = attention.submodules.k_layernorm = norm
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
 
 
@@ -247,7 +251,8 @@ def transformer_config(
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
-        add_qkv_bias=True,
+        add_qkv_bias=shape.qkv_bias,
+        qk_layernorm=shape.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=tp,
@@ -262,7 +267,7 @@ def transformer_config(
         use_cpu_initialization=not on_gpu,
         perform_initialization=False,
         calculate_per_token_loss=True,
-        mrope_section=[shape.head_dim // 2, 0, 0],
+        mrope_section=[shape.head_dim // 2, 0, 0],  # only to be there; PackRotary knows the sections
         recompute_granularity="full" if recompute else None,
         recompute_method="uniform" if recompute else None,
         recompute_num_layers=1 if recompute else None,

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megalong.models.gpt_shape import GptShape
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Replicated:
@@ -115,30 +117,39 @@ Entry = Replicated | Rows | Columns | VocabRows | GatedRows | QkvRows
 
 
 def decoder_table(
-    *, layers: int, heads: int, kv_heads: int, head_dim: int, vocab: int, tied: bool, use_te: bool,
-    megatron_prefix: str, hf_prefix: str,
-) -> list[Entry]:  # fmt: skip
-    """The table of a Qwen2-style decoder. Transformer Engine fuses each norm into the projection behind it."""
+    shape: GptShape, *, use_te: bool, megatron_prefix: str, hf_prefix: str, head_name: str
+) -> list[Entry]:
+    """The table of a Qwen-style decoder. Transformer Engine fuses each norm into the projection behind it.
+
+    hf_prefix: what stands before `embed_tokens`, `layers` and `norm`; head_name: the whole name of the output head.
+    """
     attention_norm = "self_attention.linear_qkv.layer_norm_weight" if use_te else "input_layernorm.weight"
     mlp_norm = "mlp.linear_fc1.layer_norm_weight" if use_te else "pre_mlp_layernorm.weight"
     table: list[Entry] = [
         VocabRows(
             megatron=f"{megatron_prefix}embedding.word_embeddings.weight",
-            hf=(f"{hf_prefix}model.embed_tokens.weight",),
-            vocab=vocab,
+            hf=(f"{hf_prefix}embed_tokens.weight",),
+            vocab=shape.vocab,
         )
     ]
-    for layer in range(layers):
-        ours, theirs = f"{megatron_prefix}decoder.layers.{layer}.", f"{hf_prefix}model.layers.{layer}."
+    for layer in range(shape.layers):
+        ours, theirs = f"{megatron_prefix}decoder.layers.{layer}.", f"{hf_prefix}layers.{layer}."
         table.append(Replicated(megatron=ours + attention_norm, hf=(theirs + "input_layernorm.weight",)))
-        for part in ("weight", "bias"):
+        for part in ("weight", "bias") if shape.qkv_bias else ("weight",):
             table.append(
                 QkvRows(
                     megatron=f"{ours}self_attention.linear_qkv.{part}",
                     hf=tuple(f"{theirs}self_attn.{name}_proj.{part}" for name in "qkv"),
-                    heads=heads,
-                    kv_heads=kv_heads,
-                    head_dim=head_dim,
+                    heads=shape.heads,
+                    kv_heads=shape.kv_heads,
+                    head_dim=shape.head_dim,
+                )
+            )
+        for name in "qk" if shape.qk_norm else "":
+            table.append(
+                Replicated(
+                    megatron=f"{ours}self_attention.{name}_layernorm.weight",
+                    hf=(f"{theirs}self_attn.{name}_norm.weight",),
                 )
             )
         table += [
@@ -151,16 +162,10 @@ def decoder_table(
             Columns(megatron=ours + "mlp.linear_fc2.weight", hf=(theirs + "mlp.down_proj.weight",)),
         ]
     table.append(
-        Replicated(megatron=f"{megatron_prefix}decoder.final_layernorm.weight", hf=(f"{hf_prefix}model.norm.weight",))
+        Replicated(megatron=f"{megatron_prefix}decoder.final_layernorm.weight", hf=(f"{hf_prefix}norm.weight",))
     )
-    if not tied:
-        table.append(
-            VocabRows(
-                megatron=f"{megatron_prefix}output_layer.weight",
-                hf=(f"{hf_prefix}lm_head.weight",),
-                vocab=vocab,
-            )
-        )
+    if not shape.tied:
+        table.append(VocabRows(megatron=f"{megatron_prefix}output_layer.weight", hf=(head_name,), vocab=shape.vocab))
     return table
 
 

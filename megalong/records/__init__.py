@@ -53,11 +53,13 @@ class FrameSelection:
     path: str
     frames: tuple[int, ...]  # presentation-order indexes into the file, ascending
     seconds: tuple[float, ...]  # presentation time of each
+    height: int  # pixels that the frames are decoded to, by the family's rule from the file's own size
+    width: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Clip:
-    """Decoded frames of (a range of) a FrameSelection, resized to the tower's resolution."""
+    """Decoded frames of (a range of) a FrameSelection, resized to its height and width."""
 
     selection: FrameSelection
     first: int  # position in selection.frames of frames_FHWC[0]
@@ -71,6 +73,8 @@ class Prompt:
     sample: Sample
     ids_P: tuple[int, ...]  # MEDIA_TOKEN where a vision embedding goes
     selections: tuple[FrameSelection, ...]  # one per video, in order
+    positions_P: Tensor = field(compare=False)  # int64, CPU; [P], or [3, P] for M-RoPE: temporal, height, width
+    next_position: int  # where every response starts, in all three rows: one more than the largest
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,7 +120,7 @@ class TokenBatch:
     """
 
     ids_T: Tensor  # [T] int64; MEDIA_TOKEN where a vision embedding goes
-    positions_T: Tensor  # [T] int64
+    positions_T: Tensor  # [T] int64, or [3, T] for M-RoPE: temporal, height, width; equal rows on response tokens
     spans: tuple[GroupSpan, ...]
     selections: tuple[FrameSelection, ...]  # videos whose embeddings fill the MEDIA_TOKEN places, in order
     rows_R: Tensor  # [R] int64; index into T of the position that predicts targets_R

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     DynamicCache,
@@ -59,13 +60,17 @@ class SeededSampler(LogitsProcessor):
 
 
 class EmbeddedEngine:
-    """`model` is a transformers causal LM with uninitialised weights; `names` maps sync names to its parameters."""
+    """`model` is a transformers causal LM with uninitialised weights.
+
+    name_of: sync name to the name of the model's parameter, None for a weight that the model has no part for.
+    """
 
     def __init__(
-        self, model: PreTrainedModel, *, prefix: str, eos_id: int, device: torch.device, batch_prompts: int
-    ) -> None:
+        self, model: PreTrainedModel, *, name_of: Callable[[str], str | None], eos_id: int, device: torch.device,
+        batch_prompts: int,
+    ) -> None:  # fmt: skip
         self.model = model.to(device).eval().requires_grad_(False)
-        self.prefix = prefix  # sync names are prefix + parameter name; other names belong to the vision side
+        self.name_of = name_of
         self.eos_id = eos_id
         self.device = device
         self.batch_prompts = batch_prompts
@@ -90,9 +95,9 @@ class EmbeddedEngine:
                     f"version {version}: a bucket's checksum is wrong ({list(bucket.tensors)[:3]} ..)"
                 )
             for full_name, tensor in bucket.tensors.items():
-                if not full_name.startswith(self.prefix):
+                name = self.name_of(full_name)
+                if name is None:
                     continue
-                name = full_name.removeprefix(self.prefix)
                 if name not in parameters:
                     raise WeightSyncError(f"version {version}: the sampler has no weight {name!r}")
                 if parameters[name].shape != tensor.shape:
@@ -127,13 +132,16 @@ class EmbeddedEngine:
             ids_BP[row, longest - len(request.ids_P) :] = torch.tensor(request.ids_P)
             mask_BP[row, longest - len(request.ids_P) :] = 1
         ids_BP, mask_BP = ids_BP.to(self.device), mask_BP.to(self.device)
-        cache = self._prefill(ids_BP, mask_BP, requests)
+        positions = _left_padded_positions(requests, longest).to(self.device)
+        cache = self._prefill(ids_BP, mask_BP, positions, requests)
         cache.batch_repeat_interleave(group)
         sampler = SeededSampler([seed for request in requests for seed in request.seeds], sampling, self.device)
         sequences = self.model.generate(
             # The cache holds all of the prompt but its last token, so the other ids are never looked up.
             input_ids=ids_BP.clamp_min(0).repeat_interleave(group, dim=0),
             attention_mask=mask_BP.repeat_interleave(group, dim=0),
+            # generate() counts on from each row's last position.
+            position_ids=positions.repeat_interleave(group, dim=-2),
             past_key_values=cache,
             logits_processor=LogitsProcessorList([sampler]),
             generation_config=GenerationConfig(
@@ -150,19 +158,18 @@ class EmbeddedEngine:
         ]
         return [responses[at : at + group] for at in range(0, len(responses), group)]
 
-    def _prefill(self, ids_BP: Tensor, mask_BP: Tensor, requests: Sequence[Request]) -> DynamicCache:
-        """Keys and values of every prompt token but the last."""
+    def _prefill(self, ids_BP: Tensor, mask_BP: Tensor, positions: Tensor, requests: Sequence[Request]) -> DynamicCache:
+        """Keys and values of every prompt token but the last. positions: [B, P] or [3, B, P]."""
         embeds_BPD = self.model.get_input_embeddings()(ids_BP.clamp_min(0))
         vision = [request.embeds_ND for request in requests if request.embeds_ND is not None]
         media_BP = ids_BP == MEDIA_TOKEN
         if vision:
             embeds_BPD = embeds_BPD.masked_scatter(media_BP[..., None], torch.cat(vision).to(embeds_BPD))
-        positions_BP = (mask_BP.cumsum(dim=1) - 1).clamp_min(0)
         cache = DynamicCache(config=self.model.config)
         self.model.base_model(
             inputs_embeds=embeds_BPD[:, :-1],
             attention_mask=mask_BP[:, :-1],
-            position_ids=positions_BP[:, :-1],
+            position_ids=positions[..., :-1],
             past_key_values=cache,
             use_cache=True,
         )
@@ -183,6 +190,19 @@ def _check(request: Request, *, group_size: int) -> None:
             f"the prompt has {len(request.ids_P)} tokens and ends in {request.ids_P[-1:]}, expected at least two "
             "tokens and a text token at the end"
         )
+    if request.positions_P.shape[-1] != len(request.ids_P):
+        raise ValueError(f"{request.positions_P.shape[-1]} positions for a prompt of {len(request.ids_P)} tokens")
+    if (request.positions_P[..., -1] + 1 != request.next_position).any():
+        raise ValueError(
+            f"the prompt's last token is at position {request.positions_P[..., -1].tolist()}, so the response cannot "
+            f"start at {request.next_position}"
+        )
+
+
+def _left_padded_positions(requests: Sequence[Request], longest: int) -> Tensor:
+    """[B, P], or [3, B, P] for M-RoPE; 0 under the padding."""
+    padded = [F.pad(request.positions_P, (longest - len(request.ids_P), 0)) for request in requests]
+    return torch.stack(padded, dim=-2)
 
 
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:

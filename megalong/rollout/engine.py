@@ -31,6 +31,8 @@ class Request:
     """One prompt: all G responses share its prefill."""
 
     ids_P: tuple[int, ...]  # MEDIA_TOKEN where a vision embedding goes
+    positions_P: Tensor  # int64, CPU; [P] or [3, P], as in Prompt
+    next_position: int  # of the first response token
     embeds_ND: Tensor | None  # [N, D], in order of the MEDIA_TOKEN places
     seeds: tuple[int, ...]  # one per response: a response does not depend on what else is in the batch
 

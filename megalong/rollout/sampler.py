@@ -51,6 +51,8 @@ class GroupSampler:
         requests = [
             Request(
                 ids_P=prompt.ids_P,
+                positions_P=prompt.positions_P,
+                next_position=prompt.next_position,
                 embeds_ND=embeds_ND,
                 seeds=response_seeds(
                     prompt.sample.sample_id,

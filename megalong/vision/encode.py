@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from megalong.data.video import DecodeError, VideoIndex, decode_frames, probe
+from megalong.data.video_layout import VideoLayout
 from megalong.parallel.collectives import gather_objects, gather_rows
 from megalong.parallel.layout import ParallelLayout
 from megalong.parallel.split import shard_range
@@ -23,8 +24,6 @@ from megalong.vision.store import ByteStore, selection_key
 class VisionSettings:
     """Plain values of the stage."""
 
-    image_size: int  # pixels, square
-    tokens_per_frame: int
     tower_batch_frames: int  # frames per forward of the tower
     frozen: bool  # embeddings may be kept from step to step
     embed_store_bytes: int
@@ -36,11 +35,15 @@ class VisionStage:
     """Owns the decoded frames of this rank and the embeddings of its replica's videos.
 
     Every rank of a replica calls the same methods with the same arguments. A rank decodes and encodes only its
-    share of each video's frames; paths and frame indexes travel between processes, pixels never do.
+    share of each video's frames; paths and frame indexes travel between processes, pixels never do. A family without
+    vision has neither encoder nor video layout: samples without videos pass, others raise ValueError.
     """
 
-    def __init__(self, encoder: nn.Module, layout: ParallelLayout, settings: VisionSettings) -> None:
+    def __init__(
+        self, encoder: nn.Module | None, layout: ParallelLayout, settings: VisionSettings, *, videos: VideoLayout | None
+    ) -> None:
         self.encoder = encoder
+        self.videos = videos
         self.layout = layout
         self.settings = settings
         self.frames: ByteStore[np.ndarray] = ByteStore(
@@ -62,6 +65,8 @@ class VisionStage:
         path and a Dropped for each sample that has an unreadable one.
         """
         paths = sorted({path for sample in samples for path in sample.videos})
+        if paths and self.encoder is None:
+            raise ValueError(f"{paths[0]}: this model family has no vision, and the sample has a video")
         unknown = [path for path in paths if path not in self._indexed]
         mine: dict[str, FrameSelection | str] = {}
         for path in unknown[self.layout.replica_rank :: self.layout.replica_size]:
@@ -84,7 +89,7 @@ class VisionStage:
             if key in self.frames or key in self._running or self._has_embeds(selection):
                 continue
             first, last = self._share(selection)
-            self._running[key] = self._pool.submit(_decode, selection, first, last, self.settings.image_size)
+            self._running[key] = self._pool.submit(_decode, selection, first, last)
 
     def prepare(self, samples: Sequence[Sample], selections: dict[str, FrameSelection]) -> list[Dropped]:
         """Decode (and, for a frozen tower, encode) what the samples need and is not in a store.
@@ -116,9 +121,10 @@ class VisionStage:
         return _drops(samples, reasons)
 
     def embeddings(self, selections: Sequence[FrameSelection]) -> Tensor | None:
-        """[N, D] embeddings of the selections' frames in order (newlines not included), on every rank of the replica.
+        """[N, D'] embeddings for the selections' MEDIA_TOKEN places in order, on every rank of the replica.
 
-        From the store for a frozen tower; encoded here, with gradients, for a trained one. None without videos.
+        D' is the encoder's output width, a multiple of the LLM's. From the store for a frozen tower; encoded here, with
+        gradients, for a trained one. None without videos.
         """
         if not selections:
             return None
@@ -131,6 +137,8 @@ class VisionStage:
     def weights_changed(self) -> None:
         """Call after the tower or the projector was loaded: embeddings made before no longer match any key."""
         self.embeds.clear()
+        if self.encoder is None:
+            return
         state = self.encoder.state_dict()
         self._weights_digest = f"{bucket_checksum(state):08x}/{next(iter(state.values())).dtype}"
 
@@ -140,7 +148,7 @@ class VisionStage:
 
     def key(self, selection: FrameSelection) -> str:
         """Key of decoded frames: file, frames, resolution."""
-        return selection_key(selection, image_size=self.settings.image_size)
+        return selection_key(selection)
 
     def embed_key(self, selection: FrameSelection) -> str:
         """Key of embeddings: the frames' key, and the weights and dtype of tower and projector."""
@@ -165,52 +173,80 @@ class VisionStage:
                 pending, frames = [], 0
 
     def _encode(self, selections: Sequence[FrameSelection]) -> list[Tensor]:
-        """Embeddings [F * tokens_per_frame, D] of each selection, on every rank of the replica."""
+        """Embeddings [N, D'] of each selection, on every rank of the replica."""
         size, rank = self.layout.replica_size, self.layout.replica_rank
-        local = [self.frames.get(self.key(selection)) for selection in selections]
-        local_F = torch.from_numpy(np.concatenate(local)).to(self.layout.device)
-        local_FND = self._run_tower(local_F)
-        self.frames_encoded += len(local_F)
+        local_ND = self._encode_local(selections)
         shares = [[self._share(selection, rank=r) for r in range(size)] for selection in selections]
-        lengths = [[last - first for first, last in of_video] for of_video in shares]
+        lengths = [
+            [self._rows(item, share) for share in of_video] for item, of_video in zip(selections, shares, strict=True)
+        ]
         counts = [sum(of_video[r] for of_video in lengths) for r in range(size)]
-        gathered_FND = gather_rows(local_FND, counts=counts, group=self.layout.replica)
-        if counts[rank] != len(local_F):
-            raise ValueError(f"rank {rank} decoded {len(local_F)} frames of {counts[rank]}")
+        if counts[rank] != len(local_ND):
+            raise ValueError(f"rank {rank} encoded {len(local_ND)} rows, its frames' layout has {counts[rank]}")
+        gathered_ND = gather_rows(local_ND, counts=counts, group=self.layout.replica)
         # Gathered rows are ordered by rank, then video; put each video's pieces behind one another.
         offsets = [sum(counts[:r]) for r in range(size)]
         videos = []
         for index, of_video in enumerate(shares):
-            pieces = {}
-            for r in range(size):
+            pieces = []
+            for r in sorted(range(size), key=lambda r: of_video[r]):
                 start = offsets[r] + sum(lengths[i][r] for i in range(index))
-                pieces[of_video[r][0]] = gathered_FND[start : start + lengths[index][r]]
-            ordered = [piece for _, piece in sorted(pieces.items()) if len(piece)]
-            videos.append(torch.cat(ordered).flatten(0, 1))
+                pieces.append(gathered_ND[start : start + lengths[index][r]])
+            videos.append(torch.cat(pieces))
         return videos
 
+    def _encode_local(self, selections: Sequence[FrameSelection]) -> Tensor:
+        """[n, D'] embeddings of this rank's frames, selection after selection. Each resolution has its own batches."""
+        by_size: dict[tuple[int, int], list[int]] = {}
+        for index, selection in enumerate(selections):
+            first, last = self._share(selection)
+            if first < last:
+                by_size.setdefault((selection.height, selection.width), []).append(index)
+        if not by_size:
+            return self._encode_nothing(selections[0])
+        pieces: dict[int, Tensor] = {}
+        for indexes in by_size.values():
+            clips = [self.frames.get(self.key(selections[index])) for index in indexes]
+            frames_FHWC = torch.from_numpy(np.concatenate(clips)).to(self.layout.device)
+            rows_ND = self._run_tower(frames_FHWC).flatten(0, 1)
+            self.frames_encoded += len(frames_FHWC)
+            counts = [self._rows(selections[index], (0, len(clip))) for index, clip in zip(indexes, clips, strict=True)]
+            pieces.update(zip(indexes, rows_ND.split(counts), strict=True))
+        return torch.cat([pieces[index] for index in sorted(pieces)])
+
+    def _encode_nothing(self, selection: FrameSelection) -> Tensor:
+        """[0, D']: a blank step of which nothing is kept. The tower takes no empty batch, and the embeddings must need
+        a gradient here when they do on the other ranks, which meet this one in the collectives of the backward."""
+        shape = (self.videos.frames_per_step, selection.height, selection.width, 3)
+        blank_FHWC = torch.zeros(shape, dtype=torch.uint8, device=self.layout.device)
+        return self.encoder(blank_FHWC).flatten(0, 1)[:0]
+
     def _run_tower(self, frames_FHWC: Tensor) -> Tensor:
-        """[F, tokens_per_frame, D] of this rank's frames, a few at a time."""
-        if not len(frames_FHWC):
-            # A blank frame of which nothing is kept: the tower takes no empty batch, and the embeddings must need a
-            # gradient here when they do on the other ranks, which meet this one in the collectives of the backward.
-            return self.encoder(frames_FHWC.new_zeros((1, *frames_FHWC.shape[1:])))[:0]
-        return torch.cat([self.encoder(batch) for batch in frames_FHWC.split(self.settings.tower_batch_frames)])
+        """[F / frames_per_step, tokens per step, D'] of frames of one size, a few at a time."""
+        step = self.videos.frames_per_step
+        batch = max(step, self.settings.tower_batch_frames // step * step)
+        return torch.cat([self.encoder(part) for part in frames_FHWC.split(batch)])
+
+    def _rows(self, selection: FrameSelection, frames: tuple[int, int]) -> int:
+        """Embeddings of frames [first, last) of the selection."""
+        first, last = frames
+        return (last - first) // self.videos.frames_per_step * self.videos.tokens_per_step(selection)
 
     def _share(self, selection: FrameSelection, *, rank: int | None = None) -> tuple[int, int]:
-        """Frames [first, last) of the selection that a rank of the replica decodes and encodes.
+        """Frames [first, last) of the selection that a rank of the replica decodes and encodes: whole tower steps.
 
         Depends on the video alone, so decoded frames stay useful when batches differ; starts at a rank that
         the path picks, so that remainders do not all land on rank 0.
         """
-        size = self.layout.replica_size
+        size, step = self.layout.replica_size, self.videos.frames_per_step
         rank = self.layout.replica_rank if rank is None else rank
         turn = zlib.crc32(selection.path.encode()) % size
-        return shard_range(len(selection.frames), (rank + turn) % size, size)
+        first, last = shard_range(len(selection.frames) // step, (rank + turn) % size, size)
+        return first * step, last * step
 
 
-def _decode(selection: FrameSelection, first: int, last: int, size: int) -> np.ndarray:
-    return decode_frames(selection, first=first, last=last, size=size).frames_FHWC
+def _decode(selection: FrameSelection, first: int, last: int) -> np.ndarray:
+    return decode_frames(selection, first=first, last=last).frames_FHWC
 
 
 def _drops(samples: Sequence[Sample], reasons: dict[str, str]) -> list[Dropped]:

@@ -70,10 +70,11 @@ class ByteStore(Generic[Item]):
         self.bytes_used = 0
 
 
-def selection_key(selection: FrameSelection, *, image_size: int) -> str:
+def selection_key(selection: FrameSelection) -> str:
     """Content key of decoded frames: the file, the frames and the resolution (design contract 4)."""
     stat = os.stat(selection.path)
-    parts = (_file_digest(selection.path, stat.st_size, stat.st_mtime_ns), selection.frames, image_size)
+    content = _file_digest(selection.path, stat.st_size, stat.st_mtime_ns)
+    parts = (content, selection.frames, selection.height, selection.width)
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 

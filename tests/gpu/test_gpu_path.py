@@ -51,21 +51,25 @@ def build(checkpoint: Path, layout, *, dtype: str, spec: str, recompute: str = "
 
 
 def make_pack(trainer, checkpoint: Path):
+    from megalong.config.tree import VideoConfig
     from megalong.data.packing import GroupTokens, pack_groups
     from megalong.data.sequence import SequenceBuilder
     from megalong.models.families import FAMILIES
     from megalong.records import FrameSelection, Sample
 
-    tokens = FAMILIES["longvila"].read_tokens(checkpoint)
+    family = FAMILIES["longvila"]
+    tokens = family.read_tokens(checkpoint)
+    videos = family.vision.layout(trainer.model.spec, tokens, VideoConfig())
     builder = SequenceBuilder(
-        encode=tokens.encode, newline_id=tokens.newline_id, eos_id=tokens.eos_id,
-        tokens_per_frame=trainer.model.spec.vision.tokens_per_frame, system_prompt=tokens.system_prompt, thinking=True,
-    )  # fmt: skip
+        encode=tokens.encode, eos_id=tokens.eos_id, videos=videos, system_prompt=tokens.system_prompt, thinking=True
+    )
     sample = Sample(
         sample_id="a", question="which box is red? A. left B. right", answer="B", videos=("v",),
         problem_type="multiple choice", category="spatial", reasoning="the box is right", subtitles="",
     )  # fmt: skip
-    selection = FrameSelection(path="v", frames=(0, 1, 2), seconds=(0.0, 1.0, 2.0))
+    selection = FrameSelection(
+        path="v", frames=(0, 1, 2), seconds=(0.0, 1.0, 2.0), height=videos.size, width=videos.size
+    )
     prompt, target = builder.prompt(sample, [selection]), builder.target(sample)
     return pack_groups([GroupTokens(prompt=prompt, responses=(target, target[:3], target[2:]))])
 

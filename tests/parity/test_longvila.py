@@ -24,7 +24,9 @@ from megalong.data.sequence import SequenceBuilder
 from megalong.engine.build import build_model
 from megalong.engine.trainer import Trainer
 from megalong.models.gpt import PackRotary
+from megalong.models.gpt_shape import GptShape
 from megalong.models.longvila.demo_checkpoint import DemoModelSize, top_config, write_json
+from megalong.models.longvila.layout import SquareFrames
 from megalong.records import MEDIA_TOKEN, FrameSelection, Sample
 
 VOCAB = 96
@@ -167,7 +169,8 @@ def build_case(tokens_per_frame: int, image: int) -> tuple[list[list[GroupTokens
     }
     builder = SequenceBuilder(
         encode=lambda text: [ord(character) % (VOCAB - 2) + 2 for character in text[-9:]],
-        newline_id=1, eos_id=0, tokens_per_frame=tokens_per_frame, system_prompt="s", thinking=False,
+        eos_id=0, videos=SquareFrames(size=image, tokens_per_frame=tokens_per_frame, newline_id=1), system_prompt="s",
+        thinking=False,
     )  # fmt: skip
 
     def group(name: str, videos: tuple[str, ...], lens: tuple[int, ...]) -> GroupTokens:
@@ -176,7 +179,13 @@ def build_case(tokens_per_frame: int, image: int) -> tuple[list[list[GroupTokens
             category="c", reasoning="", subtitles="",
         )  # fmt: skip
         selections = [
-            FrameSelection(path=path, frames=tuple(range(len(frames[path]))), seconds=(0.0,) * len(frames[path]))
+            FrameSelection(
+                path=path,
+                frames=tuple(range(len(frames[path]))),
+                seconds=(0.0,) * len(frames[path]),
+                height=image,
+                width=image,
+            )
             for path in videos
         ]
         responses = tuple(tuple(torch.randint(0, VOCAB, (length,), generator=generator).tolist()) for length in lens)
@@ -271,12 +280,19 @@ def test_old_and_new_rope_keys_are_read_alike(tmp_path: Path, layout: object) ->
     assert replace(new, rope_scaling=1.0) != new
 
 
+def rope_shape(*, head_dim: int, theta: float, scaling: float) -> GptShape:
+    return GptShape(
+        hidden=head_dim, layers=1, heads=1, kv_heads=1, head_dim=head_dim, ffn=8, vocab=8, tied=False, rope_theta=theta,
+        rope_scaling=scaling, norm_eps=1e-6, max_positions=64,
+    )  # fmt: skip
+
+
 def test_rotary_angles_equal_transformers_at_small_positions(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, VARIANTS["linear position scaling"])
     llm = Qwen2ForCausalLM.from_pretrained(folder / "llm")
     positions = torch.arange(512)[None]
     cos, sin = llm.model.rotary_emb(torch.zeros(1, dtype=torch.float32), positions)
-    angles = PackRotary(head_dim=8, theta=5e4, scaling=4.0)(positions)[:, 0, 0]
+    angles = PackRotary(rope_shape(head_dim=8, theta=5e4, scaling=4.0))(positions)[:, 0, 0]
     torch.testing.assert_close(angles.cos(), cos[0], rtol=0, atol=1e-4)
     torch.testing.assert_close(angles.sin(), sin[0], rtol=0, atol=1e-4)
 
@@ -284,7 +300,7 @@ def test_rotary_angles_equal_transformers_at_small_positions(tmp_path: Path) -> 
 def test_rotary_angles_are_exact_at_two_million() -> None:
     theta, head_dim = 1_062_356_830.0, 128
     positions = [0, 1, 131_071, 1_999_999, 2_000_000]
-    angles = PackRotary(head_dim=head_dim, theta=theta, scaling=4.0)(torch.tensor([positions]))[:, 0, 0]
+    angles = PackRotary(rope_shape(head_dim=head_dim, theta=theta, scaling=4.0))(torch.tensor([positions]))[:, 0, 0]
     assert angles.dtype == torch.float32
     for row, position in enumerate(positions):
         for place in (0, 1, 31, 63):

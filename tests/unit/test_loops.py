@@ -30,7 +30,7 @@ def prompt(name: str) -> Prompt:
         sample_id=name, question="q", answer="A", videos=(), problem_type="multiple choice", category="c",
         reasoning="", subtitles="",
     )  # fmt: skip
-    return Prompt(sample=sample, ids_P=(1, 2, 3), selections=())
+    return Prompt(sample=sample, ids_P=(1, 2, 3), selections=(), positions_P=torch.arange(3), next_position=3)
 
 
 def group(name: str, texts: Sequence[str]) -> RolloutGroup:

@@ -11,17 +11,8 @@ LLM, TOWER, PROJECTOR = "llm/", "vision_tower/", "mm_projector/"
 
 def weight_table(spec: LongVilaSpec, vision: VisionEncoder, *, use_te: bool) -> list[Entry]:
     """Every tensor of the model, LLM first. Tower and projector are replicated over tensor-parallel ranks."""
-    gpt = spec.gpt
     table = decoder_table(
-        layers=gpt.layers,
-        heads=gpt.heads,
-        kv_heads=gpt.kv_heads,
-        head_dim=gpt.head_dim,
-        vocab=gpt.vocab,
-        tied=gpt.tied,
-        use_te=use_te,
-        megatron_prefix="llm.",
-        hf_prefix=LLM,
+        spec.gpt, use_te=use_te, megatron_prefix="llm.", hf_prefix=f"{LLM}model.", head_name=f"{LLM}lm_head.weight"
     )
     for name in vision.state_dict():
         folder, inner = TOWER, f"vision_model.{name}"

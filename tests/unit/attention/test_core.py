@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from megalong.attention.core import PackCoreAttention, decode_spans, encode_spans
 from megalong.attention.reference import pack_attention_reference
-from megalong.models.gpt import GptShape, transformer_config
+from megalong.models.gpt import transformer_config
+from megalong.models.gpt_shape import GptShape
 from megalong.records import GroupSpan
 
 spans_strategy = st.lists(

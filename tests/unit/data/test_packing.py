@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from megalong.data.packing import GroupTokens, pack_groups, pack_rollouts, plan_packs
 from megalong.records import MEDIA_TOKEN, FrameSelection, GroupSpan, Prompt, RolloutGroup, Sample
 
-VIDEO = FrameSelection(path="v.mp4", frames=(0,), seconds=(0.0,))
+VIDEO = FrameSelection(path="v.mp4", frames=(0,), seconds=(0.0,), height=8, width=8)
 
 
 def prompt(name: str, ids: tuple[int, ...], selections: tuple[FrameSelection, ...] = ()) -> Prompt:
@@ -18,7 +20,9 @@ def prompt(name: str, ids: tuple[int, ...], selections: tuple[FrameSelection, ..
         sample_id=name, question="q", answer="A", videos=tuple(s.path for s in selections), problem_type="open-ended",
         category="c", reasoning="", subtitles="",
     )  # fmt: skip
-    return Prompt(sample=sample, ids_P=ids, selections=selections)
+    return Prompt(
+        sample=sample, ids_P=ids, selections=selections, positions_P=torch.arange(len(ids)), next_position=len(ids)
+    )
 
 
 def test_two_groups_by_hand() -> None:
@@ -44,8 +48,19 @@ def test_two_groups_by_hand() -> None:
         assert tensor.dtype == torch.int64
 
 
+def test_three_rows_of_positions_are_equal_on_responses_and_go_on_where_the_prompt_says() -> None:
+    rows = torch.tensor([[0, 1, 1, 4], [0, 1, 2, 4], [0, 2, 3, 4]])
+    item = replace(prompt("a", (5, 6, 7, 8)), positions_P=rows, next_position=9)
+    tokens = pack_groups(
+        [GroupTokens(prompt=item, responses=((1, 2), (3,))), GroupTokens(prompt=item, responses=((4,),))]
+    )
+    want = torch.cat((rows, torch.tensor([[9, 10, 9]] * 3), rows, torch.tensor([[9]] * 3)), dim=1)
+    assert torch.equal(tokens.positions_T, want)
+    assert tokens.positions_T.dtype == torch.int64
+
+
 def test_selections_are_in_the_order_of_the_media_places() -> None:
-    other = FrameSelection(path="w.mp4", frames=(1,), seconds=(0.1,))
+    other = FrameSelection(path="w.mp4", frames=(1,), seconds=(0.1,), height=8, width=8)
     tokens = pack_groups(
         [
             GroupTokens(prompt=prompt("a", (MEDIA_TOKEN, MEDIA_TOKEN), (other, VIDEO)), responses=((1,),)),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
+import torch
 
 from megalong.data.batches import build_prompts
-from megalong.data.sequence import THINKING_TEMPLATE, SequenceBuilder
+from megalong.data.sequence import TEXT_THINKING_TEMPLATE, THINKING_TEMPLATE, SequenceBuilder
+from megalong.models.longvila.layout import SquareFrames
 from megalong.records import MEDIA_TOKEN, FrameSelection, Sample
 
 NEWLINE, EOS = 10, 3
@@ -24,12 +27,18 @@ def encode(text: str) -> list[int]:
 
 
 BUILDER = SequenceBuilder(
-    encode=encode, newline_id=NEWLINE, eos_id=EOS, tokens_per_frame=3, system_prompt="Be brief", thinking=False
+    encode=encode,
+    eos_id=EOS,
+    videos=SquareFrames(size=8, tokens_per_frame=3, newline_id=NEWLINE),
+    system_prompt="Be brief",
+    thinking=False,
 )
 
 
 def selection(path: str, count: int) -> FrameSelection:
-    return FrameSelection(path=path, frames=tuple(range(count)), seconds=tuple(float(i) for i in range(count)))
+    return FrameSelection(
+        path=path, frames=tuple(range(count)), seconds=tuple(float(i) for i in range(count)), height=8, width=8
+    )
 
 
 def test_video_comes_first_and_every_frame_ends_in_a_newline() -> None:
@@ -53,6 +62,36 @@ def test_text_only_prompt() -> None:
     prompt = BUILDER.prompt(replace(SAMPLE, videos=()), [])
     assert list(prompt.ids_P) == encode(f"{HEAD}Which?{TAIL}")
     assert prompt.selections == ()
+
+
+def test_a_family_without_vision_has_its_own_template_and_refuses_videos() -> None:
+    text = replace(BUILDER, videos=None, thinking=True)
+    prompt = text.prompt(replace(SAMPLE, videos=()), [])
+    assert list(prompt.ids_P) == encode(HEAD + TEXT_THINKING_TEMPLATE.format(question="Which?") + TAIL)
+    assert "video" not in TEXT_THINKING_TEMPLATE
+    assert prompt.positions_P.tolist() == list(range(len(prompt.ids_P)))
+    assert prompt.next_position == len(prompt.ids_P)
+    with pytest.raises(ValueError, match=r"s1: has videos, and this model family has no vision; see model\.family"):
+        text.prompt(SAMPLE, [selection("v.mp4", 1)])
+
+
+def test_without_a_system_prompt_there_is_no_system_turn() -> None:
+    prompt = replace(BUILDER, system_prompt="").prompt(replace(SAMPLE, videos=()), [])
+    assert list(prompt.ids_P) == encode(f"<|im_start|>user\nWhich?{TAIL}")
+
+
+def test_positions_are_the_layout_s() -> None:
+    class Layout(SquareFrames):
+        def positions(self, ids: Sequence[int], selections: Sequence[FrameSelection]) -> tuple[torch.Tensor, int]:
+            return torch.full((3, len(ids)), len(selections)), 7
+
+    layout = Layout(size=8, tokens_per_frame=3, newline_id=NEWLINE)
+    prompt = replace(BUILDER, videos=layout).prompt(SAMPLE, [selection("v.mp4", 2)])
+    assert torch.equal(prompt.positions_P, torch.ones(3, len(prompt.ids_P), dtype=torch.int64))
+    assert prompt.next_position == 7
+    plain = BUILDER.prompt(SAMPLE, [selection("v.mp4", 2)])
+    assert plain.positions_P.tolist() == list(range(len(plain.ids_P)))
+    assert plain.next_position == len(plain.ids_P)
 
 
 def test_thinking_asks_with_the_template_that_the_model_was_trained_with() -> None:

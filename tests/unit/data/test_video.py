@@ -3,6 +3,7 @@
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
-from video_files import numbered_picture, read_number, write_video
+from video_files import SQUARE, numbered_picture, read_number, write_video
 
 from megalong.config.tree import FrameSampling
 from megalong.data import video
@@ -21,13 +22,22 @@ from megalong.data.video import DecodeError, Orientation, decode_frames, probe, 
 from megalong.records import FrameSelection
 
 
+def decode(selection, *, size, **changes):
+    """decode_frames at another size than the selection's."""
+    return decode_frames(replace(selection, height=size, width=size), **changes)
+
+
 def select(path, num_frames=10_000):
-    return select_frames(probe(path), sampling=FrameSampling.uniform, num_frames=num_frames, fps=1.0, max_frames=1)
+    return select_frames(
+        probe(path), sampling=FrameSampling.uniform, num_frames=num_frames, fps=1.0, max_frames=1, layout=SQUARE
+    )
 
 
 def pick(path, frames):
     index = probe(path)
-    return FrameSelection(path=str(path), frames=tuple(frames), seconds=tuple(index.seconds_F[list(frames)].tolist()))
+    return FrameSelection(
+        path=str(path), frames=tuple(frames), seconds=tuple(index.seconds_F[list(frames)].tolist()), height=48, width=48
+    )
 
 
 def numbers(clip):
@@ -63,21 +73,23 @@ def test_the_wanted_frames_come_out_and_no_others(tmp_path, coding):
     path = write_video(tmp_path / name, 60, **settings)
     assert probe(path).num_frames == 60
     np.testing.assert_allclose(probe(path).seconds_F, np.arange(60) / 25, atol=1e-3)
-    assert numbers(decode_frames(select(path), size=48)) == list(range(60))
+    assert numbers(decode(select(path), size=48)) == list(range(60))
     rng = np.random.default_rng(0)
     for count in (1, 1, 1, 2, 3, 5, 9, 20):
         wanted = sorted(rng.choice(60, count, replace=False).tolist())
-        assert numbers(decode_frames(pick(path, wanted), size=48)) == wanted
+        assert numbers(decode(pick(path, wanted), size=48)) == wanted
 
 
 @pytest.mark.parametrize("rate", [1, 10, 30, 60])
 def test_rates(tmp_path, rate):
     path = write_video(tmp_path / "a.mp4", 30, rate=rate)
-    selection = select_frames(probe(path), sampling=FrameSampling.fps, num_frames=1, fps=2.0, max_frames=100)
+    selection = select_frames(
+        probe(path), sampling=FrameSampling.fps, num_frames=1, fps=2.0, max_frames=100, layout=SQUARE
+    )
     step = rate / 2
     assert selection.frames == tuple(dict.fromkeys(int(k * step) for k in range(int(29 / step) + 1)))
     np.testing.assert_allclose(selection.seconds, np.array(selection.frames) / rate, atol=1e-4)
-    assert numbers(decode_frames(selection, size=64)) == list(selection.frames)
+    assert numbers(decode(selection, size=64)) == list(selection.frames)
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
@@ -86,9 +98,9 @@ def test_variable_frame_rate(tmp_path, name):
     path = write_video(tmp_path / name, len(pts), pts=pts, options={"bf": "2"})
     index = probe(path)
     np.testing.assert_allclose(index.seconds_F, np.array(pts) / 1000, atol=1e-3)
-    assert numbers(decode_frames(pick(path, [3, 4, 17, 29, 31, 32]), size=64)) == [3, 4, 17, 29, 31, 32]
-    by_rate = select_frames(index, sampling=FrameSampling.fps, num_frames=1, fps=1.0, max_frames=100)
-    assert numbers(decode_frames(by_rate, size=64)) == [0, 8, 18, 23, 30]
+    assert numbers(decode(pick(path, [3, 4, 17, 29, 31, 32]), size=64)) == [3, 4, 17, 29, 31, 32]
+    by_rate = select_frames(index, sampling=FrameSampling.fps, num_frames=1, fps=1.0, max_frames=100, layout=SQUARE)
+    assert numbers(decode(by_rate, size=64)) == [0, 8, 18, 23, 30]
 
 
 @settings(max_examples=25, deadline=None)
@@ -109,14 +121,14 @@ def test_any_coding_any_times_any_frames(data):
             Path(folder) / f"a.{suffix}", count, gop=data.draw(st.integers(1, 15)), pts=pts, options=options
         )
         np.testing.assert_allclose(probe(path).seconds_F, np.array(pts) / 1000, atol=1e-3)
-        assert numbers(decode_frames(pick(path, wanted), size=48)) == wanted
+        assert numbers(decode(pick(path, wanted), size=48)) == wanted
 
 
 def test_times_count_from_the_first_frame(tmp_path):
     path = write_video(tmp_path / "a.mkv", 10, pts=[5000 + 40 * frame for frame in range(10)])
     assert probe(path).ticks_F[0] > 0
     np.testing.assert_allclose(probe(path).seconds_F, 0.04 * np.arange(10), atol=1e-3)
-    assert numbers(decode_frames(pick(path, [0, 9]), size=64)) == [0, 9]
+    assert numbers(decode(pick(path, [0, 9]), size=64)) == [0, 9]
 
 
 def test_what_an_edit_list_cuts_off_is_no_frame(tmp_path):
@@ -132,7 +144,7 @@ def test_what_an_edit_list_cuts_off_is_no_frame(tmp_path):
     index = probe(path)
     assert index.num_frames == 43
     assert index.seconds_F[1] == pytest.approx(0.04)
-    assert numbers(decode_frames(pick(path, [0, 1, 30, 42]), size=64)) == [17, 18, 47, 59]
+    assert numbers(decode(pick(path, [0, 1, 30, 42]), size=64)) == [17, 18, 47, 59]
 
 
 def test_frames_before_the_first_keyframe_are_not_counted(tmp_path):
@@ -146,15 +158,15 @@ def test_frames_before_the_first_keyframe_are_not_counted(tmp_path):
                 writing.mux(packet)
     index = probe(path)
     assert index.num_frames == 48
-    assert numbers(decode_frames(pick(path, [0, 20]), size=64)) == [12, 32]
+    assert numbers(decode(pick(path, [0, 20]), size=64)) == [12, 32]
 
 
 def test_ranks_share_a_selection(tmp_path):
     path = write_video(tmp_path / "a.mp4", 60)
     selection = select(path, 7)
-    whole = decode_frames(selection, size=32)
-    assert (whole.first, whole.frames_FHWC.shape, whole.frames_FHWC.dtype) == (0, (7, 32, 32, 3), np.uint8)
-    parts = [decode_frames(selection, first=first, last=last, size=32) for first, last in ((0, 3), (3, 3), (3, 7))]
+    whole = decode_frames(selection)
+    assert (whole.first, whole.frames_FHWC.shape, whole.frames_FHWC.dtype) == (0, (7, 48, 48, 3), np.uint8)
+    parts = [decode_frames(selection, first=first, last=last) for first, last in ((0, 3), (3, 3), (3, 7))]
     assert [part.first for part in parts] == [0, 3, 3]
     assert all(part.selection is selection for part in parts)
     np.testing.assert_array_equal(np.concatenate([part.frames_FHWC for part in parts]), whole.frames_FHWC)
@@ -172,11 +184,11 @@ def test_only_the_groups_of_pictures_that_are_wanted_are_decoded(tmp_path, monke
 
     monkeypatch.setattr(video, "_decoded_from", counting)
     wanted = [3, 10, 60, 100, 555, 999]
-    assert numbers(decode_frames(pick(path, wanted), size=32)) == wanted
+    assert numbers(decode(pick(path, wanted), size=32)) == wanted
     # From 0 to 10, from 50 to 60, frame 100, from 550 to 555, from 950 to 999.
     assert len(decoded) == 11 + 11 + 1 + 6 + 50
     decoded.clear()
-    decode_frames(select(path), size=32)
+    decode(select(path), size=32)
     assert len(decoded) == 1000
 
 
@@ -191,7 +203,7 @@ def test_odd_sizes(tmp_path, size, codec):
     path = write_video(
         tmp_path / "a.mkv", 3, codec=codec, size=size, pictures=[shades] * 3, options=options, pix_fmt="yuv444p"
     )
-    clip = decode_frames(select(path), size=40)
+    clip = decode(select(path), size=40)
     expected = np.asarray(Image.fromarray(shades).resize((40, 40), Image.BICUBIC))
     assert (probe(path).width, probe(path).height) == (width, height)
     for picture in clip.frames_FHWC:
@@ -200,7 +212,7 @@ def test_odd_sizes(tmp_path, size, codec):
 
 def test_odd_size_with_subsampled_colour(tmp_path):
     path = write_video(tmp_path / "a.mkv", 20, codec="ffv1", size=(117, 93))
-    clip = decode_frames(select(path), size=93)
+    clip = decode(select(path), size=93)
     assert numbers(clip) == list(range(20))
     assert np.abs(clip.frames_FHWC[5, -1].astype(int) - clip.frames_FHWC[5, -4].astype(int)).max() <= 2
     assert np.abs(clip.frames_FHWC[5, :, -1].astype(int) - clip.frames_FHWC[5, :, -4].astype(int)).max() <= 2
@@ -211,7 +223,7 @@ def test_resize_is_siglips(tmp_path, size):
     rng = np.random.default_rng(0)
     pictures = [rng.integers(0, 256, (size[1], size[0], 3)).astype(np.uint8) for _ in range(2)]
     path = write_video(tmp_path / "a.avi", 2, codec="rawvideo", size=size, pix_fmt="bgr24", pictures=pictures)
-    clip = decode_frames(select(path), size=40)
+    clip = decode(select(path), size=40)
     processor = SiglipImageProcessorPil(size={"height": 40, "width": 40}, do_rescale=False, do_normalize=False)
     for got, picture in zip(clip.frames_FHWC, pictures, strict=True):
         oracle = processor(Image.fromarray(picture), return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
@@ -230,7 +242,7 @@ def test_colours(tmp_path):
         ("c.avi", "mjpeg", "yuvj420p"),
     ):
         path = write_video(tmp_path / name, 1, codec=codec, pix_fmt=pix_fmt, pictures=[picture])
-        (got,) = decode_frames(select(path), size=32).frames_FHWC
+        (got,) = decode(select(path), size=32).frames_FHWC
         assert np.abs(got[16, 4].astype(int) - (220, 30, 60)).max() <= 4, name
         assert np.abs(got[16, 28].astype(int) - (20, 80, 200)).max() <= 4, name
 
@@ -256,7 +268,7 @@ def test_orientation(tmp_path, turn):
     index = probe(path)
     assert (index.height, index.width) == upright.shape[:2]
     expected = np.asarray(Image.fromarray(upright).resize((36, 36), Image.BICUBIC)).astype(int)
-    for got in decode_frames(select(path), size=36).frames_FHWC:
+    for got in decode(select(path), size=36).frames_FHWC:
         assert np.abs(got - expected).max() <= 4
 
 
@@ -282,21 +294,21 @@ def test_sound_may_outlast_the_picture_and_covers_are_no_video(tmp_path):
         samples.sample_rate, samples.pts = 16000, 0
         container.mux(sound.encode(samples))
         container.mux(sound.encode(None))
-    assert numbers(decode_frames(select(path), size=48)) == list(range(10))
+    assert numbers(decode(select(path), size=48)) == list(range(10))
 
 
 def test_threads_decode_different_and_same_files(tmp_path):
     paths = [write_video(tmp_path / f"{number}.mp4", 40, options={"bf": "2"}) for number in range(3)]
     wanted = [[number, 13 + number, 39] for number in range(12)]
     with ThreadPoolExecutor(4) as pool:
-        clips = list(pool.map(lambda n: decode_frames(pick(paths[n % 3], wanted[n]), size=48), range(12)))
+        clips = list(pool.map(lambda n: decode(pick(paths[n % 3], wanted[n]), size=48), range(12)))
     assert [numbers(clip) for clip in clips] == wanted
 
 
 def test_codec_threads_change_nothing(tmp_path):
     path = write_video(tmp_path / "a.mp4", 60, options={"bf": "3", "x264-params": "open-gop=1"})
     selection = select(path, 9)
-    one, two = (decode_frames(selection, size=48, threads=threads).frames_FHWC for threads in (1, 2))
+    one, two = (decode(selection, size=48, threads=threads).frames_FHWC for threads in (1, 2))
     np.testing.assert_array_equal(one, two)
 
 
@@ -306,7 +318,7 @@ def test_a_changed_file_is_indexed_again(tmp_path):
     write_video(path, 20)
     assert probe(path).num_frames == 20
     with pytest.raises(DecodeError, match="frame 30 at 1.200 s was selected, but the file has 20 frames.*changed"):
-        decode_frames(selection, size=32)
+        decode(selection, size=32)
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
@@ -319,10 +331,10 @@ def test_damage_is_an_error_not_a_picture(tmp_path, name):
     place = data.index(bodies[16])
     data[place : place + len(bodies[16])] = b"\xff" * len(bodies[16])
     path.write_bytes(data)
-    assert numbers(decode_frames(pick(path, [0, 11, 15, 24, 59]), size=48)) == [0, 11, 15, 24, 59]
+    assert numbers(decode(pick(path, [0, 11, 15, 24, 59]), size=48)) == [0, 11, 15, 24, 59]
     for wanted, failing in (([0, 16], 16), ([17], 17), ([20, 30], 20)):
         with pytest.raises(DecodeError, match=rf"frame {failing} of 60 .* cannot be decoded: .* corrupt"):
-            decode_frames(pick(path, wanted), size=48)
+            decode(pick(path, wanted), size=48)
 
 
 @pytest.mark.parametrize(
@@ -330,7 +342,7 @@ def test_damage_is_an_error_not_a_picture(tmp_path, name):
     [
         ((0, 1), {"first": 1, "last": 3}, r"\[1, 3\) is not a range of 2 frames"),
         ((0, 1), {"first": -1}, r"\[-1, 2\) is not a range"),
-        ((0, 1), {"size": 0}, "size is 0 pixels"),
+        ((0, 1), {"size": 0}, "size is 0 x 0 pixels"),
         ((1, 0), {}, "must be ascending"),
         ((1, 1), {}, "must be ascending"),
     ],
@@ -338,13 +350,13 @@ def test_damage_is_an_error_not_a_picture(tmp_path, name):
 def test_bad_arguments(tmp_path, frames, arguments, message):
     path = write_video(tmp_path / "a.mp4", 4)
     with pytest.raises(ValueError, match=message):
-        decode_frames(pick(path, frames), **{"size": 8, **arguments})
+        decode(pick(path, frames), **{"size": 8, **arguments})
 
 
 def test_speed(tmp_path):
     path = write_video(tmp_path / "a.mp4", 1500, size=(128, 128), gop=250, options={"bf": "3"})
     started = time.process_time()
-    clip = decode_frames(select(path, 64), size=128)
+    clip = decode(select(path, 64), size=128)
     spent = time.process_time() - started
     assert numbers(clip) == list(clip.selection.frames)
     assert spent < 0.6  # about 0.06 s on one core of 2024; the margin is for a busy machine

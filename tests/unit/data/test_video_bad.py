@@ -5,14 +5,16 @@ import re
 import av
 import numpy as np
 import pytest
-from video_files import cut_file, write_empty_video, write_sound, write_video
+from video_files import SQUARE, cut_file, write_empty_video, write_sound, write_video
 
 from megalong.config.tree import FrameSampling
 from megalong.data.video import DecodeError, decode_frames, probe, select_frames
 
 
 def select(path, num_frames):
-    return select_frames(probe(path), sampling=FrameSampling.uniform, num_frames=num_frames, fps=1.0, max_frames=1)
+    return select_frames(
+        probe(path), sampling=FrameSampling.uniform, num_frames=num_frames, fps=1.0, max_frames=1, layout=SQUARE
+    )
 
 
 BAD_VIDEOS = {
@@ -70,7 +72,7 @@ def test_bad_video(tmp_path, case):
     make, message = BAD_VIDEOS[case]
     path = make(tmp_path)
     with pytest.raises(DecodeError, match=re.escape(f"{path}: {message}")) as caught:
-        decode_frames(select(path, 8), size=32)
+        decode_frames(select(path, 8))
     assert caught.value.path == str(path)
     assert str(caught.value) == f"{path}: {caught.value.reason}"
 

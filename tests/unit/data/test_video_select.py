@@ -1,10 +1,13 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from video_files import SQUARE
 
 from megalong.config.tree import FrameSampling
-from megalong.data.video import Orientation, VideoIndex, select_frames
+from megalong.data.video import DecodeError, Orientation, VideoIndex, select_frames
 
 
 def index_of(seconds):
@@ -23,12 +26,14 @@ def index_of(seconds):
     )
 
 
-def uniform(index, num_frames):
-    return select_frames(index, sampling=FrameSampling.uniform, num_frames=num_frames, fps=1.0, max_frames=1)
+def uniform(index, num_frames, layout=SQUARE):
+    return select_frames(
+        index, sampling=FrameSampling.uniform, num_frames=num_frames, fps=1.0, max_frames=1, layout=layout
+    )
 
 
-def at_rate(index, fps, max_frames=8192):
-    return select_frames(index, sampling=FrameSampling.fps, num_frames=1, fps=fps, max_frames=max_frames)
+def at_rate(index, fps, max_frames=8192, layout=SQUARE):
+    return select_frames(index, sampling=FrameSampling.fps, num_frames=1, fps=fps, max_frames=max_frames, layout=layout)
 
 
 @given(count=st.integers(1, 400), num_frames=st.integers(1, 500))
@@ -96,3 +101,31 @@ def test_rate_copes_with_a_wild_timestamp():
 def test_bad_settings(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+PAIRS = replace(SQUARE, frames_per_step=2)
+
+
+@pytest.mark.parametrize(
+    ("count", "num_frames", "want"),
+    [(9, 4, [0, 3, 5, 8]), (9, 5, [0, 3, 5, 8]), (5, 8, [0, 1, 2, 3]), (4, 8, [0, 1, 2, 3]), (3, 2, [0, 2])],
+)
+def test_numbers_of_frames_are_whole_steps_of_the_tower(count, num_frames, want):
+    assert list(uniform(index_of(range(count)), num_frames, layout=PAIRS).frames) == want
+    assert list(at_rate(index_of(range(count)), 1.0, max_frames=num_frames, layout=PAIRS).frames) == want
+
+
+def test_less_than_one_step_of_frames_is_undecodable():
+    with pytest.raises(DecodeError, match="fewer frames than the 2 that the model takes at a time"):
+        uniform(index_of([0.0]), 8, layout=PAIRS)
+
+
+def test_the_layout_decides_the_size_from_the_file_s_and_the_number_of_frames():
+    class Fitted:
+        frames_per_step = 1
+
+        def frame_size(self, *, height, width, num_frames):
+            return height // num_frames, width // num_frames
+
+    chosen = uniform(index_of(range(4)), 2, layout=Fitted())
+    assert (chosen.height, chosen.width) == (24, 32)

@@ -8,7 +8,10 @@ from pathlib import Path
 import av
 import numpy as np
 
+from megalong.models.longvila.layout import SquareFrames
+
 BITS = 12
+SQUARE = SquareFrames(size=48, tokens_per_frame=4, newline_id=1)
 
 
 def numbered_picture(number: int, *, width: int, height: int) -> np.ndarray:

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from megalong.models.errors import CheckpointError
-from megalong.models.longvila.spec import VisionShape, read_gpt_shape, read_spec
+from megalong.models.gpt_shape import read_gpt_shape
+from megalong.models.longvila.spec import VisionShape, read_spec
 
 
 @pytest.fixture
@@ -79,7 +80,7 @@ WRONG = {
     "no tower size": ("vision_tower/config.json", {"image_size": None}, "key 'image_size' is missing"),
     "no width": ("llm/config.json", {"hidden_size": None}, r"llm/config\.json: key 'hidden_size' is missing"),
     "width as text": ("llm/config.json", {"hidden_size": "32"}, "hidden_size is '32', expected a positive integer"),
-    "sliding window": ("llm/config.json", {"use_sliding_window": True}, "use_sliding_window=true is not supported"),
+    "sliding window": ("llm/config.json", {"use_sliding_window": True}, "sliding-window attention is not supported"),
     "rope kind": (
         "llm/config.json",
         {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},

@@ -12,6 +12,7 @@ from torch import Tensor
 from megalong.config.tree import Dtype, ModelConfig
 from megalong.engine.build import build_model
 from megalong.engine.weights_io import export_weights
+from megalong.models.gpt_shape import GptShape
 from megalong.models.weights import (
     Columns,
     Entry,
@@ -94,10 +95,13 @@ def test_gate_and_up_lie_side_by_side_on_each_rank() -> None:
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("use_te", [False, True])
 def test_decoder_table_names(tied: bool, use_te: bool) -> None:
-    table = decoder_table(
-        layers=2, heads=4, kv_heads=2, head_dim=3, vocab=10, tied=tied, use_te=use_te,
-        megatron_prefix="llm.", hf_prefix="llm/",
+    shape = GptShape(
+        hidden=12, layers=2, heads=4, kv_heads=2, head_dim=3, ffn=8, vocab=10, tied=tied, rope_theta=1e4,
+        rope_scaling=1.0, norm_eps=1e-6, max_positions=64,
     )  # fmt: skip
+    table = decoder_table(
+        shape, use_te=use_te, megatron_prefix="llm.", hf_prefix="llm/model.", head_name="llm/lm_head.weight"
+    )
     hf = [name for entry in table for name in entry.hf]
     assert len(set(hf)) == len(hf)
     assert ("llm/lm_head.weight" in hf) is not tied

@@ -97,7 +97,7 @@ def a_scored_group(names: tuple[str, ...], parts: list[list[float]]) -> ScoredGr
         subtitles="",
     )
     group = RolloutGroup(
-        prompt=Prompt(sample=sample, ids_P=(), selections=()),
+        prompt=Prompt(sample=sample, ids_P=(), selections=(), positions_P=torch.arange(0), next_position=0),
         response_ids=((1,),) * len(parts),
         logprobs=((0.0,),) * len(parts),
         texts=("",) * len(parts),

@@ -23,7 +23,7 @@ def a_group(texts: list[str], lengths: list[int] | None = None, truncated: list[
     )
     lengths = lengths or [2] * len(texts)
     return RolloutGroup(
-        prompt=Prompt(sample=sample, ids_P=(1,), selections=()),
+        prompt=Prompt(sample=sample, ids_P=(1,), selections=(), positions_P=torch.arange(1), next_position=1),
         response_ids=tuple((5,) * length for length in lengths),
         logprobs=tuple((-1.0,) * length for length in lengths),
         texts=tuple(texts),

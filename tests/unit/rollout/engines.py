@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,11 +11,11 @@ import torch
 from megalong.config.tree import Dtype, ModelConfig
 from megalong.engine.build import build_model, family_of
 from megalong.engine.weights_io import export_weights
-from megalong.models.longvila.model import LongVila
+from megalong.models.policy import PolicyModel
 from megalong.parallel.layout import ParallelLayout
 from megalong.records import WeightBucket
 from megalong.rollout.embedded import EmbeddedEngine
-from megalong.rollout.engine import RolloutEngine
+from megalong.rollout.engine import Request, RolloutEngine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class World:
     """A policy in Megatron, and how to make an engine that samples from it."""
 
     path: Path
-    model: LongVila
+    model: PolicyModel
     layout: ParallelLayout
     eos_id: int
     make: Callable[..., RolloutEngine]
@@ -42,10 +42,17 @@ def make_embedded(world: World, *, batch_prompts: int = 8, eos_id: int | None = 
     family = family_of(ModelConfig(path=str(world.path)))
     return EmbeddedEngine(
         family.sampler_model(world.path, torch.float32),
-        prefix=family.sampler_prefix,
+        name_of=family.sampler_name,
         eos_id=world.eos_id if eos_id is None else eos_id,
         device=torch.device("cpu"),
         batch_prompts=batch_prompts,
+    )
+
+
+def make_request(ids: Sequence[int], embeds_ND: torch.Tensor | None, seeds: tuple[int, ...]) -> Request:
+    """Positions counted up from 0."""
+    return Request(
+        ids_P=tuple(ids), positions_P=torch.arange(len(ids)), next_position=len(ids), embeds_ND=embeds_ND, seeds=seeds
     )
 
 

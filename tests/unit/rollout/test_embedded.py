@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from engines import World, make_world
+from engines import World, make_request, make_world
 
 from megalong.records import MEDIA_TOKEN
-from megalong.rollout.engine import Request, Sampling
+from megalong.rollout.engine import Sampling
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +27,8 @@ def test_prefill_runs_once_per_group(world: World) -> None:
 
     hook = engine.model.base_model.register_forward_pre_hook(count, with_kwargs=True)
     requests = [
-        Request(ids_P=tuple(range(20, 60)), embeds_ND=None, seeds=(0, 1, 2, 3)),
-        Request(ids_P=(5, 6, *[MEDIA_TOKEN] * 8, *range(100, 120)), embeds_ND=torch.randn(8, 32), seeds=(4, 5, 6, 7)),
+        make_request(range(20, 60), None, (0, 1, 2, 3)),
+        make_request((5, 6, *[MEDIA_TOKEN] * 8, *range(100, 120)), torch.randn(8, 32), (4, 5, 6, 7)),
     ]
     sampling = Sampling(group_size=4, max_tokens=6, temperature=1.0, top_p=1.0, top_k=0)
     engine.generate(requests, sampling=sampling)
@@ -46,7 +46,7 @@ def test_prompts_of_similar_length_are_batched_together(world: World) -> None:
         ),
         with_kwargs=True,
     )
-    requests = [Request(ids_P=tuple(range(1, 1 + n)), embeds_ND=None, seeds=(0,)) for n in (30, 5, 31, 6, 17)]
+    requests = [make_request(range(1, 1 + n), None, (0,)) for n in (30, 5, 31, 6, 17)]
     engine.generate(requests, sampling=Sampling(group_size=1, max_tokens=1, temperature=0.0, top_p=1.0, top_k=0))
     hook.remove()
     assert seen == [(2, 5), (2, 29), (1, 30)]
@@ -57,4 +57,4 @@ def test_a_prompt_that_the_prefill_cannot_be_split_from_is_refused(world: World,
     embeds_ND = torch.zeros(1, 32) if MEDIA_TOKEN in ids else None
     sampling = Sampling(group_size=1, max_tokens=3, temperature=0.0, top_p=1.0, top_k=0)
     with pytest.raises(ValueError, match="expected at least two tokens and a text token at the end"):
-        world.engine().generate([Request(ids_P=ids, embeds_ND=embeds_ND, seeds=(0,))], sampling=sampling)
+        world.engine().generate([make_request(ids, embeds_ND, (0,))], sampling=sampling)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engines import ENGINES, World, make_world
+from engines import ENGINES, World, make_request, make_world
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -30,7 +30,7 @@ def world(request: pytest.FixtureRequest, layout: object, tiny_checkpoint: Path)
 
 def text_request(length: int, *, seeds: tuple[int, ...] = (0,)) -> Request:
     ids = torch.randint(0, 300, (length,), generator=torch.Generator().manual_seed(length)).tolist()
-    return Request(ids_P=tuple(ids), embeds_ND=None, seeds=seeds)
+    return make_request(ids, None, seeds)
 
 
 def video_request(text: int, frames: int, *, seeds: tuple[int, ...] = (0,)) -> Request:
@@ -38,7 +38,7 @@ def video_request(text: int, frames: int, *, seeds: tuple[int, ...] = (0,)) -> R
     generator = torch.Generator().manual_seed(100 + frames)
     ids = list(text_request(text).ids_P)
     ids[3:3] = ([MEDIA_TOKEN] * 4 + [9]) * frames
-    return Request(ids_P=tuple(ids), embeds_ND=torch.randn(4 * frames, 32, generator=generator), seeds=seeds)
+    return make_request(ids, torch.randn(4 * frames, 32, generator=generator), seeds)
 
 
 def ragged_requests(*, seeds: tuple[int, ...] = (0,)) -> list[Request]:
@@ -204,11 +204,17 @@ def test_sampler_and_trainer_agree(world: World, layout: object) -> None:
     sample = Sample(
         sample_id="s", question="", answer="", videos=(), problem_type="", category="", reasoning="", subtitles=""
     )
-    selection = FrameSelection(path="v", frames=(), seconds=())
+    selection = FrameSelection(path="v", frames=(), seconds=(), height=8, width=8)
     tokens = pack_groups(
         [
             GroupTokens(
-                prompt=Prompt(sample=sample, ids_P=request.ids_P, selections=(selection,)),
+                prompt=Prompt(
+                    sample=sample,
+                    ids_P=request.ids_P,
+                    selections=(selection,),
+                    positions_P=request.positions_P,
+                    next_position=request.next_position,
+                ),
                 responses=tuple(response.ids for response in group),
             )
             for request, group in zip(requests, groups, strict=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import torch
+
 from megalong.records import FrameSelection, Prompt, Sample, WeightBucket
 from megalong.rollout.engine import Request, Sampled, Sampling
 from megalong.rollout.sampler import GroupSampler, response_seeds
@@ -35,7 +37,7 @@ def prompt(name: str) -> Prompt:
         subtitles="",
     )  # fmt: skip
     selections: tuple[FrameSelection, ...] = ()
-    return Prompt(sample=sample, ids_P=(1, 2, 3), selections=selections)
+    return Prompt(sample=sample, ids_P=(1, 2, 3), selections=selections, positions_P=torch.arange(3), next_position=3)
 
 
 def test_seeds_differ_by_run_step_sample_response_and_refill() -> None:

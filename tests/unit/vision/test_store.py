@@ -91,24 +91,25 @@ def test_never_over_the_budget(operations: list[tuple[int, int]]) -> None:
 def test_key_depends_on_content_frames_and_size_and_not_on_the_name(tmp_path: Path) -> None:
     file = tmp_path / "a.mp4"
     file.write_bytes(bytes(range(256)) * 16)
-    selection = FrameSelection(path=str(file), frames=(0, 4), seconds=(0.0, 1.0))
-    key = selection_key(selection, image_size=32)
-    assert selection_key(selection, image_size=32) == key
+    selection = FrameSelection(path=str(file), frames=(0, 4), seconds=(0.0, 1.0), height=32, width=32)
+    key = selection_key(selection)
+    assert selection_key(selection) == key
     copy = tmp_path / "b.mp4"
     copy.write_bytes(file.read_bytes())
-    assert selection_key(replace(selection, path=str(copy)), image_size=32) == key
+    assert selection_key(replace(selection, path=str(copy))) == key
     others = {
         key,
-        selection_key(selection, image_size=64),
-        selection_key(replace(selection, frames=(0, 5)), image_size=32),
-        selection_key(replace(selection, frames=(0,)), image_size=32),
+        selection_key(replace(selection, height=64)),
+        selection_key(replace(selection, width=64)),
+        selection_key(replace(selection, frames=(0, 5))),
+        selection_key(replace(selection, frames=(0,))),
     }
     file.write_bytes(file.read_bytes()[:-1] + b"!")  # another last byte
     os.utime(file, ns=(1, 1))
-    others.add(selection_key(selection, image_size=32))
+    others.add(selection_key(selection))
     file.write_bytes(file.read_bytes() + b"!")
-    others.add(selection_key(selection, image_size=32))
-    assert len(others) == 6
+    others.add(selection_key(selection))
+    assert len(others) == 7
 
 
 @pytest.mark.parametrize("place", [0, 2_500_000, 4_999_999], ids=["start", "middle", "end"])
@@ -116,9 +117,9 @@ def test_key_of_a_long_file_sees_its_start_middle_and_end(tmp_path: Path, place:
     file = tmp_path / "long.mp4"
     content = bytearray(5_000_000)
     file.write_bytes(content)
-    selection = FrameSelection(path=str(file), frames=(0,), seconds=(0.0,))
-    before = selection_key(selection, image_size=32)
+    selection = FrameSelection(path=str(file), frames=(0,), seconds=(0.0,), height=32, width=32)
+    before = selection_key(selection)
     content[place] = 1
     file.write_bytes(content)
     os.utime(file, ns=(2, 2))
-    assert selection_key(selection, image_size=32) != before
+    assert selection_key(selection) != before

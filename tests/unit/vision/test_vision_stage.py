@@ -16,16 +16,17 @@ from torch import Tensor, nn
 
 from megalong.config.tree import FrameSampling
 from megalong.data.video import decode_frames, select_frames
+from megalong.models.longvila.layout import SquareFrames
 from megalong.records import Dropped, FrameSelection, Sample
 from megalong.vision import encode as module
 from megalong.vision.encode import VisionSettings, VisionStage
 
 SIZE, TOKENS, WIDTH = 8, 2, 5
 SETTINGS = VisionSettings(
-    image_size=SIZE, tokens_per_frame=TOKENS, tower_batch_frames=3, frozen=True, embed_store_bytes=1 << 20,
-    frame_store_bytes=1 << 20, decode_workers=2,
-)  # fmt: skip
-CHOOSE = partial(select_frames, sampling=FrameSampling.uniform, num_frames=7, fps=1.0, max_frames=8)
+    tower_batch_frames=3, frozen=True, embed_store_bytes=1 << 20, frame_store_bytes=1 << 20, decode_workers=2
+)
+LAYOUT = SquareFrames(size=SIZE, tokens_per_frame=TOKENS, newline_id=1)
+CHOOSE = partial(select_frames, sampling=FrameSampling.uniform, num_frames=7, fps=1.0, max_frames=8, layout=LAYOUT)
 
 
 class Tower(nn.Module):
@@ -89,7 +90,7 @@ def make(layout: object) -> Iterator[object]:
     stages: list[VisionStage] = []
 
     def build(**changes: object) -> VisionStage:
-        stages.append(VisionStage(Tower(), layout, replace(SETTINGS, **changes)))
+        stages.append(VisionStage(Tower(), layout, replace(SETTINGS, **changes), videos=LAYOUT))
         return stages[-1]
 
     yield build
@@ -106,7 +107,7 @@ def ready(stage: VisionStage, samples: Sequence[Sample]) -> tuple[dict[str, Fram
 
 def direct(stage: VisionStage, selection: FrameSelection) -> Tensor:
     """[F * TOKENS, WIDTH]: the tower on the frames, all at once."""
-    frames = torch.from_numpy(decode_frames(selection, size=SIZE).frames_FHWC)
+    frames = torch.from_numpy(decode_frames(selection).frames_FHWC)
     with torch.no_grad():
         return stage.encoder(frames).flatten(0, 1)
 
@@ -149,7 +150,7 @@ def test_a_trained_tower_gets_its_gradient(make: object, videos: dict[str, str])
     stage.embeddings([chosen]).square().sum().backward()
     got = stage.encoder.linear.weight.grad.clone()
     stage.encoder.zero_grad()
-    frames = torch.from_numpy(decode_frames(chosen, size=SIZE).frames_FHWC)
+    frames = torch.from_numpy(decode_frames(chosen).frames_FHWC)
     stage.encoder(frames).square().sum().backward()
     torch.testing.assert_close(got, stage.encoder.linear.weight.grad, rtol=1e-5, atol=1e-5)
 
@@ -272,3 +273,64 @@ def test_embeddings_over_their_budget_name_their_setting(make: object, videos: d
     assert (len(stage.embeds), stage.embeds.num_evicted) == (1, 1)
     with pytest.raises(ValueError, match=r"raise video\.cache_gib"):
         ready(stage, [sample("1", videos["a"], videos["b"])])
+
+
+class PairTower(nn.Module):
+    """Two frames of any size to as many embeddings as the layout says; each names its frames and size by a sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+        self.batches: list[tuple[int, ...]] = []
+
+    def forward(self, frames_FHWC: Tensor) -> Tensor:
+        self.batches.append(tuple(frames_FHWC.shape))
+        frames, height, width, _ = frames_FHWC.shape
+        sums = frames_FHWC.float().reshape(frames // 2, -1).sum(1)
+        tokens = height * width // 32
+        return self.scale * sums[:, None, None] + torch.arange(tokens)[None, :, None] + torch.zeros(WIDTH * 2)
+
+
+class PairLayout:
+    frames_per_step = 2
+
+    def frame_size(self, *, height: int, width: int, num_frames: int) -> tuple[int, int]:
+        return (height // 2, width) if num_frames == 8 else (height // 4, width // 2)
+
+    def tokens_per_step(self, selection: FrameSelection) -> int:
+        return selection.height * selection.width // 32
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_videos_of_different_sizes_are_encoded_apart_and_in_whole_steps(
+    layout: object, videos: dict[str, str], frozen: bool
+) -> None:
+    """a has 8 frames at 16 x 32, b and c (cut to 6) 6 frames at 8 x 16."""
+    choose = partial(CHOOSE, num_frames=8, layout=PairLayout())
+    short = partial(CHOOSE, num_frames=7, layout=PairLayout())
+    stage = VisionStage(PairTower(), layout, replace(SETTINGS, frozen=frozen), videos=PairLayout())
+    batch = [sample(name, videos[name]) for name in "bac"]
+    selections, dropped = stage.select(batch, lambda index: (choose if "a.mp4" in index.path else short)(index))
+    assert [stage.prepare(batch, selections), dropped] == [[], []]
+    shapes = {name: (len(item.frames), item.height, item.width) for name, item in selections.items()}
+    assert shapes == {videos["a"]: (8, 16, 32), videos["b"]: (6, 8, 16), videos["c"]: (6, 8, 16)}
+    chosen = [selections[videos[name]] for name in "bac"]
+    got = stage.embeddings(chosen)
+    want = torch.cat(
+        [stage.encoder(torch.from_numpy(decode_frames(item).frames_FHWC)).flatten(0, 1) for item in chosen]
+    )
+    assert got.shape == (3 * 4 + 4 * 16 + 3 * 4, 2 * WIDTH)
+    assert torch.equal(got, want)
+    assert got.requires_grad is not frozen
+    assert all(shape[0] == 2 for shape in stage.encoder.batches[:-3])  # 3 frames a batch: one whole step
+    stage.close()
+
+
+def test_a_family_without_vision_takes_samples_without_videos(layout: object, videos: dict[str, str]) -> None:
+    stage = VisionStage(None, layout, SETTINGS, videos=None)
+    assert stage.select([sample("1")], CHOOSE) == ({}, [])
+    assert stage.prepare([sample("1")], {}) == []
+    assert stage.embeddings([]) is None
+    with pytest.raises(ValueError, match="this model family has no vision, and the sample has a video"):
+        stage.select([sample("1"), sample("2", videos["a"])], CHOOSE)
+    stage.close()
