@@ -152,14 +152,15 @@ def kept_bytes_per_token(shape: ModelShape, *, element: int, tp: int, sequence_p
     recompute: the layer's input. Otherwise, in elements: width-sized (inputs of the two norms and of
     the two column-parallel linears, 4h, split over tp only with sequence parallel), and split over tp
     always: q, k, v before and after the rotation, attention output, gate, up and their product; plus a
-    float32 log-sum-exp per head.
+    float32 log-sum-exp per head; with more ranks than key-value heads also all q, k, v, gathered.
     """
     width_split = tp if sequence_parallel else 1
     if recompute:
         return shape.hidden * element // width_split
-    query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    query, key = shape.heads * shape.head_dim, max(shape.kv_heads, tp) * shape.head_dim
     split = 3 * query + 4 * key + 3 * shape.ffn
-    return 4 * shape.hidden * element // width_split + (split * element + 4 * shape.heads) // tp
+    gathered = query + 2 * shape.kv_heads * shape.head_dim if tp > shape.kv_heads else 0
+    return (4 * shape.hidden // width_split + gathered) * element + (split * element + 4 * shape.heads) // tp
 
 
 def live_bytes_per_token(shape: ModelShape, *, element: int, tp: int, sequence_parallel: bool) -> int:
@@ -168,10 +169,13 @@ def live_bytes_per_token(shape: ModelShape, *, element: int, tp: int, sequence_p
     In elements: 11 width-sized (6h: residual stream, norms and their gradients; 5h: q, attention
     output, their gradients, rotation), 6 of each of k and v's width, 6 of the ffn width (gate, up,
     product, and their gradients). All but the 6h are split over tp; those only with sequence parallel,
-    which instead gathers a whole input and its gradient (2h) around each column-parallel linear.
+    which instead gathers a whole input and its gradient (2h) around each column-parallel linear. With more ranks than
+    key-value heads all q, k, v and their gradient are gathered too.
     """
-    query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    query, key = shape.heads * shape.head_dim, max(shape.kv_heads, tp) * shape.head_dim
     width = 6 * shape.hidden // (tp if sequence_parallel else 1) + (2 * shape.hidden if sequence_parallel else 0)
+    if tp > shape.kv_heads:
+        width += 2 * (query + 2 * shape.kv_heads * shape.head_dim)
     return element * (width + (5 * query + 6 * key + 6 * shape.ffn) // tp)
 
 

@@ -157,11 +157,24 @@ def _parallel_problems(config: RunConfig, *, world_size: int, model: ModelShape)
         )
     if config.gpus and config.gpus != world_size and config.gpus % replica:
         yield f"gpus={config.gpus} is not a multiple of {split} = {replica}; change gpus or the three"
-    for name, size in (("attention heads", model.heads), ("key-value heads", model.kv_heads), ("ffn width", model.ffn)):
-        if size % tp:
-            yield f"parallel.tp={tp} does not divide the model's {size} {name}; choose a divisor of {size}"
+    yield from split_problems(model, tp=tp, pp=pp)
     if config.parallel.sequence_parallel and tp == 1:
         yield "parallel.sequence_parallel=true needs parallel.tp > 1, which is 1; turn it off or raise parallel.tp"
+
+
+def split_problems(model: ModelShape, *, tp: int, pp: int) -> Iterator[str]:
+    """Why the model's sizes cannot be cut over tp and pp ranks; nothing when they can.
+
+    More tensor-parallel ranks than key-value heads are fine when each head is shared by as many ranks.
+    """
+    for name, size in (("attention heads", model.heads), ("ffn width", model.ffn)):
+        if size % tp:
+            yield f"parallel.tp={tp} does not divide the model's {size} {name}; choose a divisor of {size}"
+    if model.kv_heads % tp and tp % model.kv_heads:
+        yield (
+            f"parallel.tp={tp} neither divides the model's {model.kv_heads} key-value heads nor is a multiple of them; "
+            f"choose a divisor or a multiple of {model.kv_heads}"
+        )
     if model.layers % pp:
         yield f"parallel.pp={pp} does not divide the model's {model.layers} layers; choose a divisor"
 

@@ -93,7 +93,11 @@ class GatedRows:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QkvRows:
-    """Q, K, V rows interleaved by key/value head: [q of its query heads; k; v] for each, as megatron-core does."""
+    """Q, K, V rows interleaved by key/value head: [q of its query heads; k; v] for each, as megatron-core does.
+
+    The interleaved rows are cut evenly. With fewer key/value heads than ranks a cut goes through a head: megatron-core
+    then gathers the projection's output over the ranks, and each takes its query heads and the head they share.
+    """
 
     megatron: str
     hf: tuple[str, ...]
@@ -103,8 +107,7 @@ class QkvRows:
 
     def cut(self, tensors: Sequence[Tensor], *, rank: int, size: int) -> Tensor:
         by_kv_head = [tensor.reshape(self.kv_heads, -1, *tensor.shape[1:]) for tensor in tensors]
-        merged = torch.cat(by_kv_head, dim=1)
-        return merged.chunk(size)[rank].reshape(-1, *merged.shape[2:])
+        return torch.cat(by_kv_head, dim=1).flatten(0, 1).chunk(size)[rank]
 
     def join(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
         whole = torch.cat(list(shards))

@@ -16,6 +16,8 @@ LAYOUTS = {
     "tp2_dp2": (4, ("parallel.tp=2",)),
     "pp2": (2, ("parallel.pp=2",)),
     "tp2_pp2": (4, ("parallel.tp=2", "parallel.pp=2")),
+    # Two key-value heads: each is shared by two ranks.
+    "tp4_sp": (4, ("parallel.tp=4", "parallel.sequence_parallel=true")),
 }
 """Name -> number of processes and overrides."""
 REFERENCE_OF = {"sft_split": "sft", "grpo_split": "grpo"}

@@ -136,6 +136,17 @@ def test_live_bytes_are_22h_plus_6144_plus_12_ffn(shape: ModelShape) -> None:
     assert without == whole_width + (312_320 - whole_width) // 4
 
 
+def test_more_ranks_than_key_value_heads_gather_q_k_v(shape: ModelShape) -> None:
+    few = dataclasses.replace(shape, kv_heads=1)
+    sizes = {"element": 2, "tp": 4, "sequence_parallel": True}
+    qkv = 3584 + 2 * 128
+    split = 2 * (3 * 3584 + 4 * 4 * 128 + 3 * 18944) + 4 * 28  # every rank has a key-value head
+    kept = costs.kept_bytes_per_token(few, recompute=False, **sizes)
+    assert kept == 2 * 3584 + 2 * qkv + split // 4
+    # At four heads on four ranks nothing is gathered, and a rank's share of k and v is the same.
+    assert costs.live_bytes_per_token(few, **sizes) == costs.live_bytes_per_token(shape, **sizes) + 4 * qkv
+
+
 def test_logits_are_bounded_by_the_chunk(shape: ModelShape) -> None:
     rows = costs.CHUNK_LOGITS // (152_064 // 4)
     assert rows == 1765

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from megalong.config.errors import ConfigError
 from megalong.config.load import load_config
 from megalong.config.model_shape import SHIPPED_SHAPE, ModelShape, read_model_shape
 from megalong.config.tree import RunConfig
-from megalong.config.validate import Task, prompt_tokens, validate
+from megalong.config.validate import Task, prompt_tokens, split_problems, validate
 
 GOOD = """
 model: {path: m}
@@ -42,6 +43,16 @@ def problems(config: RunConfig, *, task: Task, world_size: int, model: ModelShap
     return ()
 
 
+@pytest.mark.parametrize(("kv_heads", "tp", "fine"), [(4, 2, True), (2, 4, True), (1, 4, True), (7, 4, False)])
+def test_key_value_heads_are_cut_or_shared(model: ModelShape, kv_heads: int, tp: int, fine: bool) -> None:
+    found = list(split_problems(dataclasses.replace(model, kv_heads=kv_heads), tp=tp, pp=1))
+    want = (
+        "parallel.tp=4 neither divides the model's 7 key-value heads nor is a multiple of them; "
+        "choose a divisor or a multiple of 7"
+    )
+    assert found == ([] if fine else [want])
+
+
 @pytest.mark.parametrize("task", ["sft", "grpo", "eval"])
 def test_a_sound_configuration_passes(recipe: Path, model: ModelShape, task: Task) -> None:
     assert problems(load_config(recipe), task=task, world_size=8, model=model) == ()
@@ -55,7 +66,7 @@ def test_prompt_tokens_of_the_7b_model(recipe: Path, model: ModelShape) -> None:
 
 CASES: list[tuple[Task, list[str], list[str]]] = [
     ("grpo", ["parallel.tp=3"], ["8 processes", "28 attention heads", "4 key-value heads", "18944 ffn width"]),
-    ("grpo", ["parallel.tp=8"], ["28 attention heads", "4 key-value heads"]),
+    ("grpo", ["parallel.tp=8"], ["28 attention heads"]),
     ("sft", ["parallel.tp=1"], ["parallel.sequence_parallel=true needs parallel.tp > 1"]),
     ("sft", ["parallel.pp=8"], ["8 processes cannot be split", "parallel.pp=8 does not divide the model's 28 layers"]),
     ("sft", ["parallel.cp=4"], ["parallel.cp=4 x parallel.pp=1 = 16"]),

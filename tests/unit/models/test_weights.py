@@ -70,6 +70,17 @@ def test_join_undoes_cut(entry: Entry, tensors: list[Tensor], size: int) -> None
         assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("case", ["qkv weight", "qkv bias"])
+def test_more_ranks_than_key_value_heads_cut_the_interleaved_rows_evenly(case: str) -> None:
+    entry, tensors = CASES[case]
+    [whole] = [entry.cut(tensors, rank=0, size=1)]
+    shards = [entry.cut(tensors, rank=rank, size=8) for rank in range(8)]
+    assert torch.equal(torch.cat(shards), whole)
+    assert {len(shard) for shard in shards} == {(HEADS + 2 * KV_HEADS) * HEAD_DIM // 8}
+    for got, want in zip(entry.join(shards), tensors, strict=True):
+        assert torch.equal(got, want)
+
+
 def test_vocabulary_is_padded_with_zeros_for_the_cut_and_trimmed_by_the_join() -> None:
     entry, tensors = CASES["vocabulary"]
     shards = [entry.cut(tensors, rank=rank, size=4) for rank in range(4)]
