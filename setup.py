@@ -8,7 +8,12 @@ setup(
     description="Parallelism-first reinforcement learning on hour-long video, on Megatron-core.",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=[*find_packages(include=["megalong", "megalong.*", "checkpoints_tools", "checkpoints_tools.*"])],
+    packages=[
+        *find_packages(include=["megalong", "megalong.*", "checkpoints_tools", "checkpoints_tools.*"]),
+        "megalong_kernels",
+    ],
+    # kernels/ itself is no package: one of that name would shadow Hugging Face's.
+    package_dir={"megalong_kernels": "kernels/megalong_kernels"},
     install_requires=[
         "torch>=2.11,<2.14",
         "megatron-core>=0.16.1,<0.20",

@@ -65,6 +65,46 @@ def test_padded_vocabulary_rows_are_no_tokens(layout: object) -> None:
     assert torch.equal(got_weight[7:], torch.zeros(3, 6, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("chunk_elements", [20, 1 << 26], ids=["four rows", "all rows"])
+def test_rows_without_a_target_are_left_out(
+    layout: object, monkeypatch: pytest.MonkeyPatch, chunk_elements: int
+) -> None:
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", chunk_elements)
+    hidden_RD, weight_VD, targets_R = case(rows=7, vocab=5)
+    kept_R = torch.tensor([True, False, True, True, False, True, True])
+    upstream_R = torch.linspace(1, 2, 7, dtype=torch.float64)
+    got = vocab_parallel_logprobs(
+        hidden_RD, weight_VD, targets_R.masked_fill(~kept_R, -1), group=layout.tp, real_vocab=5
+    )
+    want = plain(hidden_RD[kept_R], weight_VD, targets_R[kept_R])
+    torch.testing.assert_close(got[0][kept_R], want[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(got[1][kept_R], want[1], rtol=1e-12, atol=1e-12)
+    assert [part[~kept_R].tolist() for part in got] == [[0, 0], [0, 0]]
+    got_grads = torch.autograd.grad((got[0] * upstream_R).sum(), (hidden_RD, weight_VD))
+    want_grads = torch.autograd.grad((want[0] * upstream_R[kept_R]).sum(), (hidden_RD, weight_VD))
+    torch.testing.assert_close(got_grads, want_grads, rtol=1e-12, atol=1e-12)
+
+
+def test_a_token_outside_the_vocabulary_has_probability_zero(layout: object) -> None:
+    hidden_RD, weight_VD, _ = case(rows=2, vocab=5)
+    targets_R = torch.tensor([3, 4])
+    logprobs_R, _ = vocab_parallel_logprobs(hidden_RD, weight_VD, targets_R, group=layout.tp, real_vocab=4)
+    assert logprobs_R.isinf().tolist() == [False, True]
+    assert logprobs_R[1] < 0
+
+
+def test_the_back_end_is_chosen_by_device_and_dtype() -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    choices = [(cuda, torch.float32), (cuda, torch.float64), (cpu, torch.bfloat16), (cpu, torch.float32)]
+    for device, dtype in choices:
+        assert isinstance(module.choose_backend("auto", device=device, dtype=dtype), module.PlainLogprobs)
+    pytest.importorskip("triton", reason="the triton back end needs Triton")
+    for dtype in (torch.bfloat16, torch.float16):
+        assert isinstance(module.choose_backend("auto", device=cuda, dtype=dtype), module.TritonLogprobs)
+    with pytest.raises(ValueError, match="take float16 and bfloat16, got torch.float32"):
+        module.choose_backend("triton", device=cuda, dtype=torch.float32)
+
+
 def test_zero_rows(layout: object) -> None:
     hidden_RD, weight_VD, targets_R = case(rows=0, vocab=7)
     logprobs_R, entropy_R = vocab_parallel_logprobs(hidden_RD, weight_VD, targets_R, group=layout.tp, real_vocab=7)
