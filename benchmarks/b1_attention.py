@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from megalong.attention.kernels import KERNELS
-from megalong.attention.shared_prefix import pack_attention
-from megalong.records import GroupSpan
+from megalong.attention.pack import pack_attention
+from megalong.attention.tree import plan_calls
 
 HEADS, KV_HEADS, WIDTH = 28, 4, 128
 SCALE = WIDTH**-0.5
@@ -31,10 +31,16 @@ def tensors(tokens: int, *, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
     return [torch.randn(shape, dtype=dtype, device="cuda", generator=generator, requires_grad=True) for shape in shapes]
 
 
+def attend(parts: list[Tensor], encoded: tuple[int, ...], kernel: str) -> Tensor:
+    plan = plan_calls(encoded, ring_rank=0, ring_size=1)
+    heads_first = [part.transpose(0, 1)[None].contiguous() for part in parts]
+    return pack_attention(*heads_first, plan, scale=SCALE, kernel=kernel)[0].transpose(0, 1)
+
+
 def shared(parts: list[Tensor], prefix: int, lens: tuple[int, ...], kernel: str) -> Tensor:
-    return pack_attention(
-        *parts, [GroupSpan(start=0, prefix_len=prefix, response_lens=lens)], scale=SCALE, kernel=kernel
-    )
+    starts = [prefix + sum(lens[:index]) for index in range(len(lens))]
+    responses = [number for start, length in zip(starts, lens, strict=True) for number in (start, length, 0)]
+    return attend(parts, (0, prefix, -1, *responses), kernel)
 
 
 def repeated(parts: list[Tensor], prefix: int, lens: tuple[int, ...], kernel: str) -> Tensor:
@@ -42,8 +48,7 @@ def repeated(parts: list[Tensor], prefix: int, lens: tuple[int, ...], kernel: st
     outputs, at = [], prefix
     for index, length in enumerate(lens):
         rows = [torch.cat((part[:prefix], part[at : at + length])) for part in parts]
-        span = GroupSpan(start=0, prefix_len=prefix + length, response_lens=())
-        out = pack_attention(*rows, [span], scale=SCALE, kernel=kernel)
+        out = attend(rows, (0, prefix + length, -1), kernel)
         outputs.append(out if index == 0 else out[prefix:])
         at += length
     return torch.cat(outputs)

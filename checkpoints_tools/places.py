@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from checkpoints_tools.errors import ConvertError, raise_all
 from checkpoints_tools.families import FILES
 from checkpoints_tools.hf_folder import HfFolder, HfTensor, canonical
+from megalong.attention.core import PackCoreAttention
 from megalong.models.families import FAMILIES
 from megalong.models.gpt import transformer_config
 from megalong.models.weights import Entry, VocabRows
-from megalong.parallel.layout import destroy_layout, make_layout
+from megalong.parallel.layout import ContextGroups, destroy_layout, make_layout
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,7 +122,9 @@ def _places(family: str, spec: Any) -> list[Place]:
         spec.gpt, tp=1, cp=1, pp=1, sequence_parallel=False, dtype=torch.float32, recompute=False, on_gpu=False
     )
     with _single_process_groups(), torch.device("meta"):
-        model = FAMILIES[family].build(config, spec, use_te=False)
+        model = FAMILIES[family].build(
+            config, spec, use_te=False, core_attention=partial(PackCoreAttention, context=ContextGroups())
+        )
         table, state = model.weight_table(), model.sharded_state_dict()
     shapes = {name: param.shape for name, param in model.named_parameters()}
     if {entry.megatron for entry in table} != shapes.keys():

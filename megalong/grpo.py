@@ -206,7 +206,7 @@ def tokens_of(batches: Sequence[PolicyBatch]) -> list:
 def grpo_loss(run: Run, batches: Sequence[PolicyBatch], settings: PolicyLossSettings) -> LossOf:
     """The loss of each pack, its rows weighted by the global batch."""
     device = run.layout.device
-    lens = [[length for span in batch.tokens.spans for length in span.response_lens] for batch in batches]
+    lens = [batch.tokens.response_lens for batch in batches]
     local = {"tokens": float(sum(map(sum, lens))), "responses": float(sum(map(len, lens)))}
     total = sum_over(local, group=run.layout.dp, device=device)
 

@@ -65,7 +65,7 @@ def pack_targets(run: Run, prompts: Sequence[Prompt]) -> tuple[list[TokenBatch],
 
 def token_mean_loss(run: Run, packs: Sequence[TokenBatch]) -> LossOf:
     """Negative log-likelihood, mean over the assistant tokens of the global batch."""
-    lens = [[length for span in pack.spans for length in span.response_lens] for pack in packs]
+    lens = [pack.response_lens for pack in packs]
     local = {"tokens": float(sum(map(sum, lens))), "responses": float(sum(map(len, lens)))}
     total = sum_over(local, group=run.layout.dp, device=run.layout.device)
     weights = [

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megalong.records import GroupSpan, PolicyBatch, Prompt, RolloutGroup, TokenBatch
+from megalong.records import PolicyBatch, Prompt, RolloutGroup, Segment, TokenBatch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,12 +44,13 @@ def pack_groups(groups: Sequence[GroupTokens]) -> TokenBatch:
     """One TokenBatch of all groups, in order. Raises ValueError on an empty response."""
     ids: list[int] = []
     positions: list[Tensor] = []
-    spans: list[GroupSpan] = []
+    segments: list[Segment] = []
     rows: list[Tensor] = []
     targets: list[int] = []
     response_of: list[int] = []
     for group in groups:
-        start, prefix_len = len(ids), len(group.prompt.ids_P)
+        start, prefix_len, parent = len(ids), len(group.prompt.ids_P), len(segments)
+        segments.append(Segment(start=start, length=prefix_len, parent=-1))
         ids += group.prompt.ids_P
         prefix_positions = group.prompt.positions_P
         positions.append(prefix_positions)
@@ -57,6 +58,7 @@ def pack_groups(groups: Sequence[GroupTokens]) -> TokenBatch:
             if not response:
                 raise ValueError(f"{group.prompt.sample.sample_id}: a response without tokens cannot be trained on")
             at, length = len(ids), len(response)
+            segments.append(Segment(start=at, length=length, parent=parent))
             ids += response
             first = group.prompt.next_position
             positions.append(torch.arange(first, first + length).expand(*prefix_positions.shape[:-1], length))
@@ -64,12 +66,10 @@ def pack_groups(groups: Sequence[GroupTokens]) -> TokenBatch:
             rows.append(torch.cat((torch.tensor([start + prefix_len - 1]), torch.arange(at, at + length - 1))))
             targets += response
             response_of += [len(rows) - 1] * length
-        lens = tuple(len(response) for response in group.responses)
-        spans.append(GroupSpan(start=start, prefix_len=prefix_len, response_lens=lens))
     return TokenBatch(
         ids_T=torch.tensor(ids),
         positions_T=torch.cat(positions, dim=-1),
-        spans=tuple(spans),
+        segments=tuple(segments),
         selections=tuple(selection for group in groups for selection in group.prompt.selections),
         rows_R=torch.cat(rows),
         targets_R=torch.tensor(targets),

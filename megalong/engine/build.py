@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
+from megalong.attention.core import PackCoreAttention
 from megalong.config.errors import ConfigError
 from megalong.config.tree import Dtype, LayerSpec, ModelConfig, Recompute
 from megalong.engine.weights_io import CheckpointReader, load_hf_weights
@@ -36,14 +38,15 @@ def build_model(config: ModelConfig, layout: ParallelLayout, *, sequence_paralle
     megatron = transformer_config(
         spec.gpt,
         tp=layout.tp_size,
-        cp=layout.cp_size,
+        cp=layout.context.size,
         pp=layout.pp_size,
         sequence_parallel=sequence_parallel,
         dtype=TORCH_DTYPE[config.dtype],
         recompute=config.recompute is Recompute.full,
         on_gpu=on_gpu,
     )
-    model = family.build(megatron, spec, use_te=use_te, attention_kernel=config.attention.value).to(layout.device)
+    core_attention = partial(PackCoreAttention, kernel=config.attention.value, context=layout.context)
+    model = family.build(megatron, spec, use_te=use_te, core_attention=core_attention).to(layout.device)
     load_hf_weights(model, model.weight_table(), CheckpointReader(spec.path, family.weight_folders), layout)
     model.freeze(llm=config.train_llm, projector=config.train_projector, tower=config.train_tower)
     return model

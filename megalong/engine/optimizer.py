@@ -50,9 +50,9 @@ class ShardedAdamW:
         self.named = list(named_parameters)
         self.layout = layout
         self.counted = counted  # names whose gradient this rank adds to the norm: others hold the rest, or a copy
-        owners = assign_owners([param.numel() for _, param in self.named], dist.get_world_size(layout.dp))
+        owners = assign_owners([param.numel() for _, param in self.named], dist.get_world_size(layout.gradient))
         self._owner = dict(zip((name for name, _ in self.named), owners, strict=True))
-        me = dist.get_rank(layout.dp)
+        me = dist.get_rank(layout.gradient)
         # A float32 (or wider) parameter is its own master copy.
         self.masters: dict[str, Tensor] = {
             name: param.detach() if param.dtype.itemsize >= 4 else param.detach().float().clone()
@@ -100,7 +100,7 @@ class ShardedAdamW:
         self.adam.step()
         for master in self.masters.values():
             master.grad = None
-        group = self.layout.dp
+        group = self.layout.gradient
         for name, param in self.named:
             if name in self.masters:
                 param.data.copy_(self.masters[name])

@@ -46,12 +46,12 @@ class Family:
     sampler_name: Callable[[str], str | None]  # sync name -> the sampler's parameter; None: not a part of it
 
     def build(
-        self, config: TransformerConfig, spec: Any, *, use_te: bool, attention_kernel: str = "auto"
+        self, config: TransformerConfig, spec: Any, *, use_te: bool, core_attention: Callable[..., Any]
     ) -> PolicyModel:
         """The module, weights not loaded."""
         encoder = None if self.vision is None else self.vision.encoder(spec)
         table = self.weight_table(spec, encoder, use_te=use_te)
-        return PolicyModel(config, spec, vision=encoder, table=table, use_te=use_te, attention_kernel=attention_kernel)
+        return PolicyModel(config, spec, vision=encoder, table=table, use_te=use_te, core_attention=core_attention)
 
 
 FAMILIES: dict[str, Family] = {

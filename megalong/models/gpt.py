@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,10 +23,10 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megalong.attention.core import PackCoreAttention, encode_spans
+from megalong.attention.core import encode_mask
 from megalong.models.gpt_shape import GptShape
 from megalong.models.weights import Entry, stage_table
-from megalong.records import MEDIA_TOKEN, TokenBatch
+from megalong.records import MEDIA_TOKEN, Segment, TokenBatch
 
 
 class RMSNorm(nn.Module):
@@ -95,7 +94,13 @@ class PackGpt(GPTModel):
     """
 
     def __init__(
-        self, config: TransformerConfig, shape: GptShape, *, use_te: bool, padded_vocab: int, attention_kernel: str
+        self,
+        config: TransformerConfig,
+        shape: GptShape,
+        *,
+        use_te: bool,
+        padded_vocab: int,
+        core_attention: Callable[..., Any],
     ) -> None:
         stages = config.pipeline_model_parallel_size
         # megatron's layers take their numbers from the same place.
@@ -103,7 +108,7 @@ class PackGpt(GPTModel):
         super().__init__(
             config=config,
             transformer_layer_spec=_block_spec(
-                config, config.num_layers // stages, use_te=use_te, attention_kernel=attention_kernel
+                config, config.num_layers // stages, use_te=use_te, core_attention=core_attention
             ),
             pre_process=stage == 0,
             post_process=stage == stages - 1,
@@ -148,12 +153,12 @@ class PackGpt(GPTModel):
         takes, [T (/tp with sequence parallel), 1, D].
         """
         device = next(self.parameters()).device
-        ids_T, positions_T, spans = _pad_to_multiple(tokens, self._sequence_multiple())
+        ids_T, positions_T, segments = _pad_to_multiple(tokens, self._sequence_multiple())
         ids_T, positions_T = ids_T.to(device), positions_T.to(device)
         hidden = self(
             input_ids=None,
             position_ids=torch.atleast_2d(positions_T),  # [1, T] or [3, T]
-            attention_mask=encode_spans(spans),
+            attention_mask=encode_mask(segments, sharded=False),
             decoder_input=self.embed(ids_T, embeds_ND) if self.pre_process else None,
         )
         if not self.post_process:
@@ -206,17 +211,17 @@ def _pad_to_multiple(tokens: TokenBatch, multiple: int) -> tuple[Tensor, Tensor,
     """Append a group of padding so that sequence parallelism can cut the pack evenly. No row reads it."""
     missing = -len(tokens.ids_T) % multiple
     if not missing:
-        return tokens.ids_T, tokens.positions_T, tokens.spans
-    padding = type(tokens.spans[0])(start=len(tokens.ids_T), prefix_len=missing, response_lens=())
+        return tokens.ids_T, tokens.positions_T, tokens.segments
+    padding = Segment(start=len(tokens.ids_T), length=missing, parent=-1)
     return (
         F.pad(tokens.ids_T, (0, missing)),
         F.pad(tokens.positions_T, (0, missing)),
-        (*tokens.spans, padding),
+        (*tokens.segments, padding),
     )
 
 
 def _block_spec(
-    config: TransformerConfig, num_layers: int, *, use_te: bool, attention_kernel: str
+    config: TransformerConfig, num_layers: int, *, use_te: bool, core_attention: Callable[..., Any]
 ) -> TransformerBlockSubmodules:
     """Megatron's own layer with our core attention; Transformer Engine's linears and norms on a GPU."""
     if use_te:
@@ -228,7 +233,7 @@ def _block_spec(
         layer.submodules.input_layernorm = RMSNorm
         layer.submodules.pre_mlp_layernorm = RMSNorm
     attention: ModuleSpec = layer.submodules.self_attention
-    attention.submodules.core_attention = partial(PackCoreAttention, kernel=attention_kernel)
+    attention.submodules.core_attention = core_attention
     if config.qk_layernorm:
         attention.submodules.q_layernorm = attention.submodules.k_layernorm = norm
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)

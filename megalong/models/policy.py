@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron.core.transformer.module import MegatronModule
@@ -25,7 +25,7 @@ class PolicyModel(MegatronModule):
 
     def __init__(
         self, config: TransformerConfig, spec: Any, *, vision: nn.Module | None, table: Sequence[Entry],
-        use_te: bool, attention_kernel: str = "auto",
+        use_te: bool, core_attention: Callable[..., Any],
     ) -> None:  # fmt: skip
         super().__init__(config=config)
         self.spec = spec
@@ -36,7 +36,7 @@ class PolicyModel(MegatronModule):
             spec.gpt,
             use_te=use_te,
             padded_vocab=spec.gpt.vocab + -spec.gpt.vocab % tp,
-            attention_kernel=attention_kernel,
+            core_attention=core_attention,
         )
         self.vision = None if vision is None else vision.to(config.params_dtype)
 

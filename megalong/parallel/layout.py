@@ -15,6 +15,25 @@ from megalong.parallel.cpu import enable_megatron_on_cpu
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ContextGroups:
+    """The context-parallel group and its two factors: ring rank j holds the ranks j * a2a_size .. of the group."""
+
+    size: int = 1
+    rank: int = 0
+    a2a_size: int = 1
+    ring_size: int = 1
+    ring_rank: int = 0
+    group: ProcessGroup | None = None  # None: this process alone
+    a2a: ProcessGroup | None = None
+    ring: ProcessGroup | None = None
+
+    @property
+    def alone(self) -> ContextGroups:
+        """No context parallelism: the rank holds whole packs."""
+        return ContextGroups()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelLayout:
     """Ranks and groups of this process. A replica is the tp x cp x pp ranks that share one batch."""
 
@@ -23,7 +42,6 @@ class ParallelLayout:
     device: torch.device
     tp_rank: int
     tp_size: int
-    cp_size: int
     pp_rank: int  # pipeline stage; 0 embeds, the last one holds the output head
     pp_size: int
     dp_rank: int
@@ -31,10 +49,12 @@ class ParallelLayout:
     replica_rank: int  # rank inside the replica
     replica_size: int
     tp: ProcessGroup
+    context: ContextGroups
     pp: ProcessGroup  # the stages of a replica that have the same place in their stage, in order
     model: ProcessGroup  # tp x pp: ranks that hold the model once between them
     tied: ProcessGroup | None  # first and last stage, which both hold a tied embedding; None between them
-    dp: ProcessGroup  # ranks with the same place in every replica (times cp: megatron's gradient group)
+    dp: ProcessGroup  # ranks with the same place in every replica
+    gradient: ProcessGroup  # dp times cp: ranks that hold the same parameters
     replica: ProcessGroup
     world: ProcessGroup
 
@@ -79,11 +99,14 @@ def start_process_group(*, timeout_minutes: int) -> torch.device:
     return torch.device("cuda", local_rank) if use_gpu else torch.device("cpu")
 
 
-def make_layout(*, tp: int, cp: int, pp: int, seed: int, timeout_minutes: int = 30) -> ParallelLayout:
+def make_layout(*, tp: int, cp: int, pp: int, seed: int, cp_a2a: int = 1, timeout_minutes: int = 30) -> ParallelLayout:
     """Start the process group if needed, split it into TP x CP x PP x DP groups, seed megatron's RNG.
 
-    Raises ValueError when the world size is not a multiple of tp * cp * pp.
+    cp_a2a: how many ranks of a context-parallel group trade rows for heads; the others gather keys (ContextGroups).
+    Raises ValueError when the world size is not a multiple of tp * cp * pp, or cp not one of cp_a2a.
     """
+    if cp % cp_a2a:
+        raise ValueError(f"parallel.cp={cp} is not a multiple of parallel.cp_a2a={cp_a2a}")
     device = start_process_group(timeout_minutes=timeout_minutes)
     world_size, rank = dist.get_world_size(), dist.get_rank()
     if world_size % (tp * cp * pp):
@@ -107,7 +130,6 @@ def make_layout(*, tp: int, cp: int, pp: int, seed: int, timeout_minutes: int = 
         device=device,
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         tp_size=tp,
-        cp_size=cp,
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pp_size=pp,
         dp_rank=dp_rank,
@@ -115,12 +137,42 @@ def make_layout(*, tp: int, cp: int, pp: int, seed: int, timeout_minutes: int = 
         replica_rank=dist.get_rank(replica),
         replica_size=tp * cp * pp,
         tp=parallel_state.get_tensor_model_parallel_group(),
+        context=_context_groups(world_size, a2a_size=cp_a2a),
         pp=parallel_state.get_pipeline_model_parallel_group(),
         model=parallel_state.get_model_parallel_group(),
         tied=parallel_state.get_embedding_group(check_initialized=False),
-        dp=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        dp=parallel_state.get_data_parallel_group(with_context_parallel=False),
+        gradient=parallel_state.get_data_parallel_group(with_context_parallel=True),
         replica=replica,
         world=dist.group.WORLD,
+    )
+
+
+def _context_groups(world_size: int, *, a2a_size: int) -> ContextGroups:
+    """Split this rank's context-parallel group; every rank creates every group, as NCCL requires."""
+    group = parallel_state.get_context_parallel_group()
+    mine = dist.get_process_group_ranks(group)
+    everyone: list[list[int]] = [[]] * world_size
+    dist.all_gather_object(everyone, mine)
+    a2a = ring = None
+    for ranks in sorted({tuple(ranks) for ranks in everyone}):
+        rows = [ranks[at : at + a2a_size] for at in range(0, len(ranks), a2a_size)]
+        for members in rows:
+            created = dist.new_group(list(members))
+            a2a = created if dist.get_rank() in members else a2a
+        for members in zip(*rows, strict=True):
+            created = dist.new_group(list(members))
+            ring = created if dist.get_rank() in members else ring
+    rank = mine.index(dist.get_rank())
+    return ContextGroups(
+        size=len(mine),
+        rank=rank,
+        a2a_size=a2a_size,
+        ring_size=len(mine) // a2a_size,
+        ring_rank=rank // a2a_size,
+        group=group,
+        a2a=a2a,
+        ring=ring,
     )
 
 

@@ -98,16 +98,21 @@ class ScoredGroup:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GroupSpan:
-    """A group's place in a pack: [prefix | response 1 | .. | response G] from `start`."""
+class Segment:
+    """A run of a pack's rows. It sees all rows of its ancestors, and its own causally; nothing else.
 
-    start: int
-    prefix_len: int
-    response_lens: tuple[int, ...]
+    A group is a prefix (no parent) and G responses whose parent it is. Questions about one video: the video, whose
+    children are the questions, whose children are the responses. Segments of a pack are in row order, every one
+    directly followed by its descendants, and cover the pack without gaps.
+    """
+
+    start: int  # first row
+    length: int  # rows, at least 1
+    parent: int  # index into the pack's segments; -1: a root
 
     @property
-    def length(self) -> int:
-        return self.prefix_len + sum(self.response_lens)
+    def stop(self) -> int:
+        return self.start + self.length
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,11 +126,16 @@ class TokenBatch:
 
     ids_T: Tensor  # [T] int64; MEDIA_TOKEN where a vision embedding goes
     positions_T: Tensor  # [T] int64, or [3, T] for M-RoPE: temporal, height, width; equal rows on response tokens
-    spans: tuple[GroupSpan, ...]
+    segments: tuple[Segment, ...]
     selections: tuple[FrameSelection, ...]  # videos whose embeddings fill the MEDIA_TOKEN places, in order
     rows_R: Tensor  # [R] int64; index into T of the position that predicts targets_R
     targets_R: Tensor  # [R] int64 token ids
-    response_R: Tensor  # [R] int64; which response (0..S-1) of the pack the row belongs to
+    response_R: Tensor  # [R] int64; which response (0..S-1) of the pack the row belongs to, ascending
+
+    @property
+    def response_lens(self) -> list[int]:
+        """Tokens of each response of the pack."""
+        return torch.bincount(self.response_R).tolist()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -173,7 +183,7 @@ __all__ = [
     "Clip",
     "Dropped",
     "FrameSelection",
-    "GroupSpan",
+    "Segment",
     "PolicyBatch",
     "Prompt",
     "RolloutGroup",

@@ -1,27 +1,22 @@
-"""Spans travel through megatron-core as a tensor; what the core attention refuses."""
+"""Segments travel through megatron-core as a tensor; what the core attention refuses."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from megalong.attention.core import PackCoreAttention, decode_spans, encode_spans
+from megalong.attention.core import PackCoreAttention, encode_mask
 from megalong.attention.reference import pack_attention_reference
 from megalong.models.gpt import transformer_config
 from megalong.models.gpt_shape import GptShape
-from megalong.records import GroupSpan
+from megalong.parallel.layout import ContextGroups
+from megalong.records import Segment
 
-spans_strategy = st.lists(
-    st.builds(
-        GroupSpan,
-        start=st.integers(0, 3_000_000),
-        prefix_len=st.integers(0, 3_000_000),
-        response_lens=st.lists(st.integers(1, 40_000), max_size=16).map(tuple),
-    ),
-    max_size=6,
-).map(tuple)
+SEGMENTS = (
+    Segment(start=0, length=3, parent=-1),
+    Segment(start=3, length=2, parent=0),
+    Segment(start=5, length=1, parent=0),
+)
 
 
 def config(**changes: object) -> object:
@@ -37,37 +32,65 @@ def config(**changes: object) -> object:
     return built
 
 
-@given(spans_strategy)
-def test_encode_decode_round_trip(spans: tuple[GroupSpan, ...]) -> None:
-    encoded = encode_spans(spans)
-    assert encoded.dtype == torch.int64
-    assert tuple(decode_spans(encoded)) == spans
+def core(*, context: ContextGroups = ContextGroups(), **changes: object) -> PackCoreAttention:  # noqa: B008 - frozen
+    return PackCoreAttention(config(**changes), 1, None, "self", context=context)
 
 
 def test_encoding_by_hand() -> None:
-    spans = (
-        GroupSpan(start=0, prefix_len=7, response_lens=(2, 3)),
-        GroupSpan(start=12, prefix_len=4, response_lens=()),
-    )
-    assert encode_spans(spans).tolist() == [0, 7, 2, 2, 3, 12, 4, 0]
+    encoded = encode_mask(SEGMENTS, sharded=True)
+    assert encoded.dtype == torch.int64
+    assert encoded.tolist() == [1, 0, 3, -1, 3, 2, 0, 5, 1, 0]
+
+
+def rows() -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(6, 1, heads, 4, requires_grad=True) for heads in (2, 1, 1)]
 
 
 def test_core_attention_is_the_reference_at_the_default_scale() -> None:
-    spans = (GroupSpan(start=0, prefix_len=3, response_lens=(2, 1)),)
-    torch.manual_seed(0)
-    query, key, value = torch.randn(6, 1, 2, 4), torch.randn(6, 1, 1, 4), torch.randn(6, 1, 1, 4)
-    attend = PackCoreAttention(config(), 1, None, "self")
-    want = pack_attention_reference(query[:, 0], key[:, 0], value[:, 0], list(spans), scale=0.5)
-    got = attend(query, key, value, encode_spans(spans))
+    query, key, value = rows()
+    want = pack_attention_reference(query[:, 0], key[:, 0], value[:, 0], SEGMENTS, scale=0.5)
+    got = core()(query, key, value, encode_mask(SEGMENTS, sharded=True))
     assert got.shape == (6, 1, 8)
     torch.testing.assert_close(got, want.reshape(6, 1, 8), rtol=1e-6, atol=1e-6)
 
 
-def test_context_parallelism_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"parallel\.cp=2.*set parallel\.cp=1"):
-        PackCoreAttention(config(context_parallel_size=2), 1, None, "self")
+def test_a_kept_output_is_used_once_and_gives_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As megatron's recomputation calls it: first without gradients, then with them."""
+    attend, parts, mask = core(), rows(), encode_mask(SEGMENTS, sharded=True)
+    want = torch.autograd.grad(attend(*parts, mask).square().sum(), parts)
+    with attend.kept.record():
+        with torch.no_grad():
+            first = attend(*parts, mask)
+
+        def no_forward(*_: object) -> None:
+            raise RuntimeError("the kernels ran again")
+
+        monkeypatch.setattr("megalong.attention.pack._forward", no_forward)
+        again = attend(*parts, mask)
+        got = torch.autograd.grad(again.square().sum(), parts)
+        with pytest.raises(RuntimeError, match="ran again"):
+            attend(*parts, mask)
+    assert torch.equal(first, again)
+    for ours, theirs in zip(got, want, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_outputs_are_kept_only_while_recording() -> None:
+    attend, parts, mask = core(), rows(), encode_mask(SEGMENTS, sharded=True)
+    with torch.no_grad():
+        attend(*parts, mask)
+        assert attend.kept.take() is None
+        with attend.kept.record():
+            attend(*parts, mask)
+    assert attend.kept.take() is None  # dropped at the end of the context
+
+
+def test_key_heads_that_an_all_to_all_cannot_deal_out_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"1 key/value heads.*group of 2; set parallel\.cp_a2a"):
+        core(context=ContextGroups(size=2, a2a_size=2))
 
 
 def test_attention_dropout_is_refused() -> None:
     with pytest.raises(ValueError, match=r"attention_dropout=0\.1"):
-        PackCoreAttention(config(attention_dropout=0.1), 1, None, "self")
+        core(attention_dropout=0.1)

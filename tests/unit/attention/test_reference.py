@@ -1,30 +1,43 @@
-"""A pack of groups gives what separate [prefix | response] sequences give (design contract 5)."""
+"""A pack gives what separate root-to-leaf sequences give (design contract 5): any tree, any cut over a ring."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megalong.attention.reference import pack_attention_reference, response_mask
-from megalong.attention.shared_prefix import pack_attention
-from megalong.records import GroupSpan
+from megalong.attention.pack import pack_attention
+from megalong.attention.reference import pack_attention_reference, visible
+from megalong.attention.tree import encode_segments, plan_calls
+from megalong.records import Segment
 
 HEAD_DIM = 6
+Tree = tuple[int, tuple["Tree", ...]]
+"""(rows, children)."""
 
 
-def make_spans(groups: list[tuple[int, tuple[int, ...]]]) -> list[GroupSpan]:
-    spans, start = [], 0
-    for prefix_len, response_lens in groups:
-        spans.append(GroupSpan(start=start, prefix_len=prefix_len, response_lens=response_lens))
-        start += spans[-1].length
-    return spans
+def make_segments(forest: tuple[Tree, ...]) -> list[Segment]:
+    segments: list[Segment] = []
+
+    def add(tree: Tree, parent: int) -> None:
+        start = segments[-1].stop if segments else 0
+        segments.append(Segment(start=start, length=tree[0], parent=parent))
+        me = len(segments) - 1
+        for child in tree[1]:
+            add(child, me)
+
+    for tree in forest:
+        add(tree, -1)
+    return segments
+
+
+def group(prefix: int, *responses: int) -> Tree:
+    return (prefix, tuple((length, ()) for length in responses))
 
 
 def plain_causal(query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
@@ -37,38 +50,54 @@ def plain_causal(query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> 
     return torch.einsum("qij,jqd->iqd", scores_QLL.masked_fill(future, -math.inf).softmax(-1), value)
 
 
-def separate_sequences(query: Tensor, key: Tensor, value: Tensor, spans: list[GroupSpan], *, scale: float) -> Tensor:
-    """Each [prefix | response i] alone; the prefix rows are kept from the first (they are the same in all)."""
+def separate_sequences(query: Tensor, key: Tensor, value: Tensor, segments: list[Segment], *, scale: float) -> Tensor:
+    """Each segment at the end of the sequence of its ancestors, one sequence per segment."""
     outputs = []
-    for span in spans:
-        prefix = list(range(span.start, span.start + span.prefix_len))
-        at, of_group = span.start + span.prefix_len, []
-        for length in span.response_lens or (0,):
-            rows = prefix + list(range(at, at + length))
-            out = plain_causal(query[rows], key[rows], value[rows], scale=scale)
-            of_group.append(out if not of_group else out[span.prefix_len :])
-            at += length
-        outputs += of_group
+    for segment in segments:
+        path, rows = segment, list(range(segment.start, segment.stop))
+        while path.parent >= 0:
+            path = segments[path.parent]
+            rows = [*range(path.start, path.stop), *rows]
+        outputs.append(plain_causal(query[rows], key[rows], value[rows], scale=scale)[-segment.length :])
     return torch.cat(outputs)
+
+
+def ring_of(size: int, kernel: str) -> Callable[..., Tensor]:
+    """The planned form, the ranks of a ring in turn: each has its rows of the queries and all keys."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, segments: list[Segment], *, scale: float) -> Tensor:
+        heads_first = [part.transpose(0, 1)[None] for part in (query, key, value)]
+        out = torch.full_like(query, torch.nan)
+        for rank in range(size):
+            plan = plan_calls(tuple(encode_segments(segments)), ring_rank=rank, ring_size=size)
+            rows = torch.tensor([row for first, last in plan.rows for row in range(first, last)], dtype=torch.int64)
+            padded = torch.cat((rows, rows.new_zeros(2)))  # two padding rows behind
+            mine = pack_attention(
+                heads_first[0].index_select(2, padded), *heads_first[1:], plan, scale=scale, kernel=kernel
+            )
+            assert not mine[:, :, len(rows) :].any()
+            out = out.index_copy(0, rows, mine[0, :, : len(rows)].transpose(0, 1))
+        return out
+
+    return attend
 
 
 ATTENDS: dict[str, Callable[..., Tensor]] = {
     "reference": pack_attention_reference,
-    "three plain calls": partial(pack_attention, kernel="plain"),
-    "three calls of the CPU kernel": partial(pack_attention, kernel="cpu_flash"),
+    "plain calls": ring_of(1, "plain"),
+    "calls of the CPU kernel": ring_of(1, "cpu_flash"),
+    "ring of two": ring_of(2, "plain"),
+    "ring of three": ring_of(3, "cpu_flash"),
+    "ring of four": ring_of(4, "cpu_flash"),
 }
 
 
 def assert_equal_to_separate(
-    attend: Callable[..., Tensor],
-    groups: list[tuple[int, tuple[int, ...]]],
-    *,
-    heads: tuple[int, int],
-    dtype: torch.dtype,
-    tolerance: float,
-) -> None:
-    spans = make_spans(groups)
-    length = sum(span.length for span in spans)
+    attend: Callable[..., Tensor], forest: tuple[Tree, ...], *,
+    heads: tuple[int, int], dtype: torch.dtype, tolerance: float,
+) -> None:  # fmt: skip
+    segments = make_segments(forest)
+    length = segments[-1].stop
     generator = torch.Generator().manual_seed(length)
     leaves = [
         torch.randn(length, count, HEAD_DIM, dtype=dtype, generator=generator).requires_grad_()
@@ -77,64 +106,69 @@ def assert_equal_to_separate(
     upstream = torch.randn(length, heads[0], HEAD_DIM, dtype=dtype, generator=generator)
     results = []
     for compute in (attend, separate_sequences):
-        out = compute(*leaves, spans, scale=0.37)
+        out = compute(*leaves, segments, scale=0.37)
         results.append((out, *torch.autograd.grad((out * upstream).sum(), leaves)))
     for name, got, want in zip(("output", "d query", "d key", "d value"), *results, strict=True):
         torch.testing.assert_close(
-            got, want, rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name} of {groups}: {text}"
+            got, want, rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name} of {forest}: {text}"
         )
 
 
 CASES = {
-    "one plain sequence": [(5, (4,))],
-    "ragged, with a response of one token": [(5, (3, 1, 4))],
-    "responses longer than the prefix": [(2, (7, 5))],
-    "a prefix of one token": [(1, (3, 2))],
-    "several groups": [(4, (2, 3)), (1, (5,)), (6, (1, 1, 1))],
-    "padding behind the groups": [(4, (2, 3)), (3, ())],
+    "one plain sequence": (group(5, 4),),
+    "ragged, with a response of one token": (group(5, 3, 1, 4),),
+    "responses longer than the prefix": (group(2, 7, 5),),
+    "a prefix of one token": (group(1, 3, 2),),
+    "several groups": (group(4, 2, 3), group(1, 5), group(6, 1, 1, 1)),
+    "a group without responses": (group(4, 2, 3), group(3)),
+    "questions about one video": ((9, (group(2, 3, 1), group(1, 4, 2, 2))),),
+    "one of the questions has one response": ((5, (group(2, 3), group(1, 4, 2))), group(3, 2, 2)),
+    "a tree of depth three": ((3, ((2, (group(2, 1, 3), group(1, 2))), (4, ()))),),
 }
 
 
 @pytest.mark.parametrize("attend", ATTENDS.values(), ids=ATTENDS.keys())
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)], ids=lambda pair: f"{pair[0]}q{pair[1]}kv")
-@pytest.mark.parametrize("groups", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize("forest", CASES.values(), ids=CASES.keys())
 def test_pack_equals_separate_sequences_in_float64(
-    groups: list[tuple[int, tuple[int, ...]]], heads: tuple[int, int], attend: Callable[..., Tensor]
+    forest: tuple[Tree, ...], heads: tuple[int, int], attend: Callable[..., Tensor]
 ) -> None:
-    assert_equal_to_separate(attend, groups, heads=heads, dtype=torch.float64, tolerance=1e-12)
+    assert_equal_to_separate(attend, forest, heads=heads, dtype=torch.float64, tolerance=1e-12)
 
 
 @pytest.mark.parametrize("attend", ATTENDS.values(), ids=ATTENDS.keys())
 def test_pack_equals_separate_sequences_in_float32(attend: Callable[..., Tensor]) -> None:
-    groups = CASES["several groups"]
-    assert_equal_to_separate(attend, groups, heads=(4, 2), dtype=torch.float32, tolerance=1e-5)
+    assert_equal_to_separate(attend, CASES["several groups"], heads=(4, 2), dtype=torch.float32, tolerance=1e-5)
 
 
-group = st.tuples(st.integers(1, 9), st.lists(st.integers(1, 8), max_size=4).map(tuple))
+leaf = st.tuples(st.integers(1, 8), st.just(()))
+trees = st.recursive(leaf, lambda child: st.tuples(st.integers(1, 9), st.lists(child, max_size=4).map(tuple)))
 
 
 @pytest.mark.parametrize("attend", ATTENDS.values(), ids=ATTENDS.keys())
 @settings(max_examples=40, deadline=None)
-@given(groups=st.lists(group, min_size=1, max_size=4))
-def test_any_lengths(groups: list[tuple[int, tuple[int, ...]]], attend: Callable[..., Tensor]) -> None:
-    assert_equal_to_separate(attend, groups, heads=(2, 1), dtype=torch.float64, tolerance=1e-12)
+@given(forest=st.lists(trees, min_size=1, max_size=3).map(tuple))
+@example(forest=((1, ()),))
+def test_any_tree(forest: tuple[Tree, ...], attend: Callable[..., Tensor]) -> None:
+    assert_equal_to_separate(attend, forest, heads=(2, 1), dtype=torch.float64, tolerance=1e-12)
 
 
 @pytest.mark.parametrize("attend", ATTENDS.values(), ids=ATTENDS.keys())
 def test_scores_of_hundreds_stay_exact(attend: Callable[..., Tensor]) -> None:
     """Log-sum-exps that differ by hundreds are merged without overflow."""
-    spans = make_spans([(3, (2, 2))])
+    segments = make_segments((group(3, 2, 2),))
     generator = torch.Generator().manual_seed(1)
     query, key, value = (torch.randn(7, 2, HEAD_DIM, dtype=torch.float64, generator=generator) for _ in range(3))
     key[:3] *= 500
-    want = separate_sequences(query, key, value, spans, scale=1.0)
-    torch.testing.assert_close(attend(query, key, value, spans, scale=1.0), want, rtol=1e-12, atol=1e-12)
+    want = separate_sequences(query, key, value, segments, scale=1.0)
+    torch.testing.assert_close(attend(query, key, value, segments, scale=1.0), want, rtol=1e-12, atol=1e-12)
 
 
 def test_response_sees_its_prefix_and_its_own_past_only() -> None:
-    span = GroupSpan(start=9, prefix_len=2, response_lens=(1, 3))
-    mask = response_mask(span, device=torch.device("cpu"))
+    mask = visible(make_segments((group(2, 1, 3),)), device=torch.device("cpu"))
     assert mask.int().tolist() == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
         [1, 1, 1, 0, 0, 0],
         [1, 1, 0, 1, 0, 0],
         [1, 1, 0, 1, 1, 0],
@@ -143,6 +177,7 @@ def test_response_sees_its_prefix_and_its_own_past_only() -> None:
 
 
 def test_a_kernel_that_does_not_take_the_input_names_the_setting() -> None:
-    rows = [torch.zeros(3, 1, HEAD_DIM)] * 3
+    plan = plan_calls((0, 2, -1, 2, 1, 0), ring_rank=0, ring_size=1)
+    rows = [torch.zeros(1, 1, 3, HEAD_DIM)] * 3
     with pytest.raises(ValueError, match=r"model\.attention=flash runs on cuda.*set model\.attention=auto"):
-        pack_attention(*rows, make_spans([(2, (1,))]), scale=1.0, kernel="flash")
+        pack_attention(*rows, plan, scale=1.0, kernel="flash")

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megalong.data.packing import GroupTokens, pack_groups, pack_rollouts, plan_packs
-from megalong.records import MEDIA_TOKEN, FrameSelection, GroupSpan, Prompt, RolloutGroup, Sample
+from megalong.records import MEDIA_TOKEN, FrameSelection, Prompt, RolloutGroup, Sample
 
 VIDEO = FrameSelection(path="v.mp4", frames=(0,), seconds=(0.0,), height=8, width=8)
 
@@ -35,10 +35,9 @@ def test_two_groups_by_hand() -> None:
     want_ids = [5, -1, 7, 11, 12, 13, 14, 15, 16, 8, 9, 21, 22]
     assert tokens.ids_T.tolist() == want_ids
     assert tokens.positions_T.tolist() == [0, 1, 2, 3, 4, 3, 3, 4, 5, 0, 1, 2, 3]
-    assert tokens.spans == (
-        GroupSpan(start=0, prefix_len=3, response_lens=(2, 1, 3)),
-        GroupSpan(start=9, prefix_len=2, response_lens=(2,)),
-    )
+    rows = [(0, 3, -1), (3, 2, 0), (5, 1, 0), (6, 3, 0), (9, 2, -1), (11, 2, 4)]
+    assert [(segment.start, segment.length, segment.parent) for segment in tokens.segments] == rows
+    assert tokens.response_lens == [2, 1, 3, 2]
     # Row 2, the last of the first prompt, predicts the first token of all three of its responses.
     assert tokens.rows_R.tolist() == [2, 3, 2, 2, 6, 7, 10, 11]
     assert tokens.targets_R.tolist() == [11, 12, 13, 14, 15, 16, 21, 22]

@@ -1,0 +1,211 @@
+"""Attention over a pack by an AttentionPlan: exact, each shared segment computed once.
+
+Forward: the causal calls write output and log-sum-exp of every row, the unmasked calls are merged into them. Backward:
+the backward of each call with the merged output and log-sum-exp; gradients of keys and values add up over calls.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalong.attention.kernels import Kernel, choose_kernel
+from megalong.attention.tree import AttentionPlan, Call, Range
+
+
+def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over the union of two key sets from the results on each. out [.., t, d], lse [.., t]."""
+    lse = torch.logaddexp(lse_a, lse_b)
+    weight_a, weight_b = ((part - lse).exp()[..., None] for part in (lse_a, lse_b))
+    return (weight_a * out_a + weight_b * out_b).to(out_a.dtype), lse
+
+
+class KeptOutputs:
+    """Attention outputs of one layer that activation recomputation finds again instead of computing them twice.
+
+    The first run of a recomputed layer has gradients off and puts its output here; the second, in the backward, has
+    them on and takes it. Micro-batches come back in the order they went in.
+    """
+
+    def __init__(self) -> None:
+        self.recording = False
+        self._items: deque[tuple[Tensor, Tensor]] = deque()
+
+    def put(self, out: Tensor, lse: Tensor) -> None:
+        if self.recording and not torch.is_grad_enabled():
+            self._items.append((out, lse))
+
+    def take(self) -> tuple[Tensor, Tensor] | None:
+        return self._items.popleft() if torch.is_grad_enabled() and self._items else None
+
+    @contextmanager
+    def record(self) -> Iterator[None]:
+        """Keep the outputs of recomputed layers inside this context; what is left at its end is dropped."""
+        self.recording = True
+        try:
+            yield
+        finally:
+            self.recording = False
+            self._items.clear()
+
+
+class _Batch:
+    """Ragged ranges of rows <-> a batch padded to the longest. Padding rows come last: causal rows never see them."""
+
+    def __init__(self, ranges: tuple[Range, ...], device: torch.device) -> None:
+        lengths = [last - first for first, last in ranges]
+        self.count, self.longest = len(ranges), max(lengths)
+        self.even = min(lengths) == self.longest
+        self.first, self.last = ranges[0][0], ranges[-1][1]
+        side_by_side = all(a[1] == b[0] for a, b in zip(ranges, ranges[1:], strict=False))
+        self.rows, self.places = _indexes(ranges, device)
+        if side_by_side:
+            self.rows = None
+
+    def take(self, rows: Tensor) -> Tensor:
+        """[1, H, t, ...] -> [count, H, longest, ...] of the ranges, zeros in the padding."""
+        side_by_side = self.rows is None
+        picked = rows[:, :, self.first : self.last] if side_by_side else rows.index_select(2, self.rows)
+        if not self.even:
+            padded = picked.new_zeros((1, picked.shape[1], self.count * self.longest, *picked.shape[3:]))
+            picked = padded.index_copy(2, self.places, picked)
+        return picked[0].unflatten(1, (self.count, self.longest)).transpose(0, 1).contiguous()
+
+    def give(self, batch: Tensor) -> Tensor:
+        """The rows of the ranges one after another, [1, H, sum of lengths, ...]; padding is left out."""
+        rows = batch.transpose(0, 1).flatten(1, 2)[None]
+        return rows if self.even else rows.index_select(2, self.places)
+
+    def write(self, target: Tensor, batch: Tensor) -> None:
+        """target[ranges] = batch."""
+        if self.rows is None:
+            target[:, :, self.first : self.last] = self.give(batch)
+        else:
+            target.index_copy_(2, self.rows, self.give(batch))
+
+    def add(self, target: Tensor, batch: Tensor) -> None:
+        """target[ranges] += batch. Ranges do not overlap."""
+        if self.rows is None:
+            target[:, :, self.first : self.last] += self.give(batch)
+        else:
+            target.index_add_(2, self.rows, self.give(batch).to(target.dtype))
+
+
+@lru_cache(maxsize=512)
+def _indexes(ranges: tuple[Range, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows of the ranges one after another, and their places in the padded batch."""
+    longest = max(last - first for first, last in ranges)
+    rows = torch.cat([torch.arange(first, last) for first, last in ranges])
+    places = torch.cat([torch.arange(last - first) + i * longest for i, (first, last) in enumerate(ranges)])
+    return rows.to(device), places.to(device)
+
+
+def _cut(part: Tensor, span: Range) -> Tensor:
+    return part[:, :, span[0] : span[1]]
+
+
+class _PackAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor,
+        plan: AttentionPlan, kernel: str, scale: float, known: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        out, lse = known or _forward(query, key, value, plan, kernel, scale)
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.plan, ctx.kernel, ctx.scale = plan, kernel, scale
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        return (*_backward(grad_out, *ctx.saved_tensors, ctx.plan, ctx.kernel, ctx.scale), None, None, None, None)
+
+
+def _forward(
+    query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, kernel: str, scale: float
+) -> tuple[Tensor, Tensor]:
+    out = torch.empty_like(query)
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    lse = query.new_empty(query.shape[:3], dtype=wide)
+    out[:, :, plan.num_rows :] = 0  # padding rows see nothing
+    lse[:, :, plan.num_rows :] = 0
+    for call in plan.causal:
+        queries, keys = _batches(call, query.device)
+        batch = queries.take(query), keys.take(key), keys.take(value)
+        out_b, lse_b = _kernel_of(kernel, call, query).forward(*batch, causal=True, scale=scale)
+        queries.write(out, out_b)
+        queries.write(lse, lse_b)
+    for call in plan.unmasked:
+        (rows,), (keys,) = call.queries, call.keys
+        out_c, lse_c = _kernel_of(kernel, call, query).forward(
+            _cut(query, rows), _cut(key, keys), _cut(value, keys), causal=False, scale=scale
+        )
+        merged = merge(out_c, lse_c, _cut(out, rows), _cut(lse, rows))
+        out[:, :, rows[0] : rows[1]], lse[:, :, rows[0] : rows[1]] = merged
+    return out, lse
+
+
+def _backward(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
+    plan: AttentionPlan, kernel: str, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad_query = torch.empty_like(query)
+    grad_query[:, :, plan.num_rows :] = 0
+    # A key gets a part from every call that reads it: add them up in full precision.
+    grad_key, grad_value = (torch.zeros_like(part, dtype=lse.dtype) for part in (key, value))
+    for call in plan.causal:
+        queries, keys = _batches(call, query.device)
+        grad_q, grad_k, grad_v = _kernel_of(kernel, call, query).backward(
+            queries.take(grad_out), queries.take(query), keys.take(key), keys.take(value),
+            queries.take(out), queries.take(lse), causal=True, scale=scale,
+        )  # fmt: skip
+        queries.write(grad_query, grad_q)
+        keys.add(grad_key, grad_k)
+        keys.add(grad_value, grad_v)
+    for call in plan.unmasked:
+        (rows,), (keys,) = call.queries, call.keys
+        grad_q, grad_k, grad_v = _kernel_of(kernel, call, query).backward(
+            _cut(grad_out, rows), _cut(query, rows), _cut(key, keys), _cut(value, keys),
+            _cut(out, rows), _cut(lse, rows), causal=False, scale=scale,
+        )  # fmt: skip
+        _cut(grad_query, rows).add_(grad_q)
+        _cut(grad_key, keys).add_(grad_k)
+        _cut(grad_value, keys).add_(grad_v)
+    return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
+
+
+def _batches(call: Call, device: torch.device) -> tuple[_Batch, _Batch]:
+    return _Batch(call.queries, device), _Batch(call.keys, device)
+
+
+def _kernel_of(name: str, call: Call, query: Tensor) -> Kernel:
+    longest = max(last - first for first, last in call.keys)
+    return choose_kernel(name, device=query.device, dtype=query.dtype, num_tokens=longest)
+
+
+def pack_attention(
+    query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, *,
+    scale: float, kernel: str, kept: KeptOutputs | None = None,
+) -> Tensor:  # fmt: skip
+    """Attention of this rank's rows over the pack's keys, as the plan says.
+
+    query: [1, Q, t, d], the plan's rows and then any padding (whose output and gradients are zero); key, value:
+    [1, K, T, d], whole pack; Q a multiple of K; heads are this rank's share. kernel: a name of
+    attention.kernels.KERNELS or `auto`. Returns [1, Q, t, d]. Equal to running each path from a root to a leaf as a
+    sequence of its own, with gradients added up (design contract 5).
+    """
+    if key.shape[2] != plan.num_keys or query.shape[2] < plan.num_rows:
+        raise ValueError(
+            f"{query.shape[2]} query rows and {key.shape[2]} keys, the plan has {plan.num_rows} and {plan.num_keys}"
+        )
+    known = kept.take() if kept is not None else None
+    out, lse = _PackAttention.apply(query, key, value, plan, kernel, scale, known)
+    if kept is not None:
+        kept.put(out, lse)
+    return out
