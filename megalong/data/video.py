@@ -42,8 +42,8 @@ def select_frames(
     uniform: `num_frames` frames at linspace(0, N - 1) rounded half to even, or all N of a shorter file.
     fps: for t = 0, 1/fps, 2/fps, .. the frame on display at t (the last one at or before t), each once;
     when these are more than `max_frames`, `max_frames` of them at linspace as above.
-    Limits and counts are rounded down to a multiple of layout.frames_per_step: the last frames are left out.
-    Raises DecodeError when the file has less than one step of frames.
+    The last frame is repeated until the frames fill whole steps of layout.frames_per_step, as the stock processors do;
+    a still picture is a file of one frame. Raises DecodeError when the layout has no size for the file's pictures.
     """
     if sampling is FrameSampling.uniform:
         if num_frames < 1:
@@ -57,18 +57,13 @@ def select_frames(
             raise ValueError(f"max_frames is {max_frames}, expected at least 1; set video.max_frames")
         chosen = _frames_at_rate(index.seconds_F, fps)
         limit = max_frames
-    step = layout.frames_per_step
-    limit -= limit % step
     if len(chosen) > limit:
         chosen = chosen[np.round(np.linspace(0, len(chosen) - 1, limit)).astype(np.int64)]
-    chosen = chosen[: len(chosen) - len(chosen) % step]
-    if not len(chosen):
-        raise DecodeError(
-            index.path,
-            f"fewer frames than the {step} that the model takes at a time; use longer videos, or raise "
-            "video.num_frames, video.max_frames or video.fps",
-        )
-    height, width = layout.frame_size(height=index.height, width=index.width, num_frames=len(chosen))
+    try:
+        height, width = layout.frame_size(height=index.height, width=index.width, num_frames=len(chosen))
+    except ValueError as error:
+        raise DecodeError(index.path, str(error)) from error
+    chosen = np.append(chosen, [chosen[-1]] * (-len(chosen) % layout.frames_per_step)).astype(np.int64)
     return FrameSelection(
         path=index.path,
         frames=tuple(chosen.tolist()),
@@ -95,7 +90,7 @@ def decode_frames(selection: FrameSelection, *, first: int = 0, last: int | None
     frames_FHWC = np.empty((last - first, height, width, 3), dtype=np.uint8)
     if first < last:
         index = probe(selection.path)
-        wanted = _checked_frames(selection, index)[first:last]
+        wanted = list(dict.fromkeys(_checked_frames(selection, index)[first:last]))
         reformatter = VideoReformatter()  # keeps its conversion context from frame to frame
         with opened(index.path) as (container, stream):
             stream.codec_context.thread_count = threads
@@ -103,6 +98,7 @@ def decode_frames(selection: FrameSelection, *, first: int = 0, last: int | None
                 rgb_HWC = _to_rgb(frame, reformatter)
                 stored = (width, height) if index.orientation.transpose else (height, width)
                 frames_FHWC[place] = _turn(_resize(rgb_HWC, stored), index.orientation)
+        frames_FHWC[len(wanted) :] = frames_FHWC[len(wanted) - 1]
     return Clip(selection=selection, first=first, frames_FHWC=frames_FHWC)
 
 
@@ -117,8 +113,10 @@ def _frames_at_rate(seconds_F: np.ndarray, fps: float) -> np.ndarray:
 
 def _checked_frames(selection: FrameSelection, index: VideoIndex) -> list[int]:
     frames = selection.frames
-    if any(a >= b for a, b in pairwise(frames)) or (frames and frames[0] < 0):
-        raise ValueError(f"{selection.path}: the selection's frames must be ascending, without repeats")
+    distinct = frames[: frames.index(frames[-1]) + 1]
+    repeats = frames[len(distinct) :]
+    if any(a >= b for a, b in pairwise(distinct)) or set(repeats) - {frames[-1]} or frames[0] < 0:
+        raise ValueError(f"{selection.path}: the selection's frames must be ascending, only the last one repeated")
     for frame, seconds in zip(frames, selection.seconds, strict=True):
         if frame >= index.num_frames or abs(index.seconds_F[frame] - seconds) > 1e-3:
             raise DecodeError(

@@ -51,7 +51,7 @@ class FrameSelection:
     """Which frames of which file are used: decided once, used by trainer and sampler alike."""
 
     path: str
-    frames: tuple[int, ...]  # presentation-order indexes into the file, ascending
+    frames: tuple[int, ...]  # presentation-order indexes, ascending; the last is repeated to fill a step of the tower
     seconds: tuple[float, ...]  # presentation time of each
     height: int  # pixels that the frames are decoded to, by the family's rule from the file's own size
     width: int

@@ -172,6 +172,25 @@ def test_ranks_share_a_selection(tmp_path):
     np.testing.assert_array_equal(np.concatenate([part.frames_FHWC for part in parts]), whole.frames_FHWC)
 
 
+def test_a_repeated_last_frame_is_decoded_once_and_copied(tmp_path, monkeypatch):
+    path = write_video(tmp_path / "a.mp4", 12)
+    shown, to_rgb = [], video._to_rgb
+    monkeypatch.setattr(video, "_to_rgb", lambda frame, reformatter: shown.append(1) or to_rgb(frame, reformatter))
+    assert numbers(decode(pick(path, [3, 7, 9, 9]), size=48)) == [3, 7, 9, 9]
+    assert numbers(decode(pick(path, [3, 7, 9, 9]), first=2, last=4, size=48)) == [9, 9]
+    assert numbers(decode(pick(path, [4, 4]), size=48)) == [4, 4]
+    assert len(shown) == 3 + 1 + 1
+
+
+def test_a_picture_file_is_a_video_of_one_frame(tmp_path):
+    picture_HWC = numbered_picture(5, width=48, height=48)
+    for name in ("a.png", "a.bmp"):
+        Image.fromarray(picture_HWC).save(tmp_path / name)
+        chosen = select(tmp_path / name)
+        assert (chosen.frames, chosen.seconds) == ((0,), (0.0,))
+        assert np.array_equal(decode(chosen, size=48).frames_FHWC[0], picture_HWC)
+
+
 def test_only_the_groups_of_pictures_that_are_wanted_are_decoded(tmp_path, monkeypatch):
     path = write_video(tmp_path / "a.mp4", 1000, gop=50, options={"bf": "0", "preset": "ultrafast"})
     decoded = []
@@ -344,7 +363,8 @@ def test_damage_is_an_error_not_a_picture(tmp_path, name):
         ((0, 1), {"first": -1}, r"\[-1, 2\) is not a range"),
         ((0, 1), {"size": 0}, "size is 0 x 0 pixels"),
         ((1, 0), {}, "must be ascending"),
-        ((1, 1), {}, "must be ascending"),
+        ((1, 1, 2), {}, "only the last one repeated"),
+        ((1, 2, 1, 2), {}, "only the last one repeated"),
     ],
 )
 def test_bad_arguments(tmp_path, frames, arguments, message):

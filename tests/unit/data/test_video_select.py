@@ -108,16 +108,29 @@ PAIRS = replace(SQUARE, frames_per_step=2)
 
 @pytest.mark.parametrize(
     ("count", "num_frames", "want"),
-    [(9, 4, [0, 3, 5, 8]), (9, 5, [0, 3, 5, 8]), (5, 8, [0, 1, 2, 3]), (4, 8, [0, 1, 2, 3]), (3, 2, [0, 2])],
+    [
+        (9, 4, [0, 3, 5, 8]),
+        (9, 5, [0, 2, 4, 6, 8, 8]),
+        (5, 8, [0, 1, 2, 3, 4, 4]),
+        (4, 8, [0, 1, 2, 3]),
+        (3, 1, [0, 0]),
+        (1, 8, [0, 0]),
+    ],
 )
-def test_numbers_of_frames_are_whole_steps_of_the_tower(count, num_frames, want):
+def test_the_last_frame_is_repeated_to_fill_a_step_of_the_tower(count, num_frames, want):
     assert list(uniform(index_of(range(count)), num_frames, layout=PAIRS).frames) == want
     assert list(at_rate(index_of(range(count)), 1.0, max_frames=num_frames, layout=PAIRS).frames) == want
 
 
-def test_less_than_one_step_of_frames_is_undecodable():
-    with pytest.raises(DecodeError, match="fewer frames than the 2 that the model takes at a time"):
-        uniform(index_of([0.0]), 8, layout=PAIRS)
+def test_a_picture_that_the_layout_has_no_size_for_is_undecodable():
+    class Refusing:
+        frames_per_step = 1
+
+        def frame_size(self, *, height, width, num_frames):
+            raise ValueError(f"{height} x {width} is too slim")
+
+    with pytest.raises(DecodeError, match="48 x 64 is too slim"):
+        uniform(index_of([0.0]), 8, layout=Refusing())
 
 
 def test_the_layout_decides_the_size_from_the_file_s_and_the_number_of_frames():
