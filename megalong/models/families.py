@@ -20,6 +20,12 @@ from megalong.models.longvila import tokens as longvila_tokens
 from megalong.models.longvila import tower as longvila_tower
 from megalong.models.longvila import weights as longvila_weights
 from megalong.models.policy import PolicyModel
+from megalong.models.qwen2_5_vl import layout as qwen2_5_vl_layout
+from megalong.models.qwen2_5_vl import sampler as qwen2_5_vl_sampler
+from megalong.models.qwen2_5_vl import spec as qwen2_5_vl_spec
+from megalong.models.qwen2_5_vl import tokens as qwen2_5_vl_tokens
+from megalong.models.qwen2_5_vl import tower as qwen2_5_vl_tower
+from megalong.models.qwen2_5_vl import weights as qwen2_5_vl_weights
 from megalong.models.weights import Entry
 
 
@@ -63,5 +69,14 @@ FAMILIES: dict[str, Family] = {
         read_tokens=longvila_tokens.read_tokens,
         sampler_model=longvila_tokens.sampler_model,
         sampler_name=longvila_tokens.sampler_name,
+    ),
+    "qwen2_5_vl": Family(
+        read_spec=qwen2_5_vl_spec.read_spec,
+        vision=Vision(encoder=qwen2_5_vl_tower.VisionEncoder, layout=qwen2_5_vl_layout.video_layout),
+        weight_table=qwen2_5_vl_weights.weight_table,
+        weight_folders=("",),
+        read_tokens=qwen2_5_vl_tokens.read_tokens,
+        sampler_model=qwen2_5_vl_sampler.sampler_model,
+        sampler_name=qwen2_5_vl_sampler.sampler_name,
     ),
 }

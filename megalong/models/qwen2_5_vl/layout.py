@@ -1,0 +1,79 @@
+"""How qwen2_5_vl lays a video out: frames near their own shape, one run of vision tokens, M-RoPE positions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from megalong.config.tree import VideoConfig
+from megalong.models.chat import ChatTokens
+from megalong.models.errors import CheckpointError
+from megalong.models.qwen2_5_vl.pixels import fit_to_pixels
+from megalong.models.qwen2_5_vl.positions import Grid, mrope_positions, step_ticks
+from megalong.models.qwen2_5_vl.spec import Qwen25VlSpec, VisionShape
+from megalong.records import MEDIA_TOKEN, FrameSelection
+
+VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WindowedFrames:
+    """See data.video_layout.VideoLayout."""
+
+    shape: VisionShape
+    start_id: int
+    end_id: int
+
+    @property
+    def frames_per_step(self) -> int:
+        return self.shape.frames_per_step
+
+    def frame_size(self, *, height: int, width: int, num_frames: int) -> tuple[int, int]:
+        """Multiples of a block near the file's shape, within the processor's pixels and a frame's share of the budget.
+
+        Raises ValueError for a picture of extreme shape.
+        """
+        limits = self.shape.limits
+        # 90 % of the budget is for vision, the rest for text; a token stands for a block of every frame of a step.
+        budget = int(self.shape.max_video_tokens * self.shape.block**2 * 0.9) * self.shape.frames_per_step
+        most = max(min(limits.max_pixels, budget // num_frames), int(limits.min_pixels * 1.05))
+        return fit_to_pixels(height, width, factor=self.shape.block, min_pixels=limits.min_pixels, max_pixels=most)
+
+    def tokens_per_step(self, selection: FrameSelection) -> int:
+        return (selection.height // self.shape.block) * (selection.width // self.shape.block)
+
+    def video_ids(self, selection: FrameSelection) -> list[int]:
+        steps = len(selection.frames) // self.frames_per_step
+        return [self.start_id, *[MEDIA_TOKEN] * (steps * self.tokens_per_step(selection)), self.end_id]
+
+    def positions(self, ids: Sequence[int], selections: Sequence[FrameSelection]) -> tuple[Tensor, int]:
+        return mrope_positions(ids, [self.grid(selection) for selection in selections])
+
+    def grid(self, selection: FrameSelection) -> Grid:
+        """Temporal positions, rows and columns of a video's run of vision tokens."""
+        return Grid(
+            ticks=step_ticks(
+                selection, frames_per_step=self.frames_per_step, ticks_per_second=self.shape.ticks_per_second
+            ),
+            rows=selection.height // self.shape.block,
+            columns=selection.width // self.shape.block,
+        )
+
+
+def video_layout(spec: Qwen25VlSpec, tokens: ChatTokens, video: VideoConfig) -> WindowedFrames:
+    """The layout with the tokenizer's ids. Raises CheckpointError when a vision marker is not one token."""
+    return WindowedFrames(
+        shape=spec.vision,
+        start_id=marker_id(tokens, VISION_START, path=str(spec.path)),
+        end_id=marker_id(tokens, VISION_END, path=str(spec.path)),
+    )
+
+
+def marker_id(tokens: ChatTokens, marker: str, *, path: str) -> int:
+    """Id of a marker. Raises CheckpointError when the tokenizer does not make one token of it."""
+    ids = tokens.encode(marker)
+    if len(ids) != 1:
+        raise CheckpointError(f"{path}: {marker!r} must be one token, this tokenizer gives {ids}")
+    return ids[0]

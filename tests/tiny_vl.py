@@ -1,0 +1,85 @@
+"""Tiny random checkpoints of the stock Qwen-VL models, as save_pretrained writes them, with a tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken
+from transformers import (
+    PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
+
+from megalong.models.longvila.demo_checkpoint import DemoModelSize, train_tokenizer
+
+VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+TEXTS = ("what is shown", "<1.5 seconds><2.0 seconds>", "You are a helpful assistant.", "system user assistant")
+PATCH = 4
+"""Pixels; four patches are a block of 8 x 8 pixels, an embedding."""
+
+
+def write_qwen2_5_vl(folder: Path, *, texts: Iterable[str] = (), tied: bool = False, seed: int = 5) -> Path:
+    """Two decoder layers, three tower blocks of which one has full attention; windows of 2 x 2 embeddings."""
+    tokenizer = make_tokenizer(texts)
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in (*VISION_TOKENS, "<|im_end|>")}
+    text = {
+        "vocab_size": len(tokenizer) + 1 - len(tokenizer) % 2,  # odd, so that tensor parallelism has to pad
+        "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+        "bos_token_id": None, "eos_token_id": ids["<|im_end|>"],
+    }  # fmt: skip
+    vision = {
+        "depth": 3, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 32,
+        "patch_size": PATCH, "window_size": 4 * PATCH, "fullatt_block_indexes": [1], "tokens_per_second": 2,
+    }  # fmt: skip
+    config = Qwen2_5_VLConfig(
+        text_config=text, vision_config=vision, tie_word_embeddings=tied, dtype="float32", **marker_ids(ids)
+    )
+    torch.manual_seed(seed)
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    randomise(model)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    write_preprocessor(folder, image_processor_type="Qwen2VLImageProcessor")
+    return folder
+
+
+def make_tokenizer(texts: Iterable[str]) -> Any:
+    """A byte-level tokenizer with Qwen's chat and vision markers."""
+    tokenizer = train_tokenizer((*TEXTS, *texts), size=DemoModelSize(vocab=300, max_positions=4096))
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=True) for token in VISION_TOKENS])
+    return tokenizer
+
+
+def marker_ids(ids: dict[str, int]) -> dict[str, int]:
+    """The keys of config.json that say where pictures and videos stand."""
+    return {
+        "image_token_id": ids["<|image_pad|>"],
+        "video_token_id": ids["<|video_pad|>"],
+        "vision_start_token_id": ids["<|vision_start|>"],
+        "vision_end_token_id": ids["<|vision_end|>"],
+    }
+
+
+def write_preprocessor(folder: Path, **extra: Any) -> None:
+    """preprocessor_config.json in the form of published Qwen2.5-VL checkpoints."""
+    content = {
+        "min_pixels": 4 * (2 * PATCH) ** 2, "max_pixels": 12 * (2 * PATCH) ** 2, "patch_size": PATCH,
+        "temporal_patch_size": 2, "merge_size": 2, "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711], **extra,
+    }  # fmt: skip
+    (folder / "preprocessor_config.json").write_text(json.dumps(content))
+
+
+@torch.no_grad()
+def randomise(model: PreTrainedModel) -> None:
+    """Every tensor random, so that no bias or norm hides behind 0 or 1."""
+    for name, parameter in model.named_parameters():
+        is_norm = name.endswith("weight") and ("norm" in name or "ln_q" in name)
+        parameter.copy_(float(is_norm) + torch.randn_like(parameter) * (0.2 if parameter.ndim < 2 else 0.15))
