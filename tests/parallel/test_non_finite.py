@@ -11,7 +11,7 @@ from harness import DemoWorld, run_world
 
 from megalong.metrics import read_jsonl
 
-LAYOUTS = {"alone": (1, ()), "tp2": (2, ("parallel.tp=2",)), "dp2": (2, ())}
+LAYOUTS = {"alone": (1, ()), "tp2": (2, ("parallel.tp=2",)), "dp2": (2, ()), "pp2": (2, ("parallel.pp=2",))}
 FIVE_STEPS = ("sft.steps=5", "optimizer.max_skipped_in_a_row=2")
 CASES = {
     "healthy": (FIVE_STEPS, ()),

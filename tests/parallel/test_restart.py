@@ -100,11 +100,12 @@ def test_a_kill_during_a_save_leaves_the_newest_complete_checkpoint(
 
 
 def test_a_run_continues_on_other_layouts(demo: DemoWorld, runs: Path, tmp_path: Path) -> None:
-    """Two steps alone, two on TP2 with sequence parallelism, two on DP2."""
+    """Two steps alone, then one on each of four layouts: TP2 with sequence parallelism, TP2 x PP2, PP2, DP2."""
     run_dir = shutil.copytree(runs / "sft_2", tmp_path / "run")
-    tp2 = ("parallel.tp=2", "parallel.sequence_parallel=true")
-    finish(demo, run_dir, "sft", (*SFT, *tp2), "sigterm_in_step@4", size=2)
-    assert saved_steps(run_dir) == ["step_00000002", "step_00000004"]
+    tp2, pp2 = ("parallel.tp=2", "parallel.sequence_parallel=true"), ("parallel.pp=2",)
+    for step, (size, layout) in enumerate(((2, tp2), (4, (*tp2, *pp2)), (2, pp2)), start=3):
+        finish(demo, run_dir, "sft", (*SFT, *layout), f"sigterm_in_step@{step}", size=size)
+    assert saved_steps(run_dir) == [f"step_{step:08d}" for step in (4, 5)]  # the two newest
     finish(demo, run_dir, "sft", SFT, "no_checkpoints", size=2)
     ours, expected = history(run_dir), history(runs / "sft")
     assert [row["step"] for row in ours] == [1, 2, 3, 4, 5, 6]

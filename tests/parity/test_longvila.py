@@ -39,6 +39,7 @@ class Variant:
     kv_heads: int = 2
     tied: bool = False
     rope: dict | None = None
+    layers: int = 2
     image: int = 16  # with patches of 4: a grid of 4 x 4
     temperature: float = 1.0
     recompute: Recompute = Recompute.none
@@ -64,7 +65,7 @@ def write_checkpoint(folder: Path, variant: Variant) -> Path:
         vocab_size=VOCAB,
         hidden_size=32,
         intermediate_size=40,
-        num_hidden_layers=2,
+        num_hidden_layers=variant.layers,
         num_attention_heads=variant.heads,
         num_key_value_heads=variant.kv_heads,
         max_position_embeddings=512,

@@ -136,16 +136,16 @@ def test_init_from_loads_the_conversion_in_one_process(hf: Path, megatron: Path,
     assert_same_tensors(exported(trainer), hf)
 
 
-def assert_same_tensors(got: dict[str, torch.Tensor], hf: Path) -> None:
-    assert len(got) == 68
+def assert_same_tensors(got: dict[str, torch.Tensor], hf: Path, *, count: int = 68) -> None:
+    assert len(got) == count
     want = {name.replace("/model.safetensors:", "/"): tensor for name, tensor in all_tensors(hf).items()}
     for name, tensor in got.items():
         assert torch.equal(tensor, want[name]), name
 
 
-def load_change_and_save(hf: Path, megatron: Path, out: Path) -> list[dict[str, torch.Tensor]]:
-    """On each of two tensor-parallel ranks: the weights after loading, and after a change that was saved."""
-    trainer = make_trainer(hf, make_layout(tp=2, cp=1, pp=1, seed=1))
+def load_change_and_save(hf: Path, megatron: Path, out: Path, tp: int, pp: int) -> list[dict[str, torch.Tensor]]:
+    """On each rank of a replica: the weights after loading, and after a change that was saved."""
+    trainer = make_trainer(hf, make_layout(tp=tp, cp=1, pp=pp, seed=1))
     load_weights(megatron, trainer)
     loaded = exported(trainer)
     with torch.no_grad():
@@ -155,16 +155,27 @@ def load_change_and_save(hf: Path, megatron: Path, out: Path) -> list[dict[str, 
     return [loaded, exported(trainer)]
 
 
-def test_conversion_loads_at_tp2_and_its_padded_checkpoint_exports(hf: Path, megatron: Path, tmp_path: Path) -> None:
-    results = run_world(2, load_change_and_save, hf, megatron, tmp_path / "run", folder=tmp_path / "world")
-    for loaded, _ in results:
-        assert_same_tensors(loaded, hf)
-    megatron_to_hf(tmp_path / "run", hf, tmp_path / "back")  # the newest step of the folder
-    assert_same_tensors(results[0][1], tmp_path / "back")
-    checked = verify(tmp_path / "run", tmp_path / "back")
+@pytest.mark.parametrize(("tp", "pp", "tied"), [(2, 1, False), (1, 2, False), (1, 2, True), (2, 2, False)])
+def test_conversion_loads_at_any_split_and_its_checkpoint_exports(
+    hf: Path, tmp_path: Path, tp: int, pp: int, tied: bool
+) -> None:
+    count = 68 - tied
+    make_variant(hf, dtype=torch.float32, tied=tied, prefix=True)
+    hf_to_megatron(hf, tmp_path / "megatron")
+    megatron, run = tmp_path / "megatron", tmp_path / "run"
+    results = run_world(tp * pp, load_change_and_save, hf, megatron, run, tp, pp, folder=tmp_path / "world")
+    for loaded, changed in results:
+        assert_same_tensors(loaded, hf, count=count)
+        assert changed.keys() == loaded.keys()
+        assert all(torch.equal(changed[name], 1.5 * loaded[name]) for name in loaded)
+    megatron_to_hf(run, hf, tmp_path / "back")  # the newest step of the folder
+    assert_same_tensors(results[0][1], tmp_path / "back", count=count)
+    checked = verify(run, tmp_path / "back")
     assert checked.equal
-    assert (checked.compared, checked.outside) == (68, 18)
-    by_key = verify(tmp_path / "run", megatron)
-    assert any("padding of the vocabulary? give --like" in difference for difference in by_key.differences)
+    assert (checked.compared, checked.outside) == (count, 18)
+    by_key = verify(run, megatron)
+    # The odd vocabulary is padded where tensor parallelism cuts it.
+    padded = ["padding of the vocabulary? give --like" in difference for difference in by_key.differences]
+    assert any(padded) == (tp > 1)
     # Scaled by 1.5, so every tensor differs; with --like the padded ones are compared too.
-    assert len(verify(tmp_path / "run", megatron, like=hf).differences) == 68
+    assert len(verify(run, megatron, like=hf).differences) == count

@@ -1,0 +1,139 @@
+"""A pipeline of stages against transformers: log-probabilities and the LLM's gradients, tied and untied."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from harness import run_world
+from test_longvila import TOLERANCE, Oracle, Variant, build_case, write_checkpoint
+from torch import Tensor
+
+from megalong.config.tree import Dtype, ModelConfig, OptimizerConfig, Recompute
+from megalong.data.packing import pack_groups
+from megalong.engine.build import build_model
+from megalong.engine.trainer import Trainer
+from megalong.parallel.layout import ParallelLayout, make_layout
+from megalong.records import FrameSelection
+
+VARIANTS = {
+    "untied": Variant(layers=4),
+    "tied": Variant(layers=4, tied=True, temperature=0.6),
+    "recomputed": Variant(layers=4, tied=True, kv_heads=4, recompute=Recompute.full),
+}
+LAYOUTS = {
+    "pp2": (2, {"tp": 1, "pp": 2}, False),
+    "pp4": (4, {"tp": 1, "pp": 4}, False),  # two stages with neither the embedding nor the head
+    "tp2_pp2_sp": (4, {"tp": 2, "pp": 2}, True),
+}
+"""Name -> processes, split, sequence parallelism."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """What one rank saw. Gradients have Hugging Face names and whole shapes."""
+
+    logprobs: list[Tensor]  # of each pack
+    loss: float
+    entropy: float  # mean over the rows
+    grad_norm: float
+    gradients: dict[str, Tensor]
+
+
+def score_all(folders: dict[str, Path], split: dict[str, int], sequence_parallel: bool) -> dict[str, Scored]:
+    layout = make_layout(cp=1, seed=1, **split)
+    return {
+        name: score(folder, VARIANTS[name], layout, sequence_parallel=sequence_parallel)
+        for name, folder in folders.items()
+    }
+
+
+def score(folder: Path, variant: Variant, layout: ParallelLayout, *, sequence_parallel: bool) -> Scored:
+    """Log-probabilities, then a train step of the same packs under the weighted sum that the oracle is given."""
+    config = ModelConfig(path=str(folder), dtype=Dtype.float32, recompute=variant.recompute)
+    model = build_model(config, layout, sequence_parallel=sequence_parallel)
+    packs, frames = build_case(model.spec.vision.tokens_per_frame, variant.image)
+
+    def embeddings(chosen: Sequence[FrameSelection]) -> Tensor | None:
+        return torch.cat([model.vision(frames[s.path]).flatten(0, 1) for s in chosen]) if chosen else None
+
+    trainer = Trainer(model, layout, OptimizerConfig(), total_steps=1, embeddings=embeddings)
+    batches = [pack_groups(pack) for pack in packs]
+    logprobs = trainer.logprobs(batches, temperature=variant.temperature)
+    stats = trainer.train_step(
+        batches, lambda _, logprobs_R, __: ((logprobs_R * weights_of(logprobs_R)).sum(), {}),
+        temperature=variant.temperature,
+    )  # fmt: skip
+    for _, param in trainer.trainable:
+        param.data = param.main_grad
+    gradients = {name: t.clone() for bucket in trainer.export_weights() for name, t in bucket.tensors.items()}
+    return Scored(
+        logprobs=logprobs,
+        loss=stats.loss,
+        entropy=stats.metrics["entropy"],
+        grad_norm=stats.grad_norm,
+        gradients={name: gradient for name, gradient in gradients.items() if name.startswith("llm/")},
+    )
+
+
+def weights_of(logprobs_R: Tensor) -> Tensor:
+    return torch.linspace(-1, 2, len(logprobs_R)) / len(logprobs_R)
+
+
+def expect(folder: Path, variant: Variant) -> Scored:
+    """The same from transformers, every response as a sequence of its own."""
+    oracle = Oracle(folder)
+    packs, frames = build_case((variant.image // 8) ** 2, variant.image)
+    logprobs, entropies, loss = [], [], torch.zeros(())
+    for pack in packs:
+        pairs = []
+        for group in pack:
+            videos = [oracle.encode(frames[item.path]).flatten(0, 1) for item in group.prompt.selections]
+            embeds_ND = torch.cat(videos).detach() if videos else None
+            for response in group.responses:
+                pairs.append(oracle.logprobs(group.prompt.ids_P, response, embeds_ND, temperature=variant.temperature))
+        logprobs_R, entropy_R = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+        loss = loss + (logprobs_R * weights_of(logprobs_R)).sum()
+        logprobs.append(logprobs_R.detach())
+        entropies.append(entropy_R.detach())
+    loss.backward()
+    gradients = {name: gradient for name, gradient in oracle.gradients().items() if name.startswith("llm/")}
+    norm = torch.stack([gradient.double().square().sum() for gradient in gradients.values()]).sum().sqrt()
+    return Scored(
+        logprobs=logprobs,
+        loss=float(loss),
+        entropy=float(torch.cat(entropies).mean()),
+        grad_norm=float(norm),
+        gradients=gradients,
+    )
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {name: write_checkpoint(tmp_path_factory.mktemp(name), variant) for name, variant in VARIANTS.items()}
+
+
+@pytest.fixture(scope="module")
+def expected(folders: dict[str, Path]) -> dict[str, Scored]:
+    return {name: expect(folder, VARIANTS[name]) for name, folder in folders.items()}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_stages_equal_transformers(
+    name: str, folders: dict[str, Path], expected: dict[str, Scored], tmp_path: Path
+) -> None:
+    size, split, sequence_parallel = LAYOUTS[name]
+    for ranks in run_world(size, score_all, folders, split, sequence_parallel, folder=tmp_path):
+        for variant, got in ranks.items():
+            want = expected[variant]
+            torch.testing.assert_close(got.logprobs, want.logprobs, rtol=TOLERANCE, atol=1e-5)
+            assert got.loss == pytest.approx(want.loss, rel=TOLERANCE)
+            assert got.entropy == pytest.approx(want.entropy, rel=TOLERANCE)
+            assert got.grad_norm == pytest.approx(want.grad_norm, rel=TOLERANCE)
+            assert got.gradients.keys() == want.gradients.keys()
+            for tensor, gradient in got.gradients.items():
+                error = (gradient - want.gradients[tensor]).abs().max() / want.gradients[tensor].abs().max()
+                assert error < TOLERANCE, f"{variant}: gradient of {tensor} is off by {error:.1e}"
