@@ -13,7 +13,7 @@ from tqdm import tqdm
 from checkpoints_tools.building import building, check_target
 from checkpoints_tools.errors import raise_all
 from checkpoints_tools.export import plan_export, write_export
-from checkpoints_tools.hf_folder import HfFolder, canonical
+from checkpoints_tools.hf_folder import HfFolder, canonical, joined
 from checkpoints_tools.megatron_writer import write_checkpoint
 from checkpoints_tools.places import Blueprint, Place, check_folder, read_blueprint
 
@@ -93,7 +93,7 @@ def megatron_to_hf(
         dtypes=_names(plan.dtypes.values()),
         carried_tensors=len(plan.folder.tensors) - len(plan.dtypes),
         copied_files=len(plan.copied),
-        weight_files=tuple(f"{sub}/{file}" for sub, files in plan.layout.items() for file in files),
+        weight_files=tuple(joined(sub, file) for sub, files in plan.layout.items() for file in files),
         notes=plan.notes(),
         dry_run=dry_run,
     )

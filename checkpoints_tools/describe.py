@@ -59,8 +59,9 @@ def _describe_hf(path: Path, checksum: bool) -> Description:
 
 def _describe_megatron(path: Path, checksum: bool) -> Description:
     folder = MegatronFolder(path)
-    prefixes = {key.partition(".")[0] for key in folder.tensors}
-    family = next((name for name, files in FILES.items() if files.key_prefixes == prefixes), "unknown")
+    parts = {key.split(".")[1] for key in folder.tensors if key.startswith("vision.")}
+    # A checkpoint of training does not say its family; some have the same parts.
+    family = " or ".join(name for name, files in FILES.items() if files.vision_parts == parts) or "unknown"
     rows = {key: (folder.shape(key), folder.dtype(key)) for key in folder.tensors}
 
     def crc_of(key: str) -> int:

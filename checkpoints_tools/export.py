@@ -14,7 +14,7 @@ from torch import Tensor
 
 from checkpoints_tools.ahead import ahead
 from checkpoints_tools.errors import ConvertError
-from checkpoints_tools.hf_folder import HfFolder, canonical
+from checkpoints_tools.hf_folder import HfFolder, canonical, joined
 from checkpoints_tools.megatron_folder import MegatronFolder, check_checkpoint, megatron_checkpoint
 from checkpoints_tools.places import Blueprint, check_folder, read_blueprint
 from checkpoints_tools.safetensors_files import SafetensorsFile, Slot, reshard, write_index
@@ -45,7 +45,9 @@ class ExportPlan:
             said = json.loads(config.read_text()) if config.is_file() else {}
             said = said.get("dtype") or said.get("torch_dtype")
             if said and written != {said}:
-                notes.append(f"{sub}/config.json says dtype {said}, the tensors are {', '.join(sorted(written))}")
+                notes.append(
+                    f"{joined(sub, 'config.json')} says dtype {said}, the tensors are {', '.join(sorted(written))}"
+                )
         return tuple(notes)
 
 
@@ -89,7 +91,7 @@ def write_export(plan: ExportPlan, target: Path, *, progress: Callable[[int], ob
             for name, slots in files.items():
                 opened.append(SafetensorsFile(target / sub / name, slots))
                 stack.callback(opened[-1].abandon)
-                file_of.update({canonical(f"{sub}/{slot.name}"): opened[-1] for slot in slots})
+                file_of.update({canonical(joined(sub, slot.name)): opened[-1] for slot in slots})
 
         def put(name: str, tensor: Tensor) -> None:
             file_of[name].put(plan.folder.tensors[name].name, tensor)

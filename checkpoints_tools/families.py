@@ -17,7 +17,8 @@ from megalong.models.longvila.spec import LongVilaSpec
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FamilyFiles:
     carried: Callable[[Any], tuple[set[str], set[str]]]  # spec -> canonical names that must, and that may, be there
-    key_prefixes: frozenset[str]  # first parts of its Megatron keys
+    vision_parts: frozenset[str]  # what follows "vision." in its Megatron keys; empty without vision
+    model_type: str | None  # that a stock checkpoint's config.json says; None: known by its folders
 
 
 def longvila_carried(spec: LongVilaSpec) -> tuple[set[str], set[str]]:
@@ -38,6 +39,21 @@ def longvila_carried(spec: LongVilaSpec) -> tuple[set[str], set[str]]:
     return names[False], names[True] - names[False]
 
 
+def nothing_carried(spec: Any) -> tuple[set[str], set[str]]:
+    """Every tensor of the folder is part of the model."""
+    return set(), set()
+
+
+def _text(model_type: str) -> FamilyFiles:
+    return FamilyFiles(carried=nothing_carried, vision_parts=frozenset(), model_type=model_type)
+
+
 FILES: dict[str, FamilyFiles] = {
-    "longvila": FamilyFiles(carried=longvila_carried, key_prefixes=frozenset({"llm", "vision"})),
+    "longvila": FamilyFiles(
+        carried=longvila_carried, vision_parts=frozenset({"embeddings", "encoder", "projector"}), model_type=None
+    ),
+    "qwen2_5_vl": FamilyFiles(carried=nothing_carried, vision_parts=frozenset({"visual"}), model_type="qwen2_5_vl"),
+    "qwen2": _text("qwen2"),
+    "qwen2_5": _text("qwen2"),
+    "qwen3": _text("qwen3"),
 }

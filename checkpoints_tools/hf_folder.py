@@ -28,7 +28,7 @@ DTYPE_NAMES = {
 class HfTensor:
     """One tensor as a safetensors header describes it."""
 
-    folder: str  # sub-folder of the checkpoint, for example "llm"
+    folder: str  # sub-folder of the checkpoint, for example "llm"; "" for the checkpoint folder itself
     name: str  # as stored
     file: Path
     dtype: torch.dtype
@@ -37,6 +37,11 @@ class HfTensor:
     @property
     def num_bytes(self) -> int:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def joined(folder: str, name: str) -> str:
+    """`<folder>/<name>`; the name alone for the checkpoint folder itself."""
+    return f"{folder}/{name}" if folder else name
 
 
 def canonical(full_name: str) -> str:
@@ -55,11 +60,12 @@ class HfFolder:
     def __init__(self, path: Path, folders: Sequence[str]) -> None:
         self.path, self.folders = path, tuple(folders)
         self.tensors: dict[str, HfTensor] = {}
-        for stray in sorted(path.glob("*.safetensors")) + sorted(path.glob("pytorch_model*.bin")):
+        strays = [] if "" in folders else [*path.glob("*.safetensors"), *path.glob("pytorch_model*.bin")]
+        for stray in sorted(strays):
             raise ConvertError(f"{stray}: weights are expected in {', '.join(folders)}, not beside config.json")
         for folder in folders:
-            for tensor in _folder_tensors(path / folder):
-                key = canonical(f"{folder}/{tensor.name}")
+            for tensor in _folder_tensors(path, folder):
+                key = canonical(joined(folder, tensor.name))
                 if key in self.tensors:
                     raise ConvertError(
                         f"{tensor.file}: tensor {tensor.name!r} is stored a second time "
@@ -74,7 +80,7 @@ class HfFolder:
 
     def is_weight_file(self, file: Path) -> bool:
         """Whether an export writes this file anew instead of copying it."""
-        inside = file.parent.name in self.folders and file.parent.parent == self.path
+        inside = file.parent in [self.path / folder for folder in self.folders]
         return inside and (file.suffix == ".safetensors" or file.name == INDEX)
 
     def index_metadata(self, folder: str) -> dict[str, Any]:
@@ -93,7 +99,8 @@ def open_safetensors(file: Path) -> Iterator[Any]:
         raise ConvertError(f"{file}: not a complete safetensors file ({error}); download or copy it again") from error
 
 
-def _folder_tensors(folder: Path) -> list[HfTensor]:
+def _folder_tensors(path: Path, name: str) -> list[HfTensor]:
+    folder = path / name
     if not folder.is_dir():
         raise ConvertError(f"{folder}: no such folder; the checkpoint's weights are expected there")
     pickled = sorted(folder.glob("pytorch_model*.bin*"))
@@ -106,18 +113,18 @@ def _folder_tensors(folder: Path) -> list[HfTensor]:
     if index.is_file() and single.is_file():
         raise ConvertError(f"{folder}: both {SINGLE} and {INDEX} are there; remove the one that is not meant")
     if single.is_file():
-        return _file_tensors(single)
+        return _file_tensors(single, name)
     if not index.is_file():
         raise ConvertError(f"{folder}: neither {SINGLE} nor {INDEX} is there")
-    return _indexed_tensors(index)
+    return _indexed_tensors(index, name)
 
 
-def _indexed_tensors(index: Path) -> list[HfTensor]:
+def _indexed_tensors(index: Path, folder: str) -> list[HfTensor]:
     file_of = _checked_weight_map(index)
     found: dict[str, HfTensor] = {}
     problems = []
     for file_name in dict.fromkeys(file_of.values()):
-        for tensor in _file_tensors(index.parent / file_name):
+        for tensor in _file_tensors(index.parent / file_name, folder):
             if tensor.name not in file_of:
                 problems.append(f"{tensor.file}: unexpected tensor {tensor.name!r}, which {index.name} does not list")
             elif file_of[tensor.name] != file_name:
@@ -161,7 +168,7 @@ def _read_index(index: Path) -> dict[str, Any]:
     return content
 
 
-def _file_tensors(file: Path) -> list[HfTensor]:
+def _file_tensors(file: Path, folder: str) -> list[HfTensor]:
     tensors = []
     with open_safetensors(file) as shard:
         for name in shard.offset_keys():
@@ -171,7 +178,7 @@ def _file_tensors(file: Path) -> list[HfTensor]:
                 raise ConvertError(f"{file}: tensor {name!r} has dtype {dtype}; known are {', '.join(DTYPE_NAMES)}")
             tensors.append(
                 HfTensor(
-                    folder=file.parent.name,
+                    folder=folder,
                     name=name,
                     file=file,
                     dtype=DTYPE_NAMES[dtype],

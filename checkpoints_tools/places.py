@@ -6,6 +6,7 @@ Names come from the weight table alone. Megatron's storage keys, stacking of lay
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 
 from checkpoints_tools.errors import ConvertError, raise_all
 from checkpoints_tools.families import FILES
-from checkpoints_tools.hf_folder import HfFolder, HfTensor, canonical
+from checkpoints_tools.hf_folder import HfFolder, HfTensor, canonical, joined
 from megalong.attention.core import PackCoreAttention
 from megalong.models.families import FAMILIES
 from megalong.models.gpt import transformer_config
@@ -82,14 +83,28 @@ def read_blueprint(path: Path) -> Blueprint:
 
 
 def family_of_folder(path: Path) -> str:
-    """The family whose folders `path` has."""
-    if not (path / "config.json").is_file():
+    """The family whose folders `path` has, or for stock checkpoints, whose model_type its config.json says.
+
+    qwen2 stands for qwen2_5 too: their files do not differ.
+    """
+    file = path / "config.json"
+    if not file.is_file():
         raise ConvertError(f"{path}: not a Hugging Face checkpoint folder (no config.json)")
+    try:
+        model_type = json.loads(file.read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise ConvertError(f"{file}: not a JSON object ({error})") from error
+    layouts = []
     for name, family in FAMILIES.items():
-        if all((path / folder).is_dir() for folder in family.weight_folders):
+        if FILES[name].model_type is None:
+            layouts.append(f"{name}: folders {', '.join(family.weight_folders)}")
+            found = all((path / folder).is_dir() for folder in family.weight_folders)
+        else:
+            layouts.append(f"{name}: model_type {FILES[name].model_type}")
+            found = model_type == FILES[name].model_type
+        if found:
             return name
-    layouts = "; ".join(f"{name}: {', '.join(family.weight_folders)}" for name, family in FAMILIES.items())
-    raise ConvertError(f"{path}: the layout of no known family (folders of {layouts})")
+    raise ConvertError(f"{path}: the layout of no known family ({'; '.join(layouts)})")
 
 
 def check_folder(folder: HfFolder, blueprint: Blueprint) -> None:
@@ -113,7 +128,7 @@ def check_folder(folder: HfFolder, blueprint: Blueprint) -> None:
 def _shape_problem(place: Place, tensor: HfTensor, shape: tuple[int, ...]) -> str:
     what = f"{tensor.file}: tensor {tensor.name!r} has shape {list(tensor.shape)}, expected {list(shape)}"
     if isinstance(place.entry, VocabRows) and tensor.shape[1:] == shape[1:]:
-        return f"{what}: vocabulary mismatch, {tensor.folder}/config.json says vocab_size={shape[0]}"
+        return f"{what}: vocabulary mismatch, {joined(tensor.folder, 'config.json')} says vocab_size={shape[0]}"
     return what
 
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from megalong.config.errors import ConfigError
 from megalong.config.load import save_config
-from megalong.config.model_shape import read_model_shape
+from megalong.config.shapes import read_model_shape
 from megalong.config.tree import RolloutEngine as EngineChoice
 from megalong.config.tree import RunConfig
 from megalong.config.validate import Task, validate
@@ -176,6 +176,12 @@ def checkpoint_folder(config: RunConfig) -> Path:
 def read_samples(config: RunConfig, *, manifest: str, video_dir: str | None, thinking_targets: bool) -> list[Sample]:
     """Read and check a manifest before anything else is built."""
     samples = read_manifest(manifest, video_dir=video_dir)
+    with_videos = [sample.sample_id for sample in samples if sample.videos]
+    if with_videos and family_of(config.model).vision is None:
+        raise ManifestError(
+            f"{manifest}: {len(with_videos)} of {len(samples)} samples have videos (first: {with_videos[0]!r}), and "
+            f"model.family={config.model.family} has no vision; choose another family or take them out"
+        )
     try:
         check_problem_types(samples)
     except ValueError as error:
@@ -193,7 +199,8 @@ def read_samples(config: RunConfig, *, manifest: str, video_dir: str | None, thi
 def open_run(config: RunConfig, *, task: Task) -> Run:
     """Check the configuration, join the other processes, build the model, load or resume (collective)."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    validate(config, task=task, world_size=world_size, model=read_model_shape(config.model.path))
+    shape = read_model_shape(config.model.path, family=config.model.family, video=config.video)
+    validate(config, task=task, world_size=world_size, model=shape)
     start = None if task == "eval" else resume_point(config)
     family = family_of(config.model)
     parallel = config.parallel

@@ -19,8 +19,14 @@ def layer_matrix_params(shape: ModelShape) -> int:
 
 
 def layer_vector_params(shape: ModelShape) -> int:
-    """Biases of q, k, v and the weights of the two norms of one decoder layer."""
-    return (shape.heads + 2 * shape.kv_heads) * shape.head_dim + 2 * shape.hidden
+    """Biases of q, k, v and the weights of the norms of one decoder layer."""
+    biases = (shape.heads + 2 * shape.kv_heads) * shape.head_dim if shape.qkv_bias else 0
+    return biases + layer_norm_params(shape)
+
+
+def layer_norm_params(shape: ModelShape) -> int:
+    """Weights of the two norms of a decoder layer, and of those of its queries and keys."""
+    return 2 * shape.hidden + (2 * shape.head_dim if shape.qk_norm else 0)
 
 
 def head_params(shape: ModelShape) -> int:
@@ -39,28 +45,10 @@ def llm_params_per_rank(shape: ModelShape, *, tp: int, pp: int) -> int:
 
     With pp > 1 the embedding and the head sit on the first and the last stage.
     """
-    norms = 2 * shape.hidden
+    norms = layer_norm_params(shape)
     per_layer = (layer_matrix_params(shape) + layer_vector_params(shape) - norms) // tp + norms
     tables = 2 if pp == 1 and not shape.tied else 1
     return shape.layers // pp * per_layer + shape.hidden + tables * head_params(shape) // tp
-
-
-def tower_params(shape: ModelShape) -> int:
-    """SigLIP without its pooling head: patch convolution, positions, every layer, the last norm."""
-    width, ffn = shape.vision_hidden, shape.vision_ffn
-    embeddings = (3 * shape.patch_size**2 + 1) * width + shape.patches_per_side**2 * width
-    per_layer = 4 * (width * width + width) + 2 * width * ffn + ffn + width + 4 * width
-    return embeddings + shape.vision_layers * per_layer + 2 * width
-
-
-def projector_params(shape: ModelShape) -> int:
-    """Space-to-depth MLP: norm and two linears for 2x2; two norms and three linears for 3x3."""
-    wide, hidden = shape.downsample**2 * shape.vision_hidden, shape.hidden
-    last = hidden * hidden + hidden
-    if shape.downsample == 2:
-        return 2 * wide + wide * hidden + hidden + last
-    narrow = 3 * shape.vision_hidden
-    return 2 * wide + wide * narrow + narrow + 2 * narrow + narrow * hidden + hidden + last
 
 
 def optimizer_params_per_rank(params: int, *, shards: int, largest: int) -> int:
@@ -132,15 +120,6 @@ def decode_flops(shape: ModelShape, *, prompt: int, response: int, group: int) -
     return forward_flops(shape, tokens=rows, pairs=pairs, rows=rows)
 
 
-def frame_flops(shape: ModelShape) -> int:
-    """Forward of one frame through the tower's layers that are run and the projector."""
-    width, ffn = shape.vision_hidden, shape.vision_ffn
-    patches = shape.patches_per_side**2
-    layer = 2 * patches * (4 * width * width + 2 * width * ffn) + 4 * patches * patches * width
-    convolution = 2 * patches * 3 * shape.patch_size**2 * width
-    return shape.vision_layers_run * layer + convolution + 2 * (shape.tokens_per_frame - 1) * projector_params(shape)
-
-
 def kv_bytes_per_token(shape: ModelShape, *, element: int) -> int:
     """Keys and values of one token over all layers."""
     return 2 * shape.layers * shape.kv_heads * shape.head_dim * element
@@ -184,9 +163,3 @@ def logits_bytes(shape: ModelShape, *, tp: int, rows: int, train: bool) -> int:
     vocab = -(-shape.vocab // tp)
     chunk = min(rows, max(1, CHUNK_LOGITS // vocab))
     return 3 * 4 * chunk * vocab + (4 * vocab * shape.hidden if train else 0)
-
-
-def tower_batch_bytes(shape: ModelShape, *, element: int, frames: int) -> int:
-    """Activations of a forward of the frozen tower on `frames` frames: 8 width-sized and 2 ffn-sized per patch."""
-    per_patch = 8 * shape.vision_hidden + 2 * shape.vision_ffn
-    return frames * shape.patches_per_side**2 * per_patch * element

@@ -8,7 +8,8 @@ from pathlib import Path
 from megalong.config import costs
 from megalong.config.errors import ConfigError
 from megalong.config.load import config_yaml
-from megalong.config.model_shape import SHIPPED_SHAPE, ModelShape, read_model_shape
+from megalong.config.model_shape import ModelShape
+from megalong.config.shapes import SHIPPED_SHAPES, read_model_shape
 from megalong.config.tree import Dtype, Recompute, RolloutEngine, RunConfig
 from megalong.config.validate import Task, frames_per_video, prompt_tokens
 
@@ -85,20 +86,21 @@ class Plan:
 
 
 def shape_for_planning(config: RunConfig) -> tuple[ModelShape, str]:
-    """Sizes of model.path, or of the shipped LongVILA-7B when that folder does not exist, and a note that says so.
+    """Sizes of model.path, or of the family's shipped 7B when that folder does not exist, and a note that says so.
 
     Only a configuration with gpus > 0 is planned with the shipped sizes: a CPU run is never one of 7B.
     """
-    path = Path(config.model.path)
+    path, family = Path(config.model.path), config.model.family
     if path.exists():
-        return read_model_shape(path), ""
+        return read_model_shape(path, family=family, video=config.video), ""
     if not config.gpus:
         raise ConfigError(f"model.path={path} does not exist; make or fetch the checkpoint, or set model.path")
-    if not SHIPPED_SHAPE.is_dir():
-        raise ConfigError(f"model.path={path} does not exist and {SHIPPED_SHAPE} neither; set model.path")
-    shipped = SHIPPED_SHAPE.relative_to(SHIPPED_SHAPE.parents[2])
+    folder = SHIPPED_SHAPES.get(family)
+    if folder is None or not folder.is_dir():
+        raise ConfigError(f"model.path={path} does not exist, and no sizes of {family} ship; set model.path")
+    shipped = folder.relative_to(folder.parents[2])
     note = f"model.path={path} does not exist: planned with the sizes in {shipped}"
-    return read_model_shape(SHIPPED_SHAPE), note
+    return read_model_shape(folder, family=family, video=config.video), note
 
 
 def planned_processes(config: RunConfig) -> int:
@@ -163,8 +165,8 @@ def _lengths(config: RunConfig, task: Task, shape: ModelShape, *, dp: int) -> Le
     }[task]
     fitting = config.data.pack_tokens // costs.shared_tokens(prompt, response, group)
     return Lengths(
-        frames=frames_per_video(config),
-        tokens_per_frame=shape.tokens_per_frame,
+        frames=frames_per_video(config) if shape.vision else 0,
+        tokens_per_frame=shape.vision.tokens_per_frame if shape.vision else 0,
         prompt=prompt,
         response=response,
         group=group,
@@ -183,11 +185,11 @@ def _memory(config: RunConfig, task: Task, shape: ModelShape, *, layout: Layout,
     """
     element = 4 if config.model.dtype is Dtype.float32 else 2
     memory = _weight_memory(config, task, shape, layout=layout, element=element)
-    vision = lengths.groups_per_pack * lengths.frames * (lengths.tokens_per_frame - 1)
-    memory["vision embeddings of a pack"] = vision * shape.hidden * element // layout.cp
-    memory["tower on one batch of frames"] = costs.tower_batch_bytes(
-        shape, element=element, frames=min(config.video.tower_batch_frames, lengths.frames)
-    )
+    if shape.vision:
+        embeds = lengths.groups_per_pack * lengths.frames * shape.vision.embeds_per_frame
+        memory["vision embeddings of a pack"] = embeds * shape.vision.embed_width * element // layout.cp
+        frames = min(config.video.tower_batch_frames, lengths.frames)
+        memory["tower on one batch of frames"] = frames * shape.vision.frame_elements * element
     if task != "eval":
         memory |= _activation_memory(config, shape, layout=layout, lengths=lengths, element=element)
     if _samples_embedded(config, task):
@@ -203,19 +205,21 @@ def _memory(config: RunConfig, task: Task, shape: ModelShape, *, layout: Layout,
 def _weight_memory(config: RunConfig, task: Task, shape: ModelShape, *, layout: Layout, element: int) -> dict[str, int]:
     """Weights, reference, gradients and optimizer states of one rank."""
     on_rank = costs.llm_params_per_rank(shape, tp=layout.tp, pp=layout.pp)
-    tower, projector = costs.tower_params(shape), costs.projector_params(shape)
-    memory = {"LLM weights": element * on_rank, "tower and projector weights": element * (tower + projector)}
+    memory = {"LLM weights": element * on_rank}
+    # (largest parameter, parameters) of each part that is trained
+    trained = [(costs.head_params(shape) // layout.tp, on_rank if config.model.train_llm else 0)]
+    if vision := shape.vision:
+        memory["tower and projector weights"] = element * (vision.tower_params + vision.projector_params)
+        trained += [
+            (vision.largest_tower_param, vision.tower_params if config.model.train_tower else 0),
+            (vision.largest_projector_param, vision.projector_params if config.model.train_projector else 0),
+        ]
     if task == "eval":
         return memory
     if task == "grpo" and config.grpo.kl_coef > 0:
         memory["reference policy weights"] = element * on_rank
-    trained = {
-        costs.head_params(shape) // layout.tp: on_rank if config.model.train_llm else 0,
-        tower // shape.vision_layers: tower if config.model.train_tower else 0,
-        shape.hidden * shape.hidden: projector if config.model.train_projector else 0,
-    }
-    params = sum(trained.values())
-    largest = max(size for size, part in trained.items() if part)
+    params = sum(part for _, part in trained)
+    largest = max(size for size, part in trained if part)
     owned = costs.optimizer_params_per_rank(params, shards=layout.dp * layout.cp, largest=largest)
     memory["gradients (float32)"] = 4 * params
     memory["optimizer: master and moments"] = (8 if element == 4 else 12) * owned
@@ -251,7 +255,9 @@ def _flops(
     pairs = (costs.shared_pairs if shared else costs.repeated_pairs)(**size)
     rows = lengths.group * lengths.response
     one_pass = costs.forward_flops(shape, tokens=tokens, pairs=pairs, rows=rows)
-    parts = {"vision: encode every frame once": lengths.frames * costs.frame_flops(shape)}
+    parts = {}
+    if shape.vision:
+        parts["vision: encode every frame once"] = lengths.frames * shape.vision.frame_flops
     if task != "sft":
         own = lengths.prompt * (lengths.prompt + 1) // 2
         parts["rollout: prefill, once per prompt"] = costs.forward_flops(
@@ -285,9 +291,10 @@ def _layout_text(layout: Layout) -> str:
 
 def _lengths_text(plan: Plan) -> str:
     lengths = plan.lengths
-    rows = [
-        ("frames per video", f"{lengths.frames:,}"),
-        ("tokens per frame", f"{lengths.tokens_per_frame:,}"),
+    rows = []
+    if lengths.frames:
+        rows += [("frames per video", f"{lengths.frames:,}"), ("tokens per frame", f"{lengths.tokens_per_frame:,}")]
+    rows += [
         ("tokens per prompt", f"{lengths.prompt:,}"),
         ("tokens per response, at most", f"{lengths.response:,}"),
     ]

@@ -80,7 +80,8 @@ class RolloutEngine(Enum):
 class ModelConfig:
     family: str = "longvila"
     path: str = MISSING
-    """Hugging Face checkpoint folder (for longvila: config.json, llm/, vision_tower/, mm_projector/)."""
+    """Hugging Face checkpoint folder (for longvila: config.json, llm/, vision_tower/, mm_projector/; for the others a
+    stock one: config.json, tokenizer and safetensors side by side)."""
     init_from: str | None = None
     """Megatron checkpoint folder whose weights replace those of `path` (for example SFT's, before GRPO)."""
     dtype: Dtype = Dtype.bfloat16

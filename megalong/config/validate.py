@@ -31,6 +31,7 @@ def validate(config: RunConfig, *, task: Task, world_size: int, model: ModelShap
     problems += _length_problems(config, task, model=model)
     if task != "eval":
         problems += _training_problems(config, task, world_size=world_size)
+        problems += _vision_problems(config, model=model)
     if task == "grpo":
         problems += _grpo_problems(config)
     problems += _evaluation_problems(config, task)
@@ -45,8 +46,13 @@ def frames_per_video(config: RunConfig) -> int:
 
 
 def prompt_tokens(config: RunConfig, model: ModelShape) -> int:
-    """LLM positions of a one-video prompt at the most frames: frames * tokens per frame + TEXT_TOKENS."""
-    return frames_per_video(config) * model.tokens_per_frame + TEXT_TOKENS
+    """LLM positions of a one-video prompt at the most frames: frames * tokens per frame + TEXT_TOKENS.
+
+    Without vision: as many as data.max_prompt_tokens allows.
+    """
+    if model.vision is None:
+        return config.data.max_prompt_tokens
+    return frames_per_video(config) * model.vision.tokens_per_frame + TEXT_TOKENS
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,11 +189,14 @@ def _length_problems(config: RunConfig, task: Task, *, model: ModelShape) -> Ite
     data, frames = config.data, frames_per_video(config)
     key = "video.max_frames" if config.video.sampling is FrameSampling.fps else "video.num_frames"
     needed = prompt_tokens(config, model)
-    if needed > data.max_prompt_tokens:
+    vision = model.vision
+    if vision and frames < vision.frames_per_step:
+        yield f"{key}={frames} is less than the {vision.frames_per_step} frames the model takes at a time; raise it"
+    if vision and needed > data.max_prompt_tokens:
         yield (
-            f"{key}={frames} at {model.tokens_per_frame} tokens per frame and {TEXT_TOKENS} for text makes prompts of "
+            f"{key}={frames} at {vision.tokens_per_frame} tokens per frame and {TEXT_TOKENS} for text makes prompts of "
             f"{needed} tokens, over data.max_prompt_tokens={data.max_prompt_tokens}; lower {key} to "
-            f"{max(0, data.max_prompt_tokens - TEXT_TOKENS) // model.tokens_per_frame} or raise "
+            f"{max(0, data.max_prompt_tokens - TEXT_TOKENS) // vision.tokens_per_frame} or raise "
             f"data.max_prompt_tokens to {needed}"
         )
     longest = data.max_prompt_tokens + data.max_response_tokens
@@ -225,6 +234,12 @@ def _training_problems(config: RunConfig, task: Task, *, world_size: int) -> Ite
     if optimizer.min_lr > optimizer.lr:
         yield f"optimizer.min_lr={optimizer.min_lr:g} is more than optimizer.lr={optimizer.lr:g}; lower it"
     yield from _batch_problems(config, task, world_size=world_size)
+
+
+def _vision_problems(config: RunConfig, *, model: ModelShape) -> Iterator[str]:
+    for name in ("train_tower", "train_projector"):
+        if model.vision is None and getattr(config.model, name):
+            yield f"model.{name}=true, but model.family={config.model.family} has no vision; set it to false"
 
 
 def _batch_problems(config: RunConfig, task: Task, *, world_size: int) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from megalong.config.tree import VideoConfig
-from megalong.models.chat import ChatTokens
+from megalong.models.causal_lm import empty_causal_lm
+from megalong.models.chat import ChatTokens, read_chat_tokens
 from megalong.models.longvila import layout as longvila_layout
 from megalong.models.longvila import spec as longvila_spec
 from megalong.models.longvila import tokens as longvila_tokens
 from megalong.models.longvila import tower as longvila_tower
 from megalong.models.longvila import weights as longvila_weights
 from megalong.models.policy import PolicyModel
+from megalong.models.qwen import spec as qwen_spec
+from megalong.models.qwen import weights as qwen_weights
 from megalong.models.qwen2_5_vl import layout as qwen2_5_vl_layout
 from megalong.models.qwen2_5_vl import sampler as qwen2_5_vl_sampler
 from megalong.models.qwen2_5_vl import spec as qwen2_5_vl_spec
@@ -60,6 +64,18 @@ class Family:
         return PolicyModel(config, spec, vision=encoder, table=table, use_te=use_te, core_attention=core_attention)
 
 
+def _qwen_text(name: str, *, model_type: str) -> Family:
+    return Family(
+        read_spec=partial(qwen_spec.read_spec, model_type=model_type),
+        vision=None,
+        weight_table=qwen_weights.weight_table,
+        weight_folders=("",),
+        read_tokens=partial(read_chat_tokens, system_prompt=qwen_spec.SYSTEM_PROMPTS[name]),
+        sampler_model=empty_causal_lm,
+        sampler_name=str,  # the sync names are the sampler's own
+    )
+
+
 FAMILIES: dict[str, Family] = {
     "longvila": Family(
         read_spec=longvila_spec.read_spec,
@@ -79,4 +95,7 @@ FAMILIES: dict[str, Family] = {
         sampler_model=qwen2_5_vl_sampler.sampler_model,
         sampler_name=qwen2_5_vl_sampler.sampler_name,
     ),
+    "qwen2": _qwen_text("qwen2", model_type="qwen2"),
+    "qwen2_5": _qwen_text("qwen2_5", model_type="qwen2"),
+    "qwen3": _qwen_text("qwen3", model_type="qwen3"),
 }

@@ -180,7 +180,7 @@ MODEL_ERRORS: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
     "init_from an empty step": (leave_alone, ["model.init_from={torn}"], "torn/step_00000003: not a megatron"),
     "resume a torn checkpoint": (leave_alone, ["logger.run_dir={torn_run}"], "step_00000003: not a megatron"),
     "te without a GPU": (leave_alone, ["model.layer_spec=te"], "model.layer_spec=te needs a GPU"),
-    "unknown family": (leave_alone, ["model.family=llama"], "model.family='llama' is not known; one of ['longvila']"),
+    "unknown family": (leave_alone, ["model.family=llama"], "model.family='llama' is not known; one of ['longvila', "),
     "vllm": (leave_alone, ["rollout.engine=vllm"], "rollout.engine=vllm"),
 }  # fmt: skip
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from megalong.models.causal_lm import empty_causal_lm
 from megalong.models.chat import ChatTokens, read_chat_tokens
 from megalong.models.longvila.spec import SYSTEM_PROMPT
 from megalong.models.longvila.weights import LLM
@@ -18,9 +19,8 @@ def read_tokens(path: Path) -> ChatTokens:
 
 
 def sampler_model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """transformers' LLM with the checkpoint's config and no weights of its own: they arrive by weight sync."""
-    config = AutoConfig.from_pretrained(path / "llm", trust_remote_code=False)
-    return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    """transformers' Qwen2 of llm/, without weights."""
+    return empty_causal_lm(path / "llm", dtype)
 
 
 def sampler_name(name: str) -> str | None:

@@ -160,7 +160,7 @@ CASES: dict[Callable[[Path], None], str] = {
     both_prefixes: r"vision_tower/model\.safetensors: tensor '.*post_layernorm\.weight' is stored a second time",
     two_weight_files: r"llm: both model\.safetensors and model\.safetensors\.index\.json are there",
     carried_is_missing: r"tensor 'vision_tower/post_layernorm\.bias' is missing",
-    unknown_layout: r"hf: the layout of no known family \(folders of longvila: llm, vision_tower, mm_projector\)",
+    unknown_layout: r"hf: the layout of no known family \(longvila: folders llm, vision_tower, mm_projector; ",
     weights_at_the_root: r"hf/model\.safetensors: weights are expected in llm, vision_tower, mm_projector",
     config_key_is_missing: r"llm/config\.json: key 'intermediate_size' is missing",
 }

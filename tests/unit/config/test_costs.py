@@ -8,14 +8,16 @@ import itertools
 import pytest
 
 from megalong.config import costs
-from megalong.config.model_shape import SHIPPED_SHAPE, ModelShape, read_model_shape
+from megalong.config.longvila_shape import projector_params, read_longvila_shape, read_siglip_shape
+from megalong.config.model_shape import ModelShape
+from megalong.config.shapes import SHIPPED_SHAPES
 
 PROMPT_3600 = 3600 * 257 + 256
 
 
 @pytest.fixture(scope="module")
 def shape() -> ModelShape:
-    return read_model_shape(SHIPPED_SHAPE)
+    return read_longvila_shape(SHIPPED_SHAPES["longvila"])
 
 
 def test_llm_parameters_are_qwen2_7b_s(shape: ModelShape) -> None:
@@ -26,16 +28,17 @@ def test_llm_parameters_are_qwen2_7b_s(shape: ModelShape) -> None:
 
 
 def test_tower_and_projector_parameters_match_the_published_file_sizes(shape: ModelShape) -> None:
-    assert 2 * costs.tower_params(shape) == pytest.approx(826.7e6, rel=1e-4)
-    assert 2 * costs.projector_params(shape) == pytest.approx(58.7e6, rel=1e-3)
-    small = dataclasses.replace(shape, hidden=1536)
-    assert 2 * costs.projector_params(small) == pytest.approx(18.9e6, rel=2e-3)
+    assert 2 * shape.vision.tower_params == pytest.approx(826.7e6, rel=1e-4)
+    assert 2 * shape.vision.projector_params == pytest.approx(58.7e6, rel=1e-3)
+    small = dataclasses.replace(read_siglip_shape(SHIPPED_SHAPES["longvila"]), llm_hidden=1536)
+    assert 2 * projector_params(small) == pytest.approx(18.9e6, rel=2e-3)
 
 
-def test_projector_3x3(shape: ModelShape) -> None:
+def test_projector_3x3() -> None:
+    shape = read_siglip_shape(SHIPPED_SHAPES["longvila"])
     c, h = 1152, 3584
     want = 2 * 9 * c + (9 * c * 3 * c + 3 * c) + 2 * 3 * c + (3 * c * h + h) + (h * h + h)
-    assert costs.projector_params(dataclasses.replace(shape, downsample=3)) == want
+    assert projector_params(dataclasses.replace(shape, downsample=3)) == want
 
 
 def test_parameters_per_rank(shape: ModelShape) -> None:
@@ -78,7 +81,7 @@ def test_flops_constants(shape: ModelShape) -> None:
     assert costs.linear_flops(shape, 1) == 2 * 6_525_288_448
     assert costs.attention_flops(shape, 1) == 401_408
     assert costs.head_flops(shape, 1) == 2 * 152_064 * 3584
-    assert costs.frame_flops(shape) == pytest.approx(0.953e12, rel=1e-3)
+    assert shape.vision.frame_flops == pytest.approx(0.953e12, rel=1e-3)
 
 
 def test_flops_of_a_512_frame_group(shape: ModelShape) -> None:
@@ -155,5 +158,12 @@ def test_logits_are_bounded_by_the_chunk(shape: ModelShape) -> None:
     assert costs.logits_bytes(shape, tp=4, rows=10, train=True) == 12 * 10 * 38_016 + 4 * 38_016 * 3584
 
 
-def test_tower_batch_bytes(shape: ModelShape) -> None:
-    assert costs.tower_batch_bytes(shape, element=2, frames=64) == 64 * 1024 * (8 * 1152 + 2 * 4304) * 2
+def test_activations_of_a_frame(shape: ModelShape) -> None:
+    assert shape.vision.frame_elements == 1024 * (8 * 1152 + 2 * 4304)
+
+
+def test_norms_of_queries_and_keys_and_no_biases(shape: ModelShape) -> None:
+    other = dataclasses.replace(shape, qkv_bias=False, qk_norm=True)
+    assert costs.layer_vector_params(other) == 2 * 3584 + 2 * 128
+    norms = 28 * (2 * 3584 + 2 * 128) + 3584
+    assert costs.llm_params_per_rank(other, tp=4, pp=1) == (costs.llm_params(other) - norms) // 4 + norms

@@ -1,4 +1,4 @@
-"""read_model_shape: every place a size may be written, and errors that name file and key."""
+"""read_longvila_shape: every place a size may be written, and errors that name file and key."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from megalong.config.errors import ConfigError
-from megalong.config.model_shape import SHIPPED_SHAPE, read_model_shape
+from megalong.config.longvila_shape import read_longvila_shape, read_siglip_shape
+from megalong.config.shapes import SHIPPED_SHAPES
 
 LLM = {
     "hidden_size": 64,
@@ -43,25 +44,26 @@ def write_checkpoint(folder: Path, **top: Any) -> Path:
 
 
 def test_shipped_7b_shape() -> None:
-    shape = read_model_shape(SHIPPED_SHAPE)
+    shape = read_longvila_shape(SHIPPED_SHAPES["longvila"])
     assert (shape.hidden, shape.layers, shape.heads, shape.kv_heads, shape.head_dim) == (3584, 28, 28, 4, 128)
     assert (shape.ffn, shape.vocab, shape.tied, shape.max_positions) == (18944, 152064, False, 1048576)
-    assert (shape.vision_hidden, shape.vision_heads, shape.vision_ffn) == (1152, 16, 4304)
-    assert (shape.vision_layers, shape.vision_layers_run) == (27, 26)
-    assert shape.tokens_per_frame == 257
+    tower = read_siglip_shape(SHIPPED_SHAPES["longvila"])
+    assert (tower.hidden, tower.heads, tower.ffn) == (1152, 16, 4304)
+    assert (tower.layers, tower.layers_run) == (27, 26)
+    assert shape.vision.tokens_per_frame == 257
 
 
 @pytest.mark.parametrize("top", [{}, {"llm_cfg": None}])
 def test_sub_folder_names_are_the_default(tmp_path: Path, top: dict[str, Any]) -> None:
-    shape = read_model_shape(write_checkpoint(tmp_path, **top))
+    shape = read_longvila_shape(write_checkpoint(tmp_path, **top))
     assert (shape.hidden, shape.head_dim, shape.rope_theta, shape.tied) == (64, 16, 10000.0, False)
-    assert shape.tokens_per_frame == 2 * 2 + 1
+    assert shape.vision.tokens_per_frame == 2 * 2 + 1
 
 
 @pytest.mark.parametrize("as_text", [False, True])
 def test_mapping_in_the_top_file_wins_over_the_folder(tmp_path: Path, as_text: bool) -> None:
     llm = {**LLM, "hidden_size": 128, "head_dim": 24, "tie_word_embeddings": True, "rope_theta": 5e6}
-    shape = read_model_shape(write_checkpoint(tmp_path, llm_cfg=json.dumps(llm) if as_text else llm))
+    shape = read_longvila_shape(write_checkpoint(tmp_path, llm_cfg=json.dumps(llm) if as_text else llm))
     assert (shape.hidden, shape.head_dim, shape.tied, shape.rope_theta) == (128, 24, True, 5e6)
 
 
@@ -70,7 +72,7 @@ def test_mapping_in_the_top_file_wins_over_the_folder(tmp_path: Path, as_text: b
     ["/lustre/train/run/llm", "./LongVILA-R1-7B/llm", {"model_type": "qwen2", "_name_or_path": "./R1/llm"}],
 )
 def test_training_path_falls_back_to_the_sub_folder_of_that_name(tmp_path: Path, given: Any) -> None:
-    assert read_model_shape(write_checkpoint(tmp_path, llm_cfg=given)).hidden == 64
+    assert read_longvila_shape(write_checkpoint(tmp_path, llm_cfg=given)).hidden == 64
 
 
 @pytest.mark.parametrize(
@@ -86,7 +88,7 @@ def test_training_path_falls_back_to_the_sub_folder_of_that_name(tmp_path: Path,
 def test_tokens_per_frame(tmp_path: Path, image: int, patch: int, kind: str, tokens: int) -> None:
     tower = {**TOWER, "image_size": image, "patch_size": patch}
     folder = write_checkpoint(tmp_path, vision_tower_cfg=tower, mm_projector_cfg={"mm_projector_type": kind})
-    assert read_model_shape(folder).tokens_per_frame == tokens
+    assert read_longvila_shape(folder).vision.tokens_per_frame == tokens
 
 
 @pytest.mark.parametrize(
@@ -109,11 +111,11 @@ def test_tokens_per_frame(tmp_path: Path, image: int, patch: int, kind: str, tok
 def test_errors_name_file_and_key(tmp_path: Path, top: dict[str, Any], where: str, what: str) -> None:
     folder = write_checkpoint(tmp_path, **top)
     with pytest.raises(ConfigError) as caught:
-        read_model_shape(folder)
+        read_longvila_shape(folder)
     assert where in str(caught.value)
     assert what in str(caught.value)
 
 
 def test_absent_folder_names_the_setting(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere/config.json: cannot read .*model.path"):
-        read_model_shape(tmp_path / "nowhere")
+        read_longvila_shape(tmp_path / "nowhere")

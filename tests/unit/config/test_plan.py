@@ -9,8 +9,10 @@ import pytest
 from megalong.config import costs
 from megalong.config.errors import ConfigError
 from megalong.config.load import load_config
-from megalong.config.model_shape import SHIPPED_SHAPE, ModelShape, read_model_shape
+from megalong.config.longvila_shape import read_longvila_shape
+from megalong.config.model_shape import ModelShape
 from megalong.config.plan import GIB, RUNTIME_BYTES, Plan, plan, planned_processes, render, shape_for_planning
+from megalong.config.shapes import SHIPPED_SHAPES
 from megalong.config.validate import Task, validate
 
 RECIPE = """
@@ -33,7 +35,7 @@ def recipe(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def shape() -> ModelShape:
-    return read_model_shape(SHIPPED_SHAPE)
+    return read_longvila_shape(SHIPPED_SHAPES["longvila"])
 
 
 def planned(recipe: Path, shape: ModelShape, *, task: Task = "grpo", overrides: tuple[str, ...] = ()) -> Plan:
@@ -66,7 +68,7 @@ def test_flops_are_those_of_the_batch(recipe: Path, shape: ModelShape) -> None:
         shape, tokens=costs.shared_tokens(**size), pairs=costs.shared_pairs(**size), rows=8192
     )
     assert result.flops["reference log-probabilities"] == 4 * one_pass
-    assert result.flops["vision: encode every frame once"] == 4 * 3600 * costs.frame_flops(shape)
+    assert result.flops["vision: encode every frame once"] == 4 * 3600 * shape.vision.frame_flops
     assert "old log-probabilities" not in result.flops
     assert result.flops_total == sum(result.flops.values())
     assert result.flops_repeated / result.flops_total == pytest.approx(6.7, abs=0.3)
@@ -100,7 +102,7 @@ def test_trained_vision_parts_add_gradients_and_states(recipe: Path, shape: Mode
     with_tower = ("model.train_tower=true", "video.cache_embeddings=false")
     trained = planned(recipe, shape, task="sft", overrides=with_tower)
     more = trained.memory["gradients (float32)"] - frozen["gradients (float32)"]
-    assert more == 4 * costs.tower_params(shape)
+    assert more == 4 * shape.vision.tower_params
     assert trained.host_store == 0
 
 
@@ -122,7 +124,7 @@ def test_shape_for_planning_says_when_it_uses_the_shipped_sizes(recipe: Path) ->
     shape, note = shape_for_planning(load_config(recipe))
     assert shape.hidden == 3584
     assert note == "model.path=no/such/model does not exist: planned with the sizes in launch/shapes/longvila_7b"
-    shape, note = shape_for_planning(load_config(recipe, [f"model.path={SHIPPED_SHAPE}"]))
+    shape, note = shape_for_planning(load_config(recipe, [f"model.path={SHIPPED_SHAPES['longvila']}"]))
     assert (shape.hidden, note) == (3584, "")
     with pytest.raises(ConfigError, match="model.path=no/such/model does not exist"):
         shape_for_planning(load_config(recipe, ["gpus=0"]))

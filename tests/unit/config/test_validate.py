@@ -9,7 +9,9 @@ import pytest
 
 from megalong.config.errors import ConfigError
 from megalong.config.load import load_config
-from megalong.config.model_shape import SHIPPED_SHAPE, ModelShape, read_model_shape
+from megalong.config.longvila_shape import read_longvila_shape
+from megalong.config.model_shape import ModelShape
+from megalong.config.shapes import SHIPPED_SHAPES
 from megalong.config.tree import RunConfig
 from megalong.config.validate import Task, prompt_tokens, split_problems, validate
 
@@ -25,7 +27,7 @@ video: {num_frames: 256}
 
 @pytest.fixture(scope="module")
 def model() -> ModelShape:
-    return read_model_shape(SHIPPED_SHAPE)
+    return read_longvila_shape(SHIPPED_SHAPES["longvila"])
 
 
 @pytest.fixture

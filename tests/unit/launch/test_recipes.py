@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from megalong.config.load import load_config, save_config
-from megalong.config.model_shape import ModelShape, read_model_shape
+from megalong.config.longvila_shape import read_longvila_shape
+from megalong.config.model_shape import ModelShape
 from megalong.config.plan import BUDGETS_GIB, GIB, plan, planned_processes, render, shape_for_planning
 from megalong.config.tree import Aggregation, KlEstimator, LayerSpec, RolloutEngine
 from megalong.config.validate import Task, validate
@@ -54,7 +55,7 @@ def test_7b_recipes_fit_8_gpus_of_80_gb(name: str) -> None:
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_demo_recipes_suit_the_demo_model(name: str, world_size: int, demo_model: Path) -> None:
     config = load_config(RECIPES / name, [f"model.path={demo_model}"])
-    shape: ModelShape = read_model_shape(demo_model)
+    shape: ModelShape = read_longvila_shape(demo_model)
     validate(config, task=task_of(name), world_size=world_size, model=shape)
     result = plan(config, task_of(name), shape)
     assert result.memory_total < 4 * GIB
