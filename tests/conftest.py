@@ -24,6 +24,20 @@ def layout() -> Iterator[object]:
     destroy_layout()
 
 
+@pytest.fixture(scope="module")
+def group() -> Iterator[object]:
+    """A process group of one, without megatron-core: the layout's, when a test has made one."""
+    import torch.distributed as dist
+
+    started = not dist.is_initialized()
+    if started:
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    if started:
+        dist.destroy_process_group()
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random LongVILA-layout checkpoint that fits in a test: read-only, copy it before changing a file."""

@@ -51,7 +51,8 @@ def _fold_kernel(
         drop = peak - top
         shrink = tl.exp(drop)
         prob = tl.exp(logit - top)
-        tilt = (tilt + drop * mass) * shrink + tl.where(prob > 0, prob * (logit - top), 0.0)
+        # Beyond the columns logit - top is -inf, and 0 * -inf is a NaN.
+        tilt = (tilt + drop * mass) * shrink + prob * tl.maximum(logit - top, LOW)
         mass = mass * shrink + prob
         peak = top
 

@@ -44,11 +44,11 @@ def oracle(
 
 
 def ours(
-    hidden_RD: Tensor, weight_VD: Tensor, targets_R: Tensor, upstream_R: Tensor, layout: object, **settings: object
+    hidden_RD: Tensor, weight_VD: Tensor, targets_R: Tensor, upstream_R: Tensor, group: object, **settings: object
 ) -> tuple[Tensor, ...]:
     hidden, weight = (part.detach().clone().requires_grad_() for part in (hidden_RD, weight_VD))
     settings = {"real_vocab": len(weight_VD), "backend": "triton", **settings}
-    logprobs_R, entropy_R = vocab_parallel_logprobs(hidden, weight, targets_R, group=layout.tp, **settings)
+    logprobs_R, entropy_R = vocab_parallel_logprobs(hidden, weight, targets_R, group=group, **settings)
     return logprobs_R, entropy_R, *torch.autograd.grad((logprobs_R * upstream_R).sum(), (hidden, weight))
 
 
@@ -64,10 +64,10 @@ def close(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> None:
 
 @pytest.mark.parametrize("rows", [1, 3, 7, 13])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_values_entropy_and_gradients(layout: object, rows: int, temperature: float) -> None:
+def test_values_entropy_and_gradients(group: object, rows: int, temperature: float) -> None:
     parts = case(rows=rows, seed=rows)
     upstream_R = torch.linspace(-1, 2, rows, device=DEVICE)
-    got = ours(*parts, upstream_R, layout, temperature=temperature)
+    got = ours(*parts, upstream_R, group, temperature=temperature)
     close(got, oracle(*parts, upstream_R, temperature=temperature))
     assert got[0].dtype == got[1].dtype == torch.float32
 
@@ -97,58 +97,58 @@ def test_kernels_equal_their_twins() -> None:
     assert torch.equal(grads[0][2], torch.zeros(21, device=DEVICE))
 
 
-def test_rows_without_a_target_are_left_out(layout: object) -> None:
+def test_rows_without_a_target_are_left_out(group: object) -> None:
     hidden_RD, weight_VD, targets_R = case()
     kept_R = torch.tensor([True, False, True, True, False, True, True], device=DEVICE)
     upstream_R = torch.linspace(1, 2, ROWS, device=DEVICE)
-    got = ours(hidden_RD, weight_VD, targets_R.masked_fill(~kept_R, -100), upstream_R, layout)
+    got = ours(hidden_RD, weight_VD, targets_R.masked_fill(~kept_R, -100), upstream_R, group)
     want = oracle(hidden_RD[kept_R], weight_VD, targets_R[kept_R], upstream_R[kept_R])
     close((got[0][kept_R], got[1][kept_R], got[2][kept_R], got[3]), want)
     for part in got[:3]:
         assert torch.equal(part[~kept_R], torch.zeros_like(part[~kept_R]))
 
 
-def test_padded_vocabulary_rows_are_no_tokens(layout: object) -> None:
+def test_padded_vocabulary_rows_are_no_tokens(group: object) -> None:
     hidden_RD, weight_VD, targets_R = case()
     padding = torch.full((3, WIDTH), 50.0, dtype=torch.bfloat16, device=DEVICE)
     upstream_R = torch.ones(ROWS, device=DEVICE)
-    got = ours(hidden_RD, torch.cat((weight_VD, padding)), targets_R, upstream_R, layout, real_vocab=VOCAB)
+    got = ours(hidden_RD, torch.cat((weight_VD, padding)), targets_R, upstream_R, group, real_vocab=VOCAB)
     close((*got[:3], got[3][:VOCAB]), oracle(hidden_RD, weight_VD, targets_R, upstream_R))
     assert torch.equal(got[3][VOCAB:], torch.zeros_like(padding))
 
 
-def test_logits_of_thousands_stay_finite(layout: object) -> None:
+def test_logits_of_thousands_stay_finite(group: object) -> None:
     hidden_RD = torch.tensor([[1e4], [-1e4]], dtype=torch.bfloat16, device=DEVICE)
     weight_VD = torch.tensor([[1.0], [0.0], [-1.0]], dtype=torch.bfloat16, device=DEVICE)
     targets_R = torch.zeros(2, dtype=torch.int64, device=DEVICE)
-    got = ours(hidden_RD, weight_VD, targets_R, torch.ones(2, device=DEVICE), layout)
+    got = ours(hidden_RD, weight_VD, targets_R, torch.ones(2, device=DEVICE), group)
     large = hidden_RD[0].item()
     assert got[0].tolist() == [0.0, -2 * large]
     assert got[1].tolist() == [0.0, 0.0]
     assert torch.isfinite(got[3]).all()
 
 
-def test_a_bad_number_is_not_hidden(layout: object) -> None:
+def test_a_bad_number_is_not_hidden(group: object) -> None:
     hidden_RD, weight_VD, targets_R = case()
     hidden_RD[2] = torch.nan
-    got = ours(hidden_RD, weight_VD, targets_R, torch.ones(ROWS, device=DEVICE), layout)
+    got = ours(hidden_RD, weight_VD, targets_R, torch.ones(ROWS, device=DEVICE), group)
     for part in got[:2]:
         assert part.isnan().tolist() == [row == 2 for row in range(ROWS)]
     assert got[2][2].isnan().all()
 
 
-def test_no_rows(layout: object) -> None:
-    got = ours(*case(rows=0), torch.zeros(0, device=DEVICE), layout)
+def test_no_rows(group: object) -> None:
+    got = ours(*case(rows=0), torch.zeros(0, device=DEVICE), group)
     assert [tuple(part.shape) for part in got] == [(0,), (0,), (0, WIDTH), (VOCAB, WIDTH)]
     assert torch.equal(got[3], torch.zeros_like(got[3]))
 
 
-def test_frozen_head_gets_no_gradient_and_hidden_does(layout: object) -> None:
+def test_frozen_head_gets_no_gradient_and_hidden_does(group: object) -> None:
     hidden_RD, weight_VD, targets_R = case()
     upstream_R = torch.linspace(-1, 1, ROWS, device=DEVICE)
     hidden = hidden_RD.requires_grad_()
     logprobs_R, entropy_R = vocab_parallel_logprobs(
-        hidden, weight_VD, targets_R, group=layout.tp, real_vocab=VOCAB, backend="triton"
+        hidden, weight_VD, targets_R, group=group, real_vocab=VOCAB, backend="triton"
     )
     (logprobs_R * upstream_R).sum().backward()
     want = oracle(hidden_RD, weight_VD, targets_R, upstream_R)
@@ -165,9 +165,9 @@ def test_columns_grow_when_rows_are_few(monkeypatch: pytest.MonkeyPatch) -> None
     assert list(kernels._column_steps(1, 152064)) == [slice(0, 152064)]
 
 
-def test_full_precision_is_refused(layout: object) -> None:
+def test_full_precision_is_refused(group: object) -> None:
     hidden_RD, weight_VD, targets_R = case()
     with pytest.raises(ValueError, match="take float16 and bfloat16, got torch.float32; use backend='plain'"):
         vocab_parallel_logprobs(
-            hidden_RD.float(), weight_VD.float(), targets_R, group=layout.tp, real_vocab=VOCAB, backend="triton"
+            hidden_RD.float(), weight_VD.float(), targets_R, group=group, real_vocab=VOCAB, backend="triton"
         )
