@@ -26,7 +26,8 @@ def check_target(out: Path, *, num_bytes: int) -> None:
 def building(out: Path) -> Iterator[Path]:
     """Yield `<out>.partial`, renamed to `out` at the end. Any exception, Ctrl-C included, removes it instead.
 
-    What a killed run left is removed first. Raises ConvertError when another process is writing there.
+    What a killed run left is removed first. Raises ConvertError when another process is writing there, and for every
+    OSError inside (a full disk, a file that goes away).
     """
     partial = out.with_name(out.name + ".partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
@@ -40,8 +41,11 @@ def building(out: Path) -> Iterator[Path]:
         _flush(partial)
         partial.rename(out)
         _flush_one(out.parent)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError):
+            where = f"{error.filename}: " if error.filename else ""
+            raise ConvertError(f"--out {out}: {where}{error.strerror or error}; nothing was left there") from error
         raise
     finally:
         os.close(lock)

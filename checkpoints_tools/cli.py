@@ -21,6 +21,10 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True)
     to_megatron = verbs.add_parser("hf-to-megatron", help="Hugging Face folder to Megatron checkpoint")
     to_megatron.add_argument("--hf", type=Path, required=True, help="folder in the family's layout")
+    to_megatron.add_argument(
+        "--tp", type=int, default=1, help="check that the model can be cut over N ranks (default: 1)"
+    )
+    to_megatron.add_argument("--pp", type=int, default=1, help="check that it can be cut into N stages (default: 1)")
     to_hf = verbs.add_parser("megatron-to-hf", help="Megatron checkpoint to Hugging Face folder")
     to_hf.add_argument(
         "--megatron", type=Path, required=True, help="checkpoint, or folder of step_<n> checkpoints (newest is taken)"
@@ -42,6 +46,11 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.add_argument("folder", type=Path)
     inspect.add_argument("--no-checksum", action="store_true", help="read headers only")
     for verb in (to_megatron, to_hf, compare, inspect):
+        verb.add_argument(
+            "--allow-pickle",
+            action="store_true",
+            help="read pytorch_model*.bin where a Hugging Face folder has no safetensors; only tensors are let in",
+        )
         verb.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser
 
@@ -80,18 +89,18 @@ def _run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     from checkpoints_tools.describe import describe
 
     dtype = {"bf16": torch.bfloat16, "float32": torch.float32}.get(getattr(args, "dtype", "keep"))
+    pickled = {"allow_pickle": args.allow_pickle}
     if args.verb == "hf-to-megatron":
-        return 0, asdict(hf_to_megatron(args.hf, args.out, dtype=dtype, dry_run=args.dry_run))
+        settings = {"dtype": dtype, "tp": args.tp, "pp": args.pp, "dry_run": args.dry_run}
+        return 0, asdict(hf_to_megatron(args.hf, args.out, **settings, **pickled))
     if args.verb == "megatron-to-hf":
         shard_bytes = None if args.shard_gb is None else int(args.shard_gb * 1e9)
-        done = megatron_to_hf(
-            args.megatron, args.like, args.out, dtype=dtype, shard_bytes=shard_bytes, dry_run=args.dry_run
-        )
-        return 0, asdict(done)
+        settings = {"dtype": dtype, "shard_bytes": shard_bytes, "dry_run": args.dry_run}
+        return 0, asdict(megatron_to_hf(args.megatron, args.like, args.out, **settings, **pickled))
     if args.verb == "verify":
-        compared = verify(args.a, args.b, like=args.like, dtype=dtype)
+        compared = verify(args.a, args.b, like=args.like, dtype=dtype, **pickled)
         return int(not compared.equal), {"equal": compared.equal, **asdict(compared)}
-    return 0, asdict(describe(args.folder, checksum=not args.no_checksum))
+    return 0, asdict(describe(args.folder, checksum=not args.no_checksum, **pickled))
 
 
 def _as_text(result: dict[str, Any]) -> str:

@@ -34,23 +34,26 @@ class Comparison:
 Pair = tuple[str, Tensor, Tensor]
 
 
-def verify(a: Path, b: Path, *, like: Path | None = None, dtype: torch.dtype | None = None) -> Comparison:
+def verify(
+    a: Path, b: Path, *, like: Path | None = None, dtype: torch.dtype | None = None, allow_pickle: bool = False
+) -> Comparison:
     """Compare two folders, each a Hugging Face or a Megatron checkpoint.
 
     like: a Hugging Face folder whose names and sizes are used for two Megatron checkpoints; without it they are
     compared by storage key, where a vocabulary padded for another tensor-parallel size counts as a difference.
-    dtype: both sides are cast to it first. Raises ConvertError for a folder that cannot be read.
+    dtype: both sides are cast to it first. allow_pickle: Hugging Face folders may hold .bin files. Raises
+    ConvertError for a folder that cannot be read.
     """
     found = [megatron_checkpoint(path) for path in (a, b)]
     outside = 0
     if not any(found):
-        pairs, differences = _hf_pairs(_open_hf(a), _open_hf(b))
+        pairs, differences = _hf_pairs(*(_open_hf(path, allow_pickle=allow_pickle) for path in (a, b)))
     elif all(found) and like is None:
         pairs, differences = _megatron_pairs(MegatronFolder(found[0]), MegatronFolder(found[1]))
     else:
         source = like if all(found) else (b if found[0] else a)
         blueprint = read_blueprint(source)
-        folder = HfFolder(source, blueprint.folders)
+        folder = HfFolder(source, blueprint.folders, allow_pickle=allow_pickle)
         check_folder(folder, blueprint)
         sides = [MegatronFolder(path) if path else folder for path in found]
         for side in sides:
@@ -67,8 +70,8 @@ def verify(a: Path, b: Path, *, like: Path | None = None, dtype: torch.dtype | N
     return Comparison(compared=compared, num_bytes=num_bytes, differences=tuple(differences), outside=outside)
 
 
-def _open_hf(path: Path) -> HfFolder:
-    return HfFolder(path, FAMILIES[family_of_folder(path)].weight_folders)
+def _open_hf(path: Path, *, allow_pickle: bool) -> HfFolder:
+    return HfFolder(path, FAMILIES[family_of_folder(path)].weight_folders, allow_pickle=allow_pickle)
 
 
 def _hf_pairs(a: HfFolder, b: HfFolder) -> tuple[Iterator[Pair], list[str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -11,11 +11,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoints_tools.building import building, check_target
-from checkpoints_tools.errors import raise_all
+from checkpoints_tools.errors import ConvertError, raise_all
 from checkpoints_tools.export import plan_export, write_export
 from checkpoints_tools.hf_folder import HfFolder, canonical, joined
 from checkpoints_tools.megatron_writer import write_checkpoint
 from checkpoints_tools.places import Blueprint, Place, check_folder, read_blueprint
+from megalong.config.validate import split_problems
 
 STORED = (torch.float32, torch.bfloat16)
 """Dtypes that the framework trains in."""
@@ -34,18 +35,25 @@ class Conversion:
     copied_files: int = 0
     weight_files: tuple[str, ...] = ()  # of an export
     notes: tuple[str, ...] = ()
+    checked_layout: dict[str, int] = field(default_factory=dict)  # tp, pp, and the vocabulary rows padded for tp
     dry_run: bool = False
     seconds: float = 0.0
 
 
-def hf_to_megatron(hf: Path, out: Path, *, dtype: torch.dtype | None = None, dry_run: bool = False) -> Conversion:
+def hf_to_megatron(
+    hf: Path, out: Path, *,
+    dtype: torch.dtype | None = None, tp: int = 1, pp: int = 1, allow_pickle: bool = False, dry_run: bool = False,
+) -> Conversion:  # fmt: skip
     """Write a Megatron checkpoint of the Hugging Face folder, loadable at any layout. dtype None keeps each tensor's.
 
-    Raises ConvertError, with nothing left at `out`, for anything that does not fit.
+    tp, pp: the layout that is going to train it. The files do not depend on it; that the model can be cut so is checked
+    before anything is written, with the words training would use. allow_pickle: take .bin files where there are no
+    safetensors. Raises ConvertError, with nothing left at `out`, for anything that does not fit.
     """
     began = time.monotonic()
     blueprint = read_blueprint(hf)
-    folder = HfFolder(hf, blueprint.folders)
+    layout = _checked_layout(blueprint, tp=tp, pp=pp)
+    folder = HfFolder(hf, blueprint.folders, allow_pickle=allow_pickle)
     check_folder(folder, blueprint)
     dtypes = _stored_dtypes(folder, blueprint, dtype)
     total = sum(place.num_elements * dtypes[place.key].itemsize for place in blueprint.places)
@@ -55,11 +63,13 @@ def hf_to_megatron(hf: Path, out: Path, *, dtype: torch.dtype | None = None, dry
         tensors=sum(len(place.entry.hf) for place in blueprint.places),
         num_bytes=total,
         dtypes=_names(dtypes.values()),
+        checked_layout=layout,
         dry_run=dry_run,
     )
     check_target(out, num_bytes=total)
     if dry_run:
         return done
+    common = {"family": blueprint.family, "checked_layout": layout}
     with building(out) as partial, _bar(total, "hf-to-megatron") as bar:
 
         def make(place: Place) -> Tensor:
@@ -69,22 +79,23 @@ def hf_to_megatron(hf: Path, out: Path, *, dtype: torch.dtype | None = None, dry
             # A memory-mapped tensor is read from disk when it is first used: do that here, ahead of its writing.
             return tensor.clone() if tensor.data_ptr() == parts[0].data_ptr() else tensor
 
-        write_checkpoint(partial, blueprint.places, dtypes, make=make, common={"family": blueprint.family})
+        write_checkpoint(partial, blueprint.places, dtypes, make=make, common=common)
     return replace(done, seconds=round(time.monotonic() - began, 2))
 
 
 def megatron_to_hf(
     megatron: Path, like: Path, out: Path, *,
-    dtype: torch.dtype | None = None, shard_bytes: int | None = None, dry_run: bool = False,
+    dtype: torch.dtype | None = None, shard_bytes: int | None = None, allow_pickle: bool = False, dry_run: bool = False,
 ) -> Conversion:  # fmt: skip
     """Write a Hugging Face folder with the checkpoint's weights in the names, files and order of `like`.
 
     megatron: a checkpoint, or a run's folder of them (the newest is taken). dtype None keeps the checkpoint's.
     Tensors outside the weight table and all other files are those of `like`, unchanged. shard_bytes None keeps the
-    weight files of `like`; otherwise each folder's are cut anew. Raises ConvertError, with nothing left at `out`.
+    weight files of `like`; otherwise each folder's are cut anew. allow_pickle: `like` may hold .bin files; what is
+    written is safetensors. Raises ConvertError, with nothing left at `out`.
     """
     began = time.monotonic()
-    plan = plan_export(megatron, like, dtype=dtype, shard_bytes=shard_bytes)
+    plan = plan_export(megatron, like, dtype=dtype, shard_bytes=shard_bytes, allow_pickle=allow_pickle)
     done = Conversion(
         out=str(out),
         family=plan.blueprint.family,
@@ -103,6 +114,14 @@ def megatron_to_hf(
     with building(out) as partial, _bar(plan.num_bytes, "megatron-to-hf") as bar:
         write_export(plan, partial, progress=bar.update)
     return replace(done, seconds=round(time.monotonic() - began, 2))
+
+
+def _checked_layout(blueprint: Blueprint, *, tp: int, pp: int) -> dict[str, int]:
+    gpt = blueprint.spec.gpt
+    if min(tp, pp) < 1:
+        raise ConvertError(f"--tp {tp} --pp {pp}: expected positive numbers")
+    raise_all(list(split_problems(gpt, tp=tp, pp=pp)))
+    return {"tp": tp, "pp": pp, "vocab_rows": gpt.vocab + -gpt.vocab % tp}
 
 
 def _stored_dtypes(folder: HfFolder, blueprint: Blueprint, dtype: torch.dtype | None) -> dict[str, torch.dtype]:

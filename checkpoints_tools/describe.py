@@ -36,17 +36,17 @@ class Description:
     optimizer_tensors: int = 0  # of a training checkpoint; not counted above
 
 
-def describe(path: Path, *, checksum: bool = True) -> Description:
+def describe(path: Path, *, checksum: bool = True, allow_pickle: bool = False) -> Description:
     """Describe a folder of either kind. The checksum does not depend on files, shards or their order: it is the crc32
     of every tensor's name, shape, dtype and crc32, in order of names. Raises ConvertError for an unreadable folder."""
     found = megatron_checkpoint(path)
-    return _describe_megatron(found, checksum) if found else _describe_hf(path, checksum)
+    return _describe_megatron(found, checksum) if found else _describe_hf(path, checksum, allow_pickle=allow_pickle)
 
 
-def _describe_hf(path: Path, checksum: bool) -> Description:
+def _describe_hf(path: Path, checksum: bool, *, allow_pickle: bool) -> Description:
     name = family_of_folder(path)
     family = FAMILIES[name]
-    folder = HfFolder(path, family.weight_folders)
+    folder = HfFolder(path, family.weight_folders, allow_pickle=allow_pickle)
     spec = asdict(family.read_spec(path))
     spec.pop("path")
     rows = {key: (tensor.shape, tensor.dtype) for key, tensor in folder.tensors.items()}

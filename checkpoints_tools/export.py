@@ -16,6 +16,7 @@ from checkpoints_tools.ahead import ahead
 from checkpoints_tools.errors import ConvertError
 from checkpoints_tools.hf_folder import HfFolder, canonical, joined
 from checkpoints_tools.megatron_folder import MegatronFolder, check_checkpoint, megatron_checkpoint
+from checkpoints_tools.pickled_files import safetensors_name
 from checkpoints_tools.places import Blueprint, check_folder, read_blueprint
 from checkpoints_tools.safetensors_files import SafetensorsFile, Slot, reshard, write_index
 
@@ -52,14 +53,15 @@ class ExportPlan:
 
 
 def plan_export(
-    megatron: Path, like: Path, *, dtype: torch.dtype | None = None, shard_bytes: int | None = None
-) -> ExportPlan:
+    megatron: Path, like: Path, *,
+    dtype: torch.dtype | None = None, shard_bytes: int | None = None, allow_pickle: bool = False,
+) -> ExportPlan:  # fmt: skip
     """Read all headers and check them against each other. Raises ConvertError for anything that does not fit."""
     found = megatron_checkpoint(megatron)
     if found is None:
         raise ConvertError(f"{megatron}: neither a Megatron checkpoint nor a folder with step_<n> checkpoints")
     blueprint = read_blueprint(like)
-    folder = HfFolder(like, blueprint.folders)
+    folder = HfFolder(like, blueprint.folders, allow_pickle=allow_pickle)
     check_folder(folder, blueprint)
     checkpoint = MegatronFolder(found)
     check_checkpoint(checkpoint, blueprint)
@@ -118,7 +120,7 @@ def _layout(
         for name, tensor in folder.tensors.items():
             if tensor.folder == sub:
                 slot = Slot(name=tensor.name, dtype=dtypes.get(name, tensor.dtype), shape=tensor.shape)
-                files.setdefault(tensor.file.name, []).append(slot)
+                files.setdefault(safetensors_name(tensor.file), []).append(slot)
         if shard_bytes is not None:
             files = reshard([slot for slots in files.values() for slot in slots], shard_bytes=shard_bytes)
         layout[sub] = files

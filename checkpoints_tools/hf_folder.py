@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from checkpoints_tools.errors import ConvertError, raise_all
+from checkpoints_tools.pickled_files import PICKLED_INDEX, PICKLED_SINGLE, is_pickled, unpickled
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -55,16 +56,17 @@ class HfFolder:
 
     Only headers are read here. Raises ConvertError naming file and tensor for pickled weights, a cut or malformed
     file, an index that points outside its folder, and a tensor that is missing, stored twice or not in the index.
+    allow_pickle: a folder without safetensors may hold pytorch_model*.bin, of which only tensors are loaded.
     """
 
-    def __init__(self, path: Path, folders: Sequence[str]) -> None:
+    def __init__(self, path: Path, folders: Sequence[str], *, allow_pickle: bool = False) -> None:
         self.path, self.folders = path, tuple(folders)
         self.tensors: dict[str, HfTensor] = {}
         strays = [] if "" in folders else [*path.glob("*.safetensors"), *path.glob("pytorch_model*.bin")]
         for stray in sorted(strays):
             raise ConvertError(f"{stray}: weights are expected in {', '.join(folders)}, not beside config.json")
         for folder in folders:
-            for tensor in _folder_tensors(path, folder):
+            for tensor in _folder_tensors(path, folder, allow_pickle=allow_pickle):
                 key = canonical(joined(folder, tensor.name))
                 if key in self.tensors:
                     raise ConvertError(
@@ -75,18 +77,22 @@ class HfFolder:
 
     def read(self, tensor: HfTensor) -> Tensor:
         """The tensor, memory-mapped: its pages are read when used and given back with it."""
+        if tensor.file.suffix == ".bin":
+            return unpickled(tensor.file)[tensor.name].contiguous()
         with open_safetensors(tensor.file) as shard:
             return shard.get_tensor(tensor.name)
 
     def is_weight_file(self, file: Path) -> bool:
         """Whether an export writes this file anew instead of copying it."""
         inside = file.parent in [self.path / folder for folder in self.folders]
-        return inside and (file.suffix == ".safetensors" or file.name == INDEX)
+        return inside and (file.suffix == ".safetensors" or file.name == INDEX or is_pickled(file))
 
     def index_metadata(self, folder: str) -> dict[str, Any]:
         """`metadata` of the folder's index; empty without an index."""
-        index = self.path / folder / INDEX
-        return dict(_read_index(index).get("metadata") or {}) if index.is_file() else {}
+        for index in (self.path / folder / INDEX, self.path / folder / PICKLED_INDEX):
+            if index.is_file():
+                return dict(_read_index(index).get("metadata") or {})
+        return {}
 
 
 @contextmanager
@@ -99,23 +105,27 @@ def open_safetensors(file: Path) -> Iterator[Any]:
         raise ConvertError(f"{file}: not a complete safetensors file ({error}); download or copy it again") from error
 
 
-def _folder_tensors(path: Path, name: str) -> list[HfTensor]:
+def _folder_tensors(path: Path, name: str, *, allow_pickle: bool) -> list[HfTensor]:
     folder = path / name
     if not folder.is_dir():
         raise ConvertError(f"{folder}: no such folder; the checkpoint's weights are expected there")
-    pickled = sorted(folder.glob("pytorch_model*.bin*"))
-    if pickled:
+    pickled = [file for file in sorted(folder.iterdir()) if is_pickled(file)]
+    if pickled and not allow_pickle:
         raise ConvertError(
-            f"{pickled[0]}: pickled weights are refused, because loading a pickle can run code; "
-            "save them as safetensors and remove the .bin files"
+            f"{pickled[0]}: pickled weights are refused, because loading a pickle can run code; save them as "
+            "safetensors and remove the .bin files, or give --allow-pickle, which lets nothing but tensors in"
         )
     index, single = folder / INDEX, folder / SINGLE
+    if pickled:
+        if index.is_file() or single.is_file():
+            raise ConvertError(f"{folder}: both safetensors and {pickled[0].name} are there; remove what is not meant")
+        index, single = folder / PICKLED_INDEX, folder / PICKLED_SINGLE
     if index.is_file() and single.is_file():
-        raise ConvertError(f"{folder}: both {SINGLE} and {INDEX} are there; remove the one that is not meant")
+        raise ConvertError(f"{folder}: both {single.name} and {index.name} are there; remove the one that is not meant")
     if single.is_file():
         return _file_tensors(single, name)
     if not index.is_file():
-        raise ConvertError(f"{folder}: neither {SINGLE} nor {INDEX} is there")
+        raise ConvertError(f"{folder}: neither {single.name} nor {index.name} is there")
     return _indexed_tensors(index, name)
 
 
@@ -142,11 +152,12 @@ def _checked_weight_map(index: Path) -> dict[str, str]:
     weight_map = _read_index(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ConvertError(f"{index}: key 'weight_map' is missing or empty")
+    kind = "safetensors" if index.name == INDEX else "bin"
     for name, file_name in weight_map.items():
-        plain = isinstance(file_name, str) and Path(file_name).name == file_name and file_name.endswith(".safetensors")
+        plain = isinstance(file_name, str) and Path(file_name).name == file_name and file_name.endswith(f".{kind}")
         if not plain or not (index.parent / file_name).is_file():
             raise ConvertError(
-                f"{index}: tensor {name!r} points at {file_name!r}, which is not a safetensors file of that folder"
+                f"{index}: tensor {name!r} points at {file_name!r}, which is not a {kind} file of that folder"
             )
     return weight_map
 
@@ -170,6 +181,13 @@ def _read_index(index: Path) -> dict[str, Any]:
 
 def _file_tensors(file: Path, folder: str) -> list[HfTensor]:
     tensors = []
+    if file.suffix == ".bin":
+        for name, tensor in unpickled(file).items():
+            if tensor.dtype not in DTYPE_NAMES.values():
+                raise ConvertError(f"{file}: tensor {name!r} has dtype {tensor.dtype}, which safetensors does not have")
+            shape = tuple(tensor.shape)
+            tensors.append(HfTensor(folder=folder, name=name, file=file, dtype=tensor.dtype, shape=shape))
+        return tensors
     with open_safetensors(file) as shard:
         for name in shard.offset_keys():
             header = shard.get_slice(name)
