@@ -44,6 +44,7 @@ def write_qwen(
     config_class, model_class = STOCK[family]
     sizes = {**SIZES, **({"head_dim": 16} if family == "qwen3" else {}), **changes}
     if tokenizer is not None:
+        sizes["vocab_size"] = len(tokenizer) | 1
         sizes["eos_token_id"] = tokenizer.convert_tokens_to_ids("<|im_end|>")
     model = model_class(config_class(**sizes)).eval()
     generator = torch.Generator().manual_seed(7)
