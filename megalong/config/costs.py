@@ -40,15 +40,16 @@ def llm_params(shape: ModelShape) -> int:
     return shape.layers * per_layer + shape.hidden + head_params(shape) * (1 if shape.tied else 2)
 
 
-def llm_params_per_rank(shape: ModelShape, *, tp: int, pp: int) -> int:
-    """Parameters of the fullest rank: matrices and biases split over tp, layers over pp, norms replicated.
+def llm_params_per_rank(shape: ModelShape, *, tp: int, pp: int, stage: int = 0) -> int:
+    """Parameters of a rank of a pipeline stage: matrices and biases split over tp, layers over pp, norms replicated.
 
-    With pp > 1 the embedding and the head sit on the first and the last stage.
+    The first stage holds the embedding; the last one the final norm and the head, its own copy of it when it is tied.
     """
     norms = layer_norm_params(shape)
     per_layer = (layer_matrix_params(shape) + layer_vector_params(shape) - norms) // tp + norms
-    tables = 2 if pp == 1 and not shape.tied else 1
-    return shape.layers // pp * per_layer + shape.hidden + tables * head_params(shape) // tp
+    first, last = stage == 0, stage == pp - 1
+    tables = first + last - (shape.tied and pp == 1)
+    return shape.layers // pp * per_layer + last * shape.hidden + tables * head_params(shape) // tp
 
 
 def optimizer_params_per_rank(params: int, *, shards: int, largest: int) -> int:

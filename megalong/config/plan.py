@@ -46,6 +46,7 @@ class Lengths:
     response: int
     group: int  # responses of a prompt; 1 for sft
     groups_per_pack: int
+    packs: int  # of one optimizer step on one replica
 
     @property
     def shared(self) -> int:
@@ -63,7 +64,7 @@ class Lengths:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """Memory in bytes on the fullest process, FLOPs of one step over all processes, by part."""
+    """Memory in bytes on a process of the fullest pipeline stage, FLOPs of one step over all processes, by part."""
 
     task: Task
     config_text: str
@@ -72,6 +73,7 @@ class Plan:
     lengths: Lengths
     batch_size: int
     memory: dict[str, int]
+    stages: tuple[int, ...]  # bytes in total on a process of each pipeline stage
     host_store: int  # bytes of host memory the embedding store may fill, per process
     flops: dict[str, int]
     flops_repeated: int  # the same step with every response carrying its own prompt
@@ -115,6 +117,7 @@ def plan(config: RunConfig, task: Task, shape: ModelShape, *, note: str = "") ->
     lengths = _lengths(config, task, shape, dp=layout.dp)
     batch_size = {"sft": config.sft.batch_size, "grpo": config.grpo.batch_size, "eval": 1}[task]
     store = round(config.video.cache_gib * GIB) if config.video.cache_embeddings else 0
+    stages = [_memory(config, task, shape, layout=layout, lengths=lengths, stage=stage) for stage in range(layout.pp)]
     return Plan(
         task=task,
         config_text=config_yaml(config),
@@ -122,7 +125,8 @@ def plan(config: RunConfig, task: Task, shape: ModelShape, *, note: str = "") ->
         layout=layout,
         lengths=lengths,
         batch_size=batch_size,
-        memory=_memory(config, task, shape, layout=layout, lengths=lengths),
+        memory=max(stages, key=lambda memory: sum(memory.values())),
+        stages=tuple(sum(memory.values()) for memory in stages),
         host_store=store,
         flops=_flops(config, task, shape, lengths=lengths, batch_size=batch_size, shared=True),
         flops_repeated=sum(_flops(config, task, shape, lengths=lengths, batch_size=batch_size, shared=False).values()),
@@ -164,34 +168,44 @@ def _lengths(config: RunConfig, task: Task, shape: ModelShape, *, dp: int) -> Le
         "eval": 1,
     }[task]
     fitting = config.data.pack_tokens // costs.shared_tokens(prompt, response, group)
+    # A group longer than pack_tokens gets a pack of its own.
+    per_pack = max(1, min(fitting, per_update // dp))
     return Lengths(
         frames=frames_per_video(config) if shape.vision else 0,
         tokens_per_frame=shape.vision.tokens_per_frame if shape.vision else 0,
         prompt=prompt,
         response=response,
         group=group,
-        # A group longer than pack_tokens gets a pack of its own.
-        groups_per_pack=max(1, min(fitting, per_update // dp)),
+        groups_per_pack=per_pack,
+        packs=max(1, -(-(per_update // dp) // per_pack)),
     )
 
 
-def _memory(config: RunConfig, task: Task, shape: ModelShape, *, layout: Layout, lengths: Lengths) -> dict[str, int]:
-    """Bytes on the fullest process. S = tokens of a pack / cp; activations are an upper estimate.
+def _memory(
+    config: RunConfig, task: Task, shape: ModelShape, *, layout: Layout, lengths: Lengths, stage: int
+) -> dict[str, int]:
+    """Bytes on a process of a pipeline stage. S = tokens of a pack / cp; activations are an upper estimate.
 
     weights 2 B (bfloat16) or 4 B per parameter of the rank; the reference policy the same again;
     gradients 4 B; float32 master and both moments 12 B (8 B when the weights are float32 themselves)
     of the parameters this rank owns, dealt whole over dp * cp ranks; the tower and projector whole
-    on every rank; kept activations for every layer of the stage and S; one live layer for S.
+    on every rank; kept activations for every layer of the stage and S, as many times as packs are under way in the
+    stage, pp on the first and one on the last; one live layer for S. Embeddings lie on the first stage, and with
+    pp > 1 those of all packs of a step.
     """
     element = 4 if config.model.dtype is Dtype.float32 else 2
-    memory = _weight_memory(config, task, shape, layout=layout, element=element)
+    memory = _weight_memory(config, task, shape, layout=layout, stage=stage, element=element)
     if shape.vision:
         embeds = lengths.groups_per_pack * lengths.frames * shape.vision.embeds_per_frame
-        memory["vision embeddings of a pack"] = embeds * shape.vision.embed_width * element // layout.cp
+        of_pack = embeds * shape.vision.embed_width * element // layout.cp
+        if layout.pp == 1:
+            memory["vision embeddings of a pack"] = of_pack
+        elif stage == 0:
+            memory["vision embeddings of all packs"] = lengths.packs * of_pack
         frames = min(config.video.tower_batch_frames, lengths.frames)
         memory["tower on one batch of frames"] = frames * shape.vision.frame_elements * element
     if task != "eval":
-        memory |= _activation_memory(config, shape, layout=layout, lengths=lengths, element=element)
+        memory |= _activation_memory(config, shape, layout=layout, lengths=lengths, stage=stage, element=element)
     if _samples_embedded(config, task):
         kv = costs.kv_bytes_per_token(shape, element=element)
         prompts = 1 if task == "eval" else min(config.rollout.batch_prompts, config.grpo.batch_size // layout.dp)
@@ -202,12 +216,16 @@ def _memory(config: RunConfig, task: Task, shape: ModelShape, *, layout: Layout,
     return memory
 
 
-def _weight_memory(config: RunConfig, task: Task, shape: ModelShape, *, layout: Layout, element: int) -> dict[str, int]:
+def _weight_memory(
+    config: RunConfig, task: Task, shape: ModelShape, *, layout: Layout, stage: int, element: int
+) -> dict[str, int]:
     """Weights, reference, gradients and optimizer states of one rank."""
-    on_rank = costs.llm_params_per_rank(shape, tp=layout.tp, pp=layout.pp)
+    on_rank = costs.llm_params_per_rank(shape, tp=layout.tp, pp=layout.pp, stage=stage)
     memory = {"LLM weights": element * on_rank}
+    # The embedding or the head; on a stage between them gate and up projection are the largest.
+    largest = costs.head_params(shape) if stage in (0, layout.pp - 1) else 2 * shape.hidden * shape.ffn
     # (largest parameter, parameters) of each part that is trained
-    trained = [(costs.head_params(shape) // layout.tp, on_rank if config.model.train_llm else 0)]
+    trained = [(largest // layout.tp, on_rank if config.model.train_llm else 0)]
     if vision := shape.vision:
         memory["tower and projector weights"] = element * (vision.tower_params + vision.projector_params)
         trained += [
@@ -227,18 +245,24 @@ def _weight_memory(config: RunConfig, task: Task, shape: ModelShape, *, layout: 
 
 
 def _activation_memory(
-    config: RunConfig, shape: ModelShape, *, layout: Layout, lengths: Lengths, element: int
+    config: RunConfig, shape: ModelShape, *, layout: Layout, lengths: Lengths, stage: int, element: int
 ) -> dict[str, int]:
     tokens = -(-lengths.pack // layout.cp)
     recompute = config.model.recompute is Recompute.full
     split = {"tp": layout.tp, "sequence_parallel": layout.sequence_parallel}
     kept = costs.kept_bytes_per_token(shape, element=element, recompute=recompute, **split)
-    rows = lengths.groups_per_pack * lengths.group * lengths.response
-    return {
-        f"kept activations (recompute {config.model.recompute.name})": kept * tokens * (shape.layers // layout.pp),
+    under_way = min(layout.pp - stage, lengths.packs)
+    layers = shape.layers // layout.pp * under_way
+    memory = {
+        f"kept activations (recompute {config.model.recompute.name})": kept * tokens * layers,
         "one layer in backward": costs.live_bytes_per_token(shape, element=element, **split) * tokens,
-        "logits of a chunk of rows": costs.logits_bytes(shape, tp=layout.tp, rows=rows, train=config.model.train_llm),
     }
+    if stage == layout.pp - 1:
+        rows = lengths.groups_per_pack * lengths.group * lengths.response
+        memory["logits of a chunk of rows"] = costs.logits_bytes(
+            shape, tp=layout.tp, rows=rows, train=config.model.train_llm
+        )
+    return memory
 
 
 def _samples_embedded(config: RunConfig, task: Task) -> bool:
@@ -312,6 +336,8 @@ def _memory_text(plan: Plan) -> str:
     where = "GPU" if any(name.startswith("runtime") for name in plan.memory) else "CPU process"
     rows = [(name, f"{value / GIB:,.2f} GiB") for name, value in plan.memory.items()]
     rows.append((f"total per {where}", f"{plan.memory_total / GIB:,.2f} GiB"))
+    if len(plan.stages) > 1:
+        rows += [(f"total on pipeline stage {n}", f"{total / GIB:,.2f} GiB") for n, total in enumerate(plan.stages)]
     for card, budget in BUDGETS_GIB.items():
         verdict = "fits" if plan.memory_total <= budget * GIB else "does NOT fit"
         rows.append((f"on {card}", f"{verdict} {budget} GiB"))

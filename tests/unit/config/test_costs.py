@@ -45,8 +45,15 @@ def test_parameters_per_rank(shape: ModelShape) -> None:
     assert costs.llm_params_per_rank(shape, tp=1, pp=1) == costs.llm_params(shape)
     norms = 28 * 2 * 3584 + 3584
     assert costs.llm_params_per_rank(shape, tp=4, pp=1) == (7_615_616_512 - norms) // 4 + norms
-    first_of_two = 14 * (233_046_016 + 4608 + 7168) + 3584 + 152_064 * 3584
-    assert costs.llm_params_per_rank(shape, tp=1, pp=2) == first_of_two
+    layers, table = 14 * (233_046_016 + 4608 + 7168), 152_064 * 3584
+    assert costs.llm_params_per_rank(shape, tp=1, pp=2) == layers + table
+    assert costs.llm_params_per_rank(shape, tp=1, pp=2, stage=1) == layers + table + 3584
+    assert [costs.llm_params_per_rank(shape, tp=1, pp=4, stage=stage) for stage in range(4)] == [
+        layers // 2 + table, layers // 2, layers // 2, layers // 2 + table + 3584,
+    ]  # fmt: skip
+    tied = dataclasses.replace(shape, tied=True)
+    assert costs.llm_params_per_rank(tied, tp=1, pp=1) == costs.llm_params(tied) == costs.llm_params(shape) - table
+    assert costs.llm_params_per_rank(tied, tp=1, pp=2, stage=1) == layers + table + 3584
 
 
 @pytest.mark.parametrize(

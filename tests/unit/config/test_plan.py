@@ -61,6 +61,30 @@ def test_an_hour_of_video_on_8_gpus(recipe: Path, shape: ModelShape) -> None:
     assert 100e9 < result.memory_total < 140 * GIB
 
 
+def test_each_pipeline_stage_has_its_own_memory(recipe: Path, shape: ModelShape) -> None:
+    staged = ("parallel.tp=2", "parallel.cp=1", "parallel.pp=4", "gpus=8")
+    result = planned(recipe, shape, overrides=staged)
+    assert (result.layout.dp, result.lengths.packs) == (1, 4)
+    assert len(result.stages) == 4
+    assert result.memory_total == max(result.stages)
+    one = 2 * 3584 // 2 * 933_648 * 7  # bytes of a pack's inputs of the seven layers of a stage
+    table, layers = 152_064 * 3584 // 2, 7 * ((233_046_016 + 4608) // 2 + 7168)
+    # Four packs are under way in the first stage, one less in the next; two weights (policy and reference), gradients
+    # and states take 2 + 2 + 4 + 12 bytes; the embeddings of all packs lie on the first.
+    embeddings = 4 * 3600 * 256 * 3584 * 2
+    assert result.stages[0] - result.stages[1] == one + 20 * table + embeddings
+    assert result.stages[1] - result.stages[2] == one
+    assert result.memory["kept activations (recompute full)"] == 4 * one
+    assert result.memory["LLM weights"] == 2 * (layers + table)
+    assert "logits of a chunk of rows" not in result.memory
+    single = planned(recipe, shape, overrides=(*staged, "grpo.batch_size=1"))
+    assert single.stages[1] == single.stages[2] == result.stages[2] - one
+    lines = [" ".join(line.split()) for line in render(result).splitlines()]
+    for stage, total in enumerate(result.stages):
+        assert f"total on pipeline stage {stage} {total / GIB:,.2f} GiB" in lines
+    assert "pipeline stage" not in render(planned(recipe, shape))
+
+
 def test_flops_are_those_of_the_batch(recipe: Path, shape: ModelShape) -> None:
     result = planned(recipe, shape)
     size = {"prompt": 925_456, "response": 1024, "group": 8}
