@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -55,6 +56,7 @@ class DemoWorld:
 
     folder: Path
     recipe: Path
+    tied: Path  # another checkpoint: the same, but the embedding is the head
     sft: Path  # manifest
     rl: Path
 
@@ -76,9 +78,10 @@ def make_demo_world(folder: Path) -> DemoWorld:
     texts = [THINKING_TEMPLATE, *(f"{sample.question} {sample.reasoning}" for sample in samples)]
     model = make_demo_checkpoint(folder / "model", texts=texts, size=SIZE)
     _make_vocabulary_odd_and_answers_short(model / "llm")
+    tied = _with_tied_head(model, folder / "tied_model")
     recipe = folder / "recipe.yaml"
     recipe.write_text(BASE.replace("model: {", f"model: {{path: {model}, "), encoding="utf-8")
-    return DemoWorld(folder=folder, recipe=recipe, sft=data.train_sft, rl=data.train_rl)
+    return DemoWorld(folder=folder, recipe=recipe, tied=tied, sft=data.train_sft, rl=data.train_rl)
 
 
 def _make_vocabulary_odd_and_answers_short(llm: Path) -> None:
@@ -91,6 +94,16 @@ def _make_vocabulary_odd_and_answers_short(llm: Path) -> None:
     save_file(tensors, llm / "model.safetensors", metadata={"format": "pt"})
     config["vocab_size"] += 1
     (llm / "config.json").write_text(json.dumps(config))
+
+
+def _with_tied_head(model: Path, copy: Path) -> Path:
+    shutil.copytree(model, copy)
+    tensors = load_file(copy / "llm" / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, copy / "llm" / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((copy / "llm" / "config.json").read_text())
+    (copy / "llm" / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    return copy
 
 
 class World:

@@ -23,6 +23,8 @@ from megalong.parallel.split import shard_range
 from megalong.records import ScoredGroup, StepStats
 from megalong.sft import train_sft
 
+TIED = "model.path={tied}"
+"""The demo's other checkpoint, whose embedding is the output head as well."""
 VARIANTS = {
     "sft": ("sft", ()),
     # One sample to a pack, and activations made again in the backward pass.
@@ -30,6 +32,7 @@ VARIANTS = {
     # Some ranks have no frame at all.
     "sft_one_frame": ("sft", ("video.num_frames=1", "sft.batch_size=2", "sft.steps=2")),
     "sft_vision_only": ("sft", ("model.train_llm=false",)),
+    "sft_tied": ("sft", (TIED,)),
     "grpo": ("grpo", ("grpo.updates_per_batch=2",)),
     "grpo_split": ("grpo", ("grpo.updates_per_batch=2", "data.pack_tokens=1")),
     "grpo_one_update": ("grpo", ("grpo.steps=3", "model.recompute=full", "grpo.aggregation=token")),
@@ -39,7 +42,7 @@ VARIANTS = {
     ),
 }
 """Name -> task and overrides."""
-EXACT = {f"{name}_float64": VARIANTS[name] for name in ("sft", "sft_one_frame", "grpo", "grpo_vision")}
+EXACT = {f"{name}_float64": VARIANTS[name] for name in ("sft", "sft_one_frame", "sft_tied", "grpo", "grpo_vision")}
 """Again in float64, where any difference beyond 1e-10 is a defect: no sum in another order makes one."""
 
 
@@ -60,6 +63,7 @@ def record_all(
     """Every variant under one layout. `rollouts` of a variant replace what a GRPO run samples itself."""
     done = {}
     for name, (task, overrides) in {**VARIANTS, **EXACT}.items():
+        overrides = [override.format(tied=demo.tied) for override in overrides]
         config = demo.config(folder / name, *overrides, *parallel, task=task)
         recorded = Recorded()
         wide = mock.patch.dict(TORCH_DTYPE, {Dtype.float32: torch.float64}) if name in EXACT else nullcontext()

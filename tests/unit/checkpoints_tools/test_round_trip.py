@@ -19,7 +19,9 @@ from megalong.config.tree import Dtype, ModelConfig, OptimizerConfig, Recompute
 from megalong.engine.build import build_model
 from megalong.engine.checkpoint import load_weights, save_checkpoint
 from megalong.engine.trainer import Trainer
+from megalong.engine.weights_io import export_weights
 from megalong.parallel.layout import ParallelLayout, make_layout
+from megalong.records import bucket_checksum
 
 
 def make_variant(hf: Path, *, dtype: torch.dtype, tied: bool, prefix: bool) -> None:
@@ -126,8 +128,16 @@ def make_trainer(path: Path, layout: ParallelLayout) -> Trainer:
     return Trainer(model, layout, OptimizerConfig(lr=1e-3), total_steps=1, embeddings=lambda selections: None)
 
 
-def exported(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for bucket in trainer.export_weights() for name, tensor in bucket.tensors.items()}
+def exported(trainer: Trainer, *, bucket_bytes: int = 1 << 30) -> dict[str, torch.Tensor]:
+    """Every tensor in the bucket and with the checksum that it is said to have, and once."""
+    table = trainer.model.weight_table()
+    done: dict[str, torch.Tensor] = {}
+    for bucket in export_weights(trainer.model, table, trainer.layout, bucket_bytes=bucket_bytes):
+        assert bucket.checksum == bucket_checksum(bucket.tensors)
+        assert len(bucket.tensors) == 1 or sum(tensor.nbytes for tensor in bucket.tensors.values()) <= bucket_bytes
+        assert not done.keys() & bucket.tensors.keys()
+        done.update({name: tensor.clone() for name, tensor in bucket.tensors.items()})
+    return done
 
 
 def test_init_from_loads_the_conversion_in_one_process(hf: Path, megatron: Path, layout: ParallelLayout) -> None:
@@ -152,7 +162,7 @@ def load_change_and_save(hf: Path, megatron: Path, out: Path, tp: int, pp: int) 
         for param in trainer.model.parameters():
             param.mul_(1.5)
     save_checkpoint(out, trainer, extra={}, keep=1)
-    return [loaded, exported(trainer)]
+    return [loaded, exported(trainer, bucket_bytes=10_000)]
 
 
 @pytest.mark.parametrize(("tp", "pp", "tied"), [(2, 1, False), (1, 2, False), (1, 2, True), (2, 2, False)])

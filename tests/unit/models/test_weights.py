@@ -22,6 +22,7 @@ from megalong.models.weights import (
     Rows,
     VocabRows,
     decoder_table,
+    stage_table,
 )
 from megalong.records import bucket_checksum
 
@@ -119,6 +120,37 @@ def test_decoder_table_names(tied: bool, use_te: bool) -> None:
     megatron = {entry.megatron for entry in table}
     assert ("llm.decoder.layers.1.mlp.linear_fc1.layer_norm_weight" in megatron) is use_te
     assert ("llm.decoder.layers.1.pre_mlp_layernorm.weight" in megatron) is not use_te
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_stages_share_out_the_table(tied: bool) -> None:
+    """Three layers on three stages: layer numbers become local; a tied head is a second place for the embedding."""
+    shape = GptShape(
+        hidden=12, layers=3, heads=4, kv_heads=2, head_dim=3, ffn=8, vocab=10, tied=tied, rope_theta=1e4,
+        rope_scaling=1.0, norm_eps=1e-6, max_positions=64,
+    )  # fmt: skip
+    whole = decoder_table(shape, use_te=False, megatron_prefix="llm.", hf_prefix="model.", head_name="lm_head.weight")
+    whole.append(Replicated(megatron="vision.norm.weight", hf=("tower.norm.weight",)))
+    stages = [
+        stage_table(
+            whole, prefix="llm.", first_layer=stage, num_layers=1, is_first=stage == 0, is_last=stage == 2, tied=tied
+        )
+        for stage in range(3)
+    ]
+    places = [{name: entry.megatron for entry in table for name in entry.hf} for table in stages]
+    for stage, of_stage in enumerate(places):
+        assert of_stage["tower.norm.weight"] == "vision.norm.weight"
+        assert of_stage[f"model.layers.{stage}.mlp.down_proj.weight"] == "llm.decoder.layers.0.mlp.linear_fc2.weight"
+        assert sum(".layers." in name for name in of_stage) == 12
+    embedding = "model.embed_tokens.weight"
+    assert [of_stage.get(embedding) for of_stage in places] == [
+        "llm.embedding.word_embeddings.weight", None, "llm.output_layer.weight" if tied else None,
+    ]  # fmt: skip
+    assert [of_stage.get("lm_head.weight") for of_stage in places] == [
+        None, None, None if tied else "llm.output_layer.weight",
+    ]  # fmt: skip
+    assert ["model.norm.weight" in of_stage for of_stage in places] == [False, False, True]
+    assert {name for of_stage in places for name in of_stage} == {name for entry in whole for name in entry.hf}
 
 
 def test_table_fills_every_parameter_and_names_every_tensor_of_the_files(layout: object, tiny_checkpoint: Path) -> None:
