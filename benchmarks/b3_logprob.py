@@ -352,6 +352,7 @@ def main() -> None:
         parts = inputs(*shape)
         found["phases_ms"] = phases(parts) if args.phases else {}
         found["rows"] = measure(candidates, parts, args.repeats)
+        file.write_text(json.dumps(found, indent=2))
         show(found["rows"])
         found["sweep"] = sweep(parts) if args.sweep else []
         file.write_text(json.dumps(found, indent=2))

@@ -139,7 +139,7 @@ class _VocabParallelLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_R: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         hidden_RD, weight_VD, local_R, lse_R, ignored_R = ctx.saved_tensors
-        coef_R = (grad_R * ctx.inverse_temperature).masked_fill(ignored_R, 0)
+        coef_R = (grad_R * ctx.inverse_temperature).masked_fill(ignored_R, 0).contiguous()
         grad_weight_VD = torch.empty_like(weight_VD) if ctx.needs_input_grad[1] else None
         grad_hidden_RD = ctx.backend.gradients(
             coef_R, lse_R, hidden_RD, weight_VD[: ctx.valid_vocab], local_R,
