@@ -25,6 +25,8 @@ from megalong.models.errors import CheckpointError
 from megalong.models.families import FAMILIES
 from megalong.parallel.layout import ParallelLayout, destroy_layout, make_layout
 from megalong.records import Prompt, Sample, TokenBatch
+from megalong.rollout.embedded import EmbeddedEngine
+from megalong.rollout.engine import Request, Sampling
 
 TOLERANCE = 1e-4
 
@@ -161,6 +163,40 @@ def test_two_tensor_parallel_ranks_equal_transformers(tmp_path: Path) -> None:
         for results, want in zip(of_rank, wanted, strict=True):
             for got in results:
                 compare(got, want)
+
+
+@pytest.mark.parametrize("name", ["qwen2 tied", "qwen2_5", "qwen3"])
+def test_sampler_and_trainer_agree(tmp_path: Path, layout: ParallelLayout, name: str) -> None:
+    """Sampled log-probabilities are the trainer's on what was sampled; prompts of several lengths in one batch."""
+    case = CASES[name]
+    write_qwen(tmp_path, case.family, **case.changes)
+    family = FAMILIES[case.family]
+    config = ModelConfig(family=case.family, path=str(tmp_path), dtype=Dtype.float32)
+    model = build_model(config, layout, sequence_parallel=False)
+    trainer = Trainer(model, layout, OptimizerConfig(), total_steps=1, embeddings=lambda _: None)
+    engine = EmbeddedEngine(
+        family.sampler_model(tmp_path, torch.float32), name_of=family.sampler_name, eos_id=3,
+        device=torch.device("cpu"), batch_prompts=4,
+    )  # fmt: skip
+    engine.load_weights(trainer.export_weights(), version=0)
+    prompts = [group.prompt for pack in groups() for group in pack]
+    requests = [
+        Request(
+            ids_P=prompt.ids_P, positions_P=prompt.positions_P, next_position=prompt.next_position, embeds_ND=None,
+            seeds=(index, index + 9, index + 99),
+        )
+        for index, prompt in enumerate(prompts)
+    ]  # fmt: skip
+    sampling = Sampling(group_size=3, max_tokens=12, temperature=0.8, top_p=1.0, top_k=0)
+    sampled = engine.generate(requests, sampling=sampling)
+    items = [
+        GroupTokens(prompt=prompt, responses=tuple(response.ids for response in group))
+        for prompt, group in zip(prompts, sampled, strict=True)
+    ]
+    logprobs_R = trainer.logprobs([pack_groups(items)], temperature=0.8)[0]
+    want_R = torch.tensor([value for group in sampled for response in group for value in response.logprobs])
+    assert len(want_R) > 100
+    torch.testing.assert_close(logprobs_R, want_R, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_recipe_is_covered() -> None:
-    assert set(NAMES) == set(SEVEN_B) | set(DEMO)
+    assert set(NAMES) == set(SEVEN_B) | set(DEMO) | {"grpo_qwen_math.yaml"}
     assert {"base_7b.yaml", "grpo_7b_256f.yaml", "grpo_7b_512f.yaml", "grpo_7b_dapo.yaml", "sft_7b.yaml"} == set(
         SEVEN_B
     )
@@ -49,6 +49,18 @@ def test_7b_recipes_fit_8_gpus_of_80_gb(name: str) -> None:
     assert result.lengths.tokens_per_frame == 257
     assert result.memory_total < BUDGETS_GIB["80 GB (A100, H100)"] * GIB
     assert "does NOT fit" not in render(result)
+
+
+def test_text_recipe_plans_without_vision_and_fits_8_gpus_of_80_gb() -> None:
+    config = load_config(RECIPES / "grpo_qwen_math.yaml")
+    shape, note = shape_for_planning(config)
+    assert note.endswith("launch/shapes/qwen2_5_7b")
+    validate(config, task="grpo", world_size=planned_processes(config), model=shape)
+    result = plan(config, "grpo", shape, note=note)
+    assert (result.layout.world_size, result.layout.tp, result.layout.dp) == (8, 4, 2)
+    assert (result.lengths.shared, result.lengths.groups_per_pack) == (2048 + 8 * 4096, 1)
+    assert result.memory_total < BUDGETS_GIB["80 GB (A100, H100)"] * GIB
+    assert "frames per video" not in render(result)
 
 
 @pytest.mark.parametrize("name", DEMO)
