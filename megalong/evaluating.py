@@ -60,7 +60,7 @@ def evaluate_policy(run: Run, samples: Sequence[Sample], *, name: str, step: int
         batch = mine[at : at + settings.batch_prompts]
         prompts, unusable = plan_prompts(run, batch)
         prompts, unreadable = make_ready(run, prompts)
-        embeds = [run.vision.embeddings(prompt.selections) for prompt in prompts]
+        embeds = run.vision.embeddings_of(prompts, run.sampler.owners(len(prompts)))
         groups: list[RolloutGroup] = run.sampler.sample(prompts, embeds, sampling=sampling, step=step)
         texts.update({group.prompt.sample.sample_id: group.texts for group in groups})
         dropped += [*unusable, *unreadable]

@@ -111,7 +111,7 @@ def sample_batch(
     with run.timer("data"):
         prompts, dropped = next(batches)
     with run.timer("rollout"):
-        embeds = [run.vision.embeddings(prompt.selections) for prompt in prompts]
+        embeds = run.vision.embeddings_of(prompts, run.sampler.owners(len(prompts)))
         sampling = Sampling(
             group_size=config.rollout.group_size,
             max_tokens=config.data.max_response_tokens,
@@ -174,7 +174,8 @@ def pack_updates(run: Run, scored: Sequence[ScoredGroup]) -> list[list[PolicyBat
         places = [place for place in range(len(scored)) if (before + place) % grpo.updates_per_batch == update]
         groups = [scored[place].group for place in places]
         mine = [advantages[before + place] for place in places]
-        updates.append(pack_rollouts(groups, mine, pack_tokens=run.config.data.pack_tokens))
+        share = run.config.mr_sp.mode.name == "shared_prefix"
+        updates.append(pack_rollouts(groups, mine, pack_tokens=run.config.data.pack_tokens, share_prefix=share))
     return updates
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import signal
@@ -18,8 +19,8 @@ from tqdm import tqdm
 from megalong.config.errors import ConfigError
 from megalong.config.load import save_config
 from megalong.config.shapes import read_model_shape
+from megalong.config.tree import Recompute, RunConfig
 from megalong.config.tree import RolloutEngine as EngineChoice
-from megalong.config.tree import RunConfig
 from megalong.config.validate import Task, validate
 from megalong.data.batches import build_prompts
 from megalong.data.manifest import ManifestError, read_manifest
@@ -205,7 +206,12 @@ def open_run(config: RunConfig, *, task: Task) -> Run:
     family = family_of(config.model)
     parallel = config.parallel
     layout = make_layout(
-        tp=parallel.tp, cp=parallel.cp, pp=parallel.pp, seed=config.seed, timeout_minutes=parallel.timeout_minutes
+        tp=parallel.tp,
+        cp=parallel.cp,
+        pp=parallel.pp,
+        cp_a2a=parallel.cp_a2a or math.gcd(parallel.cp, max(1, shape.kv_heads // parallel.tp)),
+        seed=config.seed,
+        timeout_minutes=parallel.timeout_minutes,
     )
     seed_everything(config.seed)
     model = build_model(config.model, layout, sequence_parallel=parallel.sequence_parallel)
@@ -213,7 +219,15 @@ def open_run(config: RunConfig, *, task: Task) -> Run:
     videos = None if family.vision is None else family.vision.layout(model.spec, tokens, config.video)
     vision = VisionStage(model.vision, layout, vision_settings(config), videos=videos)
     total_steps = config.grpo.steps * config.grpo.updates_per_batch if task == "grpo" else config.sft.steps
-    trainer = Trainer(model, layout, config.optimizer, total_steps=total_steps, embeddings=vision.embeddings)
+    trainer = Trainer(
+        model,
+        layout,
+        config.optimizer,
+        total_steps=total_steps,
+        embeddings=vision.embeddings,
+        sharded=config.mr_sp.mode.name in ("stage1+2", "shared_prefix"),
+        keep_attention=config.model.recompute is Recompute.keep_attention,
+    )
     if config.model.init_from:
         load_weights(newest_checkpoint(Path(config.model.init_from)), trainer)
     if task == "grpo" and config.grpo.kl_coef > 0:
@@ -284,9 +298,11 @@ def build_engine(config: RunConfig, layout: ParallelLayout, *, eos_id: int) -> E
 
 def vision_settings(config: RunConfig) -> VisionSettings:
     video, model = config.video, config.model
+    shared = config.mr_sp.mode.name != "none"
     return VisionSettings(
         tower_batch_frames=video.tower_batch_frames,
-        frozen=video.cache_embeddings and not (model.train_tower or model.train_projector),
+        frozen=video.cache_embeddings and shared and not (model.train_tower or model.train_projector),
+        share_frames=shared,
         embed_store_bytes=int(video.cache_gib * GIB),
         frame_store_bytes=int(video.frame_cache_gib * GIB),
         decode_workers=config.data.decode_workers,

@@ -22,13 +22,17 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from megalong.attention.shard import PackShard
 from megalong.config.load import load_config
 from megalong.config.tree import RunConfig
 from megalong.data.demo_videos import make_demo_data
 from megalong.data.manifest import read_manifest
 from megalong.data.sequence import THINKING_TEMPLATE
+from megalong.engine.trainer import Trainer
 from megalong.models.longvila.demo_checkpoint import DemoModelSize, make_demo_checkpoint
+from megalong.records import TokenBatch
 
 SIZE = DemoModelSize(
     hidden=32, layers=2, heads=4, kv_heads=2, intermediate=64, max_positions=1024, vocab=400,
@@ -182,3 +186,15 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def forward_pack(trainer: Trainer, tokens: TokenBatch, *, temperature: float) -> tuple[Tensor, Tensor]:
+    """logprobs_R and entropy_R of one pack, with gradients."""
+    seen = []
+
+    def finish(_: int, shard: PackShard, hidden_rD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        seen.append(trainer.score(tokens, shard, hidden_rD, temperature=temperature))
+        return hidden_rD.sum(), {}
+
+    trainer.runner.run([tokens], finish, backward=False)
+    return seen[0]

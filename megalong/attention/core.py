@@ -49,7 +49,7 @@ class PackCoreAttention(MegatronModule):
         super().__init__(config=config)
         if config.attention_dropout:
             raise ValueError(f"attention_dropout={config.attention_dropout}: shared-prefix training needs 0")
-        kv_heads = config.num_query_groups // config.tensor_model_parallel_size
+        kv_heads = max(1, config.num_query_groups // config.tensor_model_parallel_size)
         if kv_heads % context.a2a_size:
             raise ValueError(
                 f"{kv_heads} key/value heads per tensor-parallel rank cannot be dealt to an all-to-all group of "

@@ -7,6 +7,7 @@ multiply-add as two. Bytes are exact for parameters and states and an upper esti
 from __future__ import annotations
 
 from megalong.config.model_shape import ModelShape
+from megalong.config.tree import Recompute
 
 CHUNK_LOGITS = 1 << 26
 """Logits (rows * vocabulary of the rank) alive at once in the log-probability op."""
@@ -103,14 +104,14 @@ def forward_flops(shape: ModelShape, *, tokens: int, pairs: int, rows: int) -> i
     return linear_flops(shape, tokens) + attention_flops(shape, pairs) + head_flops(shape, rows)
 
 
-def train_flops(shape: ModelShape, *, tokens: int, pairs: int, rows: int, recompute: bool) -> int:
+def train_flops(shape: ModelShape, *, tokens: int, pairs: int, rows: int, recompute: Recompute) -> int:
     """Forward and backward: linear 3 forwards, attention 3.5 (flash backward is 2.5), head 4.
 
-    Full recompute adds one forward of linear and attention. The head's logits are never kept, so its
-    backward makes them again: 4 forwards.
+    Full recompute adds one forward of linear and attention, kept attention one of linear. The head's logits are never
+    kept, so its backward makes them again: 4 forwards.
     """
     linear, attention = linear_flops(shape, tokens), attention_flops(shape, pairs)
-    again = linear + attention if recompute else 0
+    again = {Recompute.none: 0, Recompute.keep_attention: linear, Recompute.full: linear + attention}[recompute]
     return 3 * linear + attention * 7 // 2 + again + 4 * head_flops(shape, rows)
 
 
@@ -126,17 +127,23 @@ def kv_bytes_per_token(shape: ModelShape, *, element: int) -> int:
     return 2 * shape.layers * shape.kv_heads * shape.head_dim * element
 
 
-def kept_bytes_per_token(shape: ModelShape, *, element: int, tp: int, sequence_parallel: bool, recompute: bool) -> int:
+def kept_bytes_per_token(
+    shape: ModelShape, *, element: int, tp: int, sequence_parallel: bool, recompute: Recompute
+) -> int:
     """Activations one layer keeps per token of the pack until its backward, on one rank.
 
-    recompute: the layer's input. Otherwise, in elements: width-sized (inputs of the two norms and of
+    Full recompute: the layer's input; keep_attention: also the attention output and a float32 log-sum-exp per head.
+    Otherwise, in elements: width-sized (inputs of the two norms and of
     the two column-parallel linears, 4h, split over tp only with sequence parallel), and split over tp
     always: q, k, v before and after the rotation, attention output, gate, up and their product; plus a
     float32 log-sum-exp per head; with more ranks than key-value heads also all q, k, v, gathered.
     """
     width_split = tp if sequence_parallel else 1
-    if recompute:
-        return shape.hidden * element // width_split
+    kept_input = shape.hidden * element // width_split
+    if recompute is Recompute.full:
+        return kept_input
+    if recompute is Recompute.keep_attention:
+        return kept_input + shape.heads * (shape.head_dim * element + 4) // tp
     query, key = shape.heads * shape.head_dim, max(shape.kv_heads, tp) * shape.head_dim
     split = 3 * query + 4 * key + 3 * shape.ffn
     gathered = query + 2 * shape.kv_heads * shape.head_dim if tp > shape.kv_heads else 0

@@ -10,7 +10,7 @@ from megalong.config.errors import ConfigError
 from megalong.config.load import config_yaml
 from megalong.config.model_shape import ModelShape
 from megalong.config.shapes import SHIPPED_SHAPES, read_model_shape
-from megalong.config.tree import Dtype, Recompute, RolloutEngine, RunConfig
+from megalong.config.tree import Dtype, RolloutEngine, RunConfig
 from megalong.config.validate import Task, frames_per_video, prompt_tokens
 
 GIB = 1 << 30
@@ -248,7 +248,7 @@ def _activation_memory(
     config: RunConfig, shape: ModelShape, *, layout: Layout, lengths: Lengths, stage: int, element: int
 ) -> dict[str, int]:
     tokens = -(-lengths.pack // layout.cp)
-    recompute = config.model.recompute is Recompute.full
+    recompute = config.model.recompute
     split = {"tp": layout.tp, "sequence_parallel": layout.sequence_parallel}
     kept = costs.kept_bytes_per_token(shape, element=element, recompute=recompute, **split)
     under_way = min(layout.pp - stage, lengths.packs)
@@ -293,7 +293,7 @@ def _flops(
     if task == "grpo" and config.grpo.kl_coef > 0:
         parts["reference log-probabilities"] = one_pass
     if task != "eval":
-        recompute = config.model.recompute is Recompute.full
+        recompute = config.model.recompute
         parts["forward and backward"] = costs.train_flops(
             shape, tokens=tokens, pairs=pairs, rows=rows, recompute=recompute
         )

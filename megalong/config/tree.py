@@ -32,7 +32,19 @@ class AttentionKernel(Enum):
 
 class Recompute(Enum):
     none = "none"
+    keep_attention = "keep_attention"  # attention outputs stay, the rest of each layer is computed again
     full = "full"
+
+
+MrSpMode = Enum(
+    "MrSpMode",
+    {
+        "none": "none",  # every response a sequence of its own on one rank, videos encoded anew in every pass
+        "stage1": "stage1",  # frames shared out and embeddings reused; sequences whole, dealt to the cp ranks
+        "stage1+2": "stage1+2",  # the paper's MR-SP: sequences also sharded over the cp ranks
+        "shared_prefix": "shared_prefix",  # the responses of a group share one prefix, sharded over the cp ranks
+    },
+)
 
 
 class FrameSampling(Enum):
@@ -87,7 +99,7 @@ class ModelConfig:
     dtype: Dtype = Dtype.bfloat16
     layer_spec: LayerSpec = LayerSpec.auto
     attention: AttentionKernel = AttentionKernel.auto
-    recompute: Recompute = Recompute.full
+    recompute: Recompute = Recompute.keep_attention
     train_llm: bool = True
     train_projector: bool = False
     train_tower: bool = False
@@ -98,9 +110,17 @@ class ParallelConfig:
     tp: int = 1
     cp: int = 1
     pp: int = 1
+    cp_a2a: int = 0
+    """Of the cp ranks, how many trade rows for heads; the others gather keys. 0: as many as key-value heads allow."""
     sequence_parallel: bool = False
     """Shard activations between tensor-parallel regions along the sequence (needs tp > 1)."""
     timeout_minutes: int = 30
+
+
+@dataclass
+class MrSpConfig:
+    mode: MrSpMode = MrSpMode.shared_prefix
+    """What a training pass shares. All modes give the same loss and gradients; the others are there to compare with."""
 
 
 @dataclass
@@ -243,6 +263,7 @@ class RunConfig:
     """Processes the launch starts; read by `megalong plan` and the launch scripts. 0: CPU."""
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    mr_sp: MrSpConfig = field(default_factory=MrSpConfig)
     video: VideoConfig = field(default_factory=VideoConfig)
     data: DataConfig = field(default_factory=DataConfig)
     sft: SftConfig = field(default_factory=SftConfig)

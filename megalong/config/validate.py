@@ -164,6 +164,17 @@ def _parallel_problems(config: RunConfig, *, world_size: int, model: ModelShape)
     if config.gpus and config.gpus != world_size and config.gpus % replica:
         yield f"gpus={config.gpus} is not a multiple of {split} = {replica}; change gpus or the three"
     yield from split_problems(model, tp=tp, pp=pp)
+    a2a = config.parallel.cp_a2a
+    if a2a < 0 or (a2a and (cp % a2a or max(1, model.kv_heads // tp) % a2a)):
+        yield (
+            f"parallel.cp_a2a={a2a} must divide parallel.cp={cp} and the {max(1, model.kv_heads // tp)} key-value "
+            "heads of a tensor-parallel rank; set it to 0 to have it chosen"
+        )
+    if pp > 1 and config.mr_sp.mode.name in ("none", "stage1"):
+        yield (
+            f"mr_sp.mode={config.mr_sp.mode.name} deals whole sequences to the ranks in turn, which parallel.pp={pp} "
+            "cannot; set parallel.pp=1 or another mode"
+        )
     if config.parallel.sequence_parallel and tp == 1:
         yield "parallel.sequence_parallel=true needs parallel.tp > 1, which is 1; turn it off or raise parallel.tp"
 

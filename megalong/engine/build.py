@@ -42,7 +42,7 @@ def build_model(config: ModelConfig, layout: ParallelLayout, *, sequence_paralle
         pp=layout.pp_size,
         sequence_parallel=sequence_parallel,
         dtype=TORCH_DTYPE[config.dtype],
-        recompute=config.recompute is Recompute.full,
+        recompute=config.recompute is not Recompute.none,
         on_gpu=on_gpu,
     )
     core_attention = partial(PackCoreAttention, kernel=config.attention.value, context=layout.context)

@@ -1,102 +1,146 @@
-"""One pass of packs through the stages of a replica: megatron-core's own 1F1B schedule, or a plain loop without stages.
+"""Forward and backward of packs over the ranks of a replica.
 
-A pack is a micro-batch. Its vision embeddings are made by all ranks of the replica together, which they cannot do while
-the stages are at different packs: with stages they are made before the schedule starts, and their gradients go back to
-the ranks that encoded the frames after it has ended.
+A pack is a micro-batch. Sharded over context-parallel ranks, one pack is computed by all of them at a time; unsharded,
+each of them takes a pack of its own in turn. With pipeline stages, megatron-core's 1F1B schedule runs the packs, and
+their vision embeddings, which all ranks of the replica make together, are made before it starts; the gradients go back
+to the ranks that encoded the frames after it has ended.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
-from megalong.parallel.collectives import broadcast_object
+from megalong.attention.shard import PackShard, shard_tokens
+from megalong.parallel.collectives import broadcast_object, gather_objects
 from megalong.parallel.layout import ParallelLayout
-from megalong.records import FrameSelection, TokenBatch
+from megalong.records import TokenBatch
 
-Embeddings = Callable[[Sequence[FrameSelection]], Tensor | None]
-Finish = Callable[[int, Tensor], tuple[Tensor, dict[str, Tensor]]]
-"""(index of the pack, hidden_RD of its response rows) -> (loss, what to return for the pack). Last stage only."""
+Embeddings = Callable[..., Tensor | None]
+"""VisionStage.embeddings."""
+Finish = Callable[[int, PackShard, Tensor], tuple[Tensor, dict[str, Tensor]]]
+"""(index of the pack, this rank's shard, hidden states it scores) -> (loss, what to return). Last stage only."""
 
 
-def run_packs(
-    ddp: nn.Module, layout: ParallelLayout, packs: Sequence[TokenBatch], finish: Finish, *,
-    embeddings: Embeddings, backward: bool,
-) -> list[dict[str, Tensor]]:  # fmt: skip
-    """Forward of every pack, and with `backward` the backward of its loss into `main_grad`.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackRunner:
+    """How the packs of a replica are run."""
 
-    Every rank of the replica calls this with the same packs. Returns what `finish` gave for each pack, detached and on
-    the CPU, on every rank of the replica.
-    """
-    if layout.pp_size > 1:
-        return _through_stages(ddp, layout, packs, finish, embeddings=embeddings, backward=backward)
-    done = []
-    for index, tokens in enumerate(packs):
-        loss, values = finish(index, ddp(tokens, embeddings(tokens.selections)))
+    ddp: nn.Module
+    layout: ParallelLayout
+    embeddings: Embeddings
+    sharded: bool  # False: every context-parallel rank has packs of its own, whole
+
+    def run(self, packs: Sequence[TokenBatch], finish: Finish, *, backward: bool) -> list[dict[str, Tensor]]:
+        """Forward of every pack, and with `backward` the backward of its loss into `main_grad`.
+
+        Every rank of the replica calls this with the same packs. Returns what `finish` gave for each pack, detached
+        and on the CPU, on every rank of the replica.
+        """
+        if self.layout.pp_size > 1:
+            return self._through_stages(packs, finish, backward=backward)
+        done: dict[int, dict[str, Tensor]] = {}
+        for turn in self._turns(packs):
+            embeds_nD = self._embed(turn)
+            if turn.index is None:
+                if backward and embeds_nD is not None and embeds_nD.requires_grad:
+                    embeds_nD.backward(torch.zeros_like(embeds_nD))  # the others meet this rank in the exchange
+                continue
+            loss, values = finish(turn.index, turn.shard, self.ddp(turn.shard, embeds_nD))
+            if backward:
+                loss.backward()
+            done[turn.index] = _on_cpu(values)
+        if self.layout.context.size > 1 and not self.sharded:
+            for part in gather_objects(done, group=self.layout.context.group):
+                done.update(part)
+        return [done[index] for index in range(len(packs))]
+
+    def _turns(self, packs: Sequence[TokenBatch]) -> list[_Turn]:
+        """What this rank does in turn; as many turns on every rank of the replica."""
+        context = self.layout.context
+        multiple = self.ddp.module.llm.sequence_multiple
+        if self.sharded or context.size == 1:
+            return [
+                _Turn([tokens], i, shard_tokens(tokens, context, multiple=multiple)) for i, tokens in enumerate(packs)
+            ]
+        turns = []
+        for first in range(0, len(packs), context.size):
+            together = packs[first : first + context.size]
+            mine = first + context.rank
+            index = mine if mine < len(packs) else None
+            shard = shard_tokens(packs[mine], context.alone, multiple=multiple) if index is not None else None
+            turns.append(_Turn(together, index, shard))
+        return turns
+
+    def _embed(self, turn: _Turn) -> Tensor | None:
+        """[n, D'] embeddings for this rank's MEDIA_TOKEN places (none but on the first pipeline stage)."""
+        layout = self.layout
+        selections = [selection for tokens in turn.packs for selection in tokens.selections]
+        if not selections:
+            return None
+        if layout.replica_size == 1:
+            return self.embeddings(selections)
+        if layout.context.size > 1 and not self.sharded:
+            counts = [int((tokens.ids_T < 0).sum()) for tokens in turn.packs]
+            media = [torch.arange(count) + sum(counts[:i]) for i, count in enumerate(counts)]
+            media += [torch.empty(0, dtype=torch.int64)] * (layout.context.size - len(media))
+        else:
+            media = turn.shard.media
+        nothing = torch.empty(0, dtype=torch.int64)
+        wanted = [media[cp] if pp == 0 else nothing for _, cp, pp in layout.places]
+        # Tensor-parallel ranks compute the same from the same rows: the first one's gradient is everyone's.
+        return self.embeddings(selections, wanted, returns=[tp == 0 for tp, _, _ in layout.places])
+
+    def _through_stages(
+        self, packs: Sequence[TokenBatch], finish: Finish, *, backward: bool
+    ) -> list[dict[str, Tensor]]:
+        layout = self.layout
+        turns = self._turns(packs)
+        made = [self._embed(turn) for turn in turns]
+        given = [None if embeds is None else embeds.detach().requires_grad_(embeds.requires_grad) for embeds in made]
+        order = iter(range(len(turns)))
+
+        def forward_pack(*_: Any) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]]:
+            index = next(order)  # the schedule takes packs in order on every stage
+            shard = turns[index].shard
+
+            def loss_of(hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+                loss, values = finish(index, shard, hidden)
+                # megatron adds up a number of tokens and, as losses are sums here, divides nothing by it.
+                return loss, torch.zeros((), dtype=torch.int), {name: value.detach() for name, value in values.items()}
+
+            return self.ddp(shard, given[index] if layout.is_first_stage else None), loss_of
+
+        llm = self.ddp.module.llm
+        done = get_forward_backward_func()(
+            forward_step_func=forward_pack,
+            data_iterator=None,
+            model=llm,
+            num_microbatches=len(packs),
+            seq_length=1,  # not read: the stages tell each other the shape of every pack
+            micro_batch_size=1,
+            forward_only=not backward,
+        )
+        llm.set_input_tensor([None])  # the activations of the last pack would stay
         if backward:
-            loss.backward()
-        done.append(_on_cpu(values))
-    return done
+            for embeds, leaf in zip(made, given, strict=True):
+                if embeds is not None and embeds.requires_grad:
+                    embeds.backward(leaf.grad if leaf.grad is not None else torch.zeros_like(embeds))
+        return broadcast_object([_on_cpu(values) for values in done], source=layout.pp_size - 1, group=layout.pp)
 
 
-def _through_stages(
-    ddp: nn.Module, layout: ParallelLayout, packs: Sequence[TokenBatch], finish: Finish, *,
-    embeddings: Embeddings, backward: bool,
-) -> list[dict[str, Tensor]]:  # fmt: skip
-    vision = [_PackVision(embeddings(tokens.selections), layout) for tokens in packs]
-    order = iter(range(len(packs)))
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """The packs that the context-parallel ranks are at together, and this rank's part; None: it has none."""
 
-    def forward_pack(*_: Any) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]]:
-        index = next(order)  # the schedule takes packs in order on every stage
-
-        def loss_of(hidden_RD: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            loss, values = finish(index, hidden_RD)
-            # megatron adds up a number of tokens and, as losses are sums here, divides nothing by it.
-            return loss, torch.zeros((), dtype=torch.int), {name: value.detach() for name, value in values.items()}
-
-        return ddp(packs[index], vision[index].given_ND), loss_of
-
-    llm = ddp.module.llm
-    done = get_forward_backward_func()(
-        forward_step_func=forward_pack,
-        data_iterator=None,
-        model=llm,
-        num_microbatches=len(packs),
-        seq_length=1,  # not read: the stages tell each other the shape of every pack
-        micro_batch_size=1,
-        forward_only=not backward,
-    )
-    llm.set_input_tensor([None])  # the activations of the last pack would stay
-    if backward:
-        for of_pack in vision:
-            of_pack.backward()
-    return broadcast_object([_on_cpu(values) for values in done], source=layout.pp_size - 1, group=layout.pp)
-
-
-class _PackVision:
-    """The embeddings of one pack: made on every rank of the replica, given to the LLM on the first stage alone."""
-
-    def __init__(self, embeds_ND: Tensor | None, layout: ParallelLayout) -> None:
-        self.layout = layout
-        self.given_ND: Tensor | None = None
-        self.made_ND: Tensor | None = None  # with the graph of the tower, when that is trained
-        if embeds_ND is not None and layout.is_first_stage:
-            self.given_ND = embeds_ND.detach().requires_grad_(embeds_ND.requires_grad)
-        if embeds_ND is not None and embeds_ND.requires_grad:
-            self.made_ND = embeds_ND
-
-    def backward(self) -> None:
-        """Hand the gradient that arose on the first stage to the ranks that encoded the frames (collective)."""
-        if self.made_ND is None:
-            return
-        grad_ND = torch.empty_like(self.made_ND) if self.given_ND is None else self.given_ND.grad
-        dist.broadcast(grad_ND, group_src=0, group=self.layout.pp)
-        self.made_ND.backward(grad_ND)
+    packs: Sequence[TokenBatch]
+    index: int | None
+    shard: PackShard | None
 
 
 def _on_cpu(values: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megalong.attention.shard import PackShard
 from megalong.config.tree import LearningRateSchedule, OptimizerConfig
 from megalong.engine.build import wrap_for_gradients
 from megalong.engine.optimizer import ShardedAdamW
-from megalong.engine.pipeline import Embeddings, run_packs
+from megalong.engine.pipeline import Embeddings, PackRunner
 from megalong.engine.weights_io import export_weights
 from megalong.models.policy import PolicyModel
 from megalong.models.weights import Entry, Replicated
 from megalong.objectives.logprobs import vocab_parallel_logprobs
-from megalong.parallel.collectives import gather_objects, max_over
+from megalong.parallel.collectives import gather_objects, gather_rows, max_over
 from megalong.parallel.layout import ParallelLayout
 from megalong.records import StepStats, TokenBatch, WeightBucket
 
@@ -48,12 +49,13 @@ class Trainer:
 
     def __init__(
         self, model: PolicyModel, layout: ParallelLayout, settings: OptimizerConfig, *,
-        total_steps: int, embeddings: Embeddings,
+        total_steps: int, embeddings: Embeddings, sharded: bool = True, keep_attention: bool = False,
     ) -> None:  # fmt: skip
         self.model, self.layout, self.settings = model, layout, settings
         self.total_steps = total_steps
-        self.embeddings = embeddings
+        self.keep_attention = keep_attention  # recomputed layers keep their attention output
         self.ddp = wrap_for_gradients(model)
+        self.runner = PackRunner(ddp=self.ddp, layout=layout, embeddings=embeddings, sharded=sharded)
         self.trainable = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
         self.optimizer = ShardedAdamW(
             self.trainable,
@@ -70,31 +72,33 @@ class Trainer:
         self.num_skipped = 0
         self._reference: dict[str, Tensor] = {}
 
-    def forward(self, tokens: TokenBatch, *, temperature: float) -> tuple[Tensor, Tensor]:
-        """logprobs_R and entropy_R of a pack, [R] float32, equal over tensor-parallel ranks; only without stages."""
-        hidden_RD = self.ddp(tokens, self.embeddings(tokens.selections))
-        return self._score(tokens, hidden_RD, temperature=temperature)
-
-    def _score(self, tokens: TokenBatch, hidden_RD: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
-        return vocab_parallel_logprobs(
-            hidden_RD,
+    def score(
+        self, tokens: TokenBatch, shard: PackShard, hidden_rD: Tensor, *, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """logprobs_R and entropy_R of a pack, [R] float32, equal over tensor- and context-parallel ranks."""
+        logprobs_r, entropy_r = vocab_parallel_logprobs(
+            hidden_rD,
             self.model.llm.head_weight,
-            tokens.targets_R.to(self.layout.device),
+            tokens.targets_R[shard.share].to(self.layout.device),
             group=self.layout.tp,
             real_vocab=self.model.llm.real_vocab,
             temperature=temperature,
         )
+        if shard.context.size == 1:
+            return logprobs_r, entropy_r
+        counts = [last - first for first, last in shard.shares]
+        both_R2 = gather_rows(torch.stack((logprobs_r, entropy_r), dim=1), counts=counts, group=shard.context.group)
+        return both_R2[:, 0], both_R2[:, 1].detach()
 
     @torch.no_grad()
     def logprobs(self, packs: Sequence[TokenBatch], *, temperature: float) -> list[Tensor]:
         """Log-probabilities under the current weights, [R] float32 on the CPU for each pack; no gradient."""
 
-        def finish(index: int, hidden_RD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            logprobs_R, _ = self._score(packs[index], hidden_RD, temperature=temperature)
+        def finish(index: int, shard: PackShard, hidden_rD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            logprobs_R, _ = self.score(packs[index], shard, hidden_rD, temperature=temperature)
             return logprobs_R.sum(), {"logprobs_R": logprobs_R}
 
-        done = run_packs(self.ddp, self.layout, packs, finish, embeddings=self.embeddings, backward=False)
-        return [of_pack["logprobs_R"] for of_pack in done]
+        return [of_pack["logprobs_R"] for of_pack in self.runner.run(packs, finish, backward=False)]
 
     def keep_reference(self) -> None:
         """Remember the current LLM weights as the reference policy (design: frozen reference of GRPO's KL)."""
@@ -124,9 +128,9 @@ class Trainer:
         """
         self.ddp.zero_grad_buffer()
 
-        def finish(index: int, hidden_RD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        def finish(index: int, shard: PackShard, hidden_rD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             tokens = packs[index]
-            logprobs_R, entropy_R = self._score(tokens, hidden_RD, temperature=temperature)
+            logprobs_R, entropy_R = self.score(tokens, shard, hidden_rD, temperature=temperature)
             loss, sums = loss_of(index, logprobs_R, entropy_R)
             return loss, {
                 "loss": loss,
@@ -136,7 +140,8 @@ class Trainer:
                 **sums,
             }
 
-        done = run_packs(self.ddp, self.layout, packs, finish, embeddings=self.embeddings, backward=True)
+        with self.model.llm.kept_attention() if self.keep_attention else nullcontext():
+            done = self.runner.run(packs, finish, backward=True)
         parts = [{name: float(value) for name, value in of_pack.items()} for of_pack in done]
         totals = merge_sums([{"loss": 0.0, "entropy_sum": 0.0, "rows": 0.0, "num_tokens": 0.0}, *parts])
         totals = merge_sums(gather_objects(totals, group=self.layout.dp))
@@ -173,7 +178,7 @@ class Trainer:
             # and a norm of queries or keys its heads only.
             tokens = getattr(param, "sequence_parallel", False) and self.model.config.sequence_parallel
             heads = name.endswith(("q_layernorm.weight", "k_layernorm.weight"))
-            if name.startswith("vision."):
+            if name.startswith("vision."):  # sums over dp and cp are done
                 dist.all_reduce(param.main_grad, group=self.layout.model)
             elif tokens or heads:
                 dist.all_reduce(param.main_grad, group=self.layout.tp)

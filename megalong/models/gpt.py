@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -23,10 +24,10 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megalong.attention.core import encode_mask
+from megalong.attention.shard import PackShard
 from megalong.models.gpt_shape import GptShape
 from megalong.models.weights import Entry, stage_table
-from megalong.records import MEDIA_TOKEN, Segment, TokenBatch
+from megalong.records import MEDIA_TOKEN
 
 
 class RMSNorm(nn.Module):
@@ -86,7 +87,7 @@ def _position_rows(shape: GptShape) -> Tensor:
 
 
 class PackGpt(GPTModel):
-    """GPTModel that takes a TokenBatch and returns the hidden states of its response rows.
+    """GPTModel that takes its share of a pack and returns the hidden states of response rows.
 
     With pipeline parallelism it is one stage: the first one embeds, each holds an equal share of the layers, the last
     one holds the final norm and the output head. The schedule hands over what the stage before returned
@@ -127,47 +128,56 @@ class PackGpt(GPTModel):
         # megatron would compute logits of every token here; response rows are picked first.
         return hidden_states
 
-    def embed(self, ids_T: Tensor, embeds_ND: Tensor | None) -> Tensor:
-        """ids_T: [T] int64, replicated; embeds_ND fills the MEDIA_TOKEN places in order.
+    def embed(self, ids_t: Tensor, embeds_nD: Tensor | None) -> Tensor:
+        """ids_t: [t] int64, this context-parallel rank's, replicated over TP; embeds_nD fills its MEDIA_TOKEN places.
 
-        Returns [T (/tp with sequence parallel), 1, D] in the model's dtype. Raises ValueError when the
+        Returns [t (/tp with sequence parallel), 1, D] in the model's dtype. Raises ValueError when the
         number of places and embeddings differ.
         """
-        media_T = ids_T == MEDIA_TOKEN
-        places, given = int(media_T.sum()), 0 if embeds_ND is None else embeds_ND.shape[0]
+        media_t = ids_t == MEDIA_TOKEN
+        places, given = int(media_t.sum()), 0 if embeds_nD is None else embeds_nD.shape[0]
         if places != given:
             raise ValueError(f"the pack has {places} vision-token places but {given} embeddings were given")
-        hidden = self.embedding(input_ids=ids_T.clamp_min(0)[None], position_ids=None)
-        if embeds_ND is not None:
-            hidden = hidden.masked_scatter(media_T[:, None, None], embeds_ND.to(hidden.dtype))
+        hidden = self.embedding(input_ids=ids_t.clamp_min(0)[None], position_ids=None)
+        if embeds_nD is not None:
+            hidden = hidden.masked_scatter(media_t[:, None, None], embeds_nD.to(hidden.dtype))
         if self.config.sequence_parallel:
             hidden = scatter_to_sequence_parallel_region(hidden)
         return hidden
 
-    def response_hidden(self, tokens: TokenBatch, embeds_ND: Tensor | None) -> Tensor:
-        """Final hidden state of the rows that predict a response token.
+    def response_hidden(self, pack: PackShard, embeds_nD: Tensor | None) -> Tensor:
+        """Final hidden states of the response rows that this rank scores.
 
-        embeds_ND: [N, D] vision embeddings of the pack, replicated over TP; read by the first pipeline stage alone.
-        Returns [R, D], replicated over TP, in the model's dtype; its backward sums the gradient over the TP group, so
-        each rank hands in the part that comes from its own vocabulary rows. Before the last stage: what the next stage
-        takes, [T (/tp with sequence parallel), 1, D].
+        embeds_nD: [n, D] vision embeddings of this rank's rows of the pack, replicated over TP; read by the first
+        pipeline stage alone. Returns [r, D], replicated over TP, in the model's dtype; its backward sums the gradient
+        over the TP group, so each rank hands in the part that comes from its own vocabulary rows. Before the last
+        stage: what the next stage takes, [t (/tp with sequence parallel), 1, D].
         """
         device = next(self.parameters()).device
-        ids_T, positions_T, segments = _pad_to_multiple(tokens, self._sequence_multiple())
-        ids_T, positions_T = ids_T.to(device), positions_T.to(device)
         hidden = self(
             input_ids=None,
-            position_ids=torch.atleast_2d(positions_T),  # [1, T] or [3, T]
-            attention_mask=encode_mask(segments, sharded=False),
-            decoder_input=self.embed(ids_T, embeds_ND) if self.pre_process else None,
+            position_ids=torch.atleast_2d(pack.positions_t.to(device)),  # [1, t] or [3, t]
+            attention_mask=pack.mask,
+            decoder_input=self.embed(pack.ids_t.to(device), embeds_nD) if self.pre_process else None,
         )
         if not self.post_process:
             return hidden
         if self.config.sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
-        else:
-            hidden = copy_to_tensor_model_parallel_region(hidden)
-        return hidden[tokens.rows_R.to(device), 0]
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+        return copy_to_tensor_model_parallel_region(pack.response_rows(hidden[:, 0]))
+
+    @contextmanager
+    def kept_attention(self) -> Iterator[None]:
+        """Inside this context, recomputed layers keep their attention output and log-sum-exp (KeptOutputs)."""
+        with ExitStack() as stack:
+            for layer in self.decoder.layers:
+                stack.enter_context(layer.self_attention.core_attention.kept.record())
+            yield
+
+    @property
+    def sequence_multiple(self) -> int:
+        """What the number of a rank's rows must be divisible by."""
+        return self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
 
     @property
     def head_weight(self) -> Tensor:
@@ -202,22 +212,6 @@ class PackGpt(GPTModel):
             is_last=self.post_process,
             tied=self.share_embeddings_and_output_weights,
         )
-
-    def _sequence_multiple(self) -> int:
-        return self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
-
-
-def _pad_to_multiple(tokens: TokenBatch, multiple: int) -> tuple[Tensor, Tensor, tuple]:
-    """Append a group of padding so that sequence parallelism can cut the pack evenly. No row reads it."""
-    missing = -len(tokens.ids_T) % multiple
-    if not missing:
-        return tokens.ids_T, tokens.positions_T, tokens.segments
-    padding = Segment(start=len(tokens.ids_T), length=missing, parent=-1)
-    return (
-        F.pad(tokens.ids_T, (0, missing)),
-        F.pad(tokens.positions_T, (0, missing)),
-        (*tokens.segments, padding),
-    )
 
 
 def _block_spec(

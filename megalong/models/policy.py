@@ -10,9 +10,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
+from megalong.attention.shard import PackShard
 from megalong.models.gpt import PackGpt
 from megalong.models.weights import Entry
-from megalong.records import TokenBatch
 
 
 class PolicyModel(MegatronModule):
@@ -40,9 +40,9 @@ class PolicyModel(MegatronModule):
         )
         self.vision = None if vision is None else vision.to(config.params_dtype)
 
-    def forward(self, tokens: TokenBatch, embeds_ND: Tensor | None) -> Tensor:
-        """Hidden states of the response rows, [R, D]; see PackGpt.response_hidden."""
-        return self.llm.response_hidden(tokens, embeds_ND)
+    def forward(self, pack: PackShard, embeds_nD: Tensor | None) -> Tensor:
+        """Hidden states of the response rows this rank scores, [r, D]; see PackGpt.response_hidden."""
+        return self.llm.response_hidden(pack, embeds_nD)
 
     def freeze(self, *, llm: bool, projector: bool, tower: bool) -> None:
         """Mark what is not trained. Flags say what IS trained; the last two say nothing without vision."""

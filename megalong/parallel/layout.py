@@ -48,6 +48,7 @@ class ParallelLayout:
     dp_size: int
     replica_rank: int  # rank inside the replica
     replica_size: int
+    places: tuple[tuple[int, int, int], ...]  # (tp, cp, pp) rank of each rank of the replica
     tp: ProcessGroup
     context: ContextGroups
     pp: ProcessGroup  # the stages of a replica that have the same place in their stage, in order
@@ -136,6 +137,7 @@ def make_layout(*, tp: int, cp: int, pp: int, seed: int, cp_a2a: int = 1, timeou
         dp_size=parallel_state.get_data_parallel_world_size(with_context_parallel=False),
         replica_rank=dist.get_rank(replica),
         replica_size=tp * cp * pp,
+        places=_places(replica),
         tp=parallel_state.get_tensor_model_parallel_group(),
         context=_context_groups(world_size, a2a_size=cp_a2a),
         pp=parallel_state.get_pipeline_model_parallel_group(),
@@ -146,6 +148,17 @@ def make_layout(*, tp: int, cp: int, pp: int, seed: int, cp_a2a: int = 1, timeou
         replica=replica,
         world=dist.group.WORLD,
     )
+
+
+def _places(replica: ProcessGroup) -> tuple[tuple[int, int, int], ...]:
+    mine = (
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_context_parallel_rank(),
+        parallel_state.get_pipeline_model_parallel_rank(),
+    )
+    places: list[tuple[int, int, int]] = [mine] * dist.get_world_size(replica)
+    dist.all_gather_object(places, mine, group=replica)
+    return tuple(places)
 
 
 def _context_groups(world_size: int, *, a2a_size: int) -> ContextGroups:

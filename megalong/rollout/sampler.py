@@ -46,7 +46,10 @@ class GroupSampler:
         step: int,
         refill: int = 0,
     ) -> list[RolloutGroup]:
-        """One group per prompt, in order, equal on every rank of the replica. embeds: [N, D] of each prompt."""
+        """One group per prompt, in order, equal on every rank of the replica.
+
+        embeds: [N, D'] of each prompt that this rank owns (owners); the others' are not read.
+        """
         first, last = shard_range(len(prompts), self.layout.replica_rank, self.layout.replica_size)
         requests = [
             Request(
@@ -67,6 +70,12 @@ class GroupSampler:
         mine = self.engine.generate(requests, sampling=sampling) if requests else []
         everyone = [group for part in gather_objects(mine, group=self.layout.replica) for group in part]
         return [self._group(prompt, sampled) for prompt, sampled in zip(prompts, everyone, strict=True)]
+
+    def owners(self, num_prompts: int) -> list[int]:
+        """The rank of the replica that samples each prompt."""
+        size = self.layout.replica_size
+        shares = [shard_range(num_prompts, rank, size) for rank in range(size)]
+        return [rank for rank, (first, last) in enumerate(shares) for _ in range(first, last)]
 
     def _group(self, prompt: Prompt, sampled: Sequence[Sampled]) -> RolloutGroup:
         return RolloutGroup(

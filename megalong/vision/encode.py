@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from megalong.data.video import DecodeError, VideoIndex, decode_frames, probe
 from megalong.data.video_layout import VideoLayout
-from megalong.parallel.collectives import gather_objects, gather_rows
+from megalong.parallel.collectives import gather_objects
+from megalong.parallel.exchange import exchange_rows, plan_exchange
 from megalong.parallel.layout import ParallelLayout
 from megalong.parallel.split import shard_range
-from megalong.records import Dropped, FrameSelection, Sample, bucket_checksum
+from megalong.records import Dropped, FrameSelection, Prompt, Sample, bucket_checksum
 from megalong.vision.store import ByteStore, selection_key
 
 
@@ -26,6 +27,7 @@ class VisionSettings:
 
     tower_batch_frames: int  # frames per forward of the tower
     frozen: bool  # embeddings may be kept from step to step
+    share_frames: bool  # Stage 1: each rank of a replica encodes its share of the frames; False: every rank all of them
     embed_store_bytes: int
     frame_store_bytes: int
     decode_workers: int
@@ -120,19 +122,56 @@ class VisionStage:
             )
         return _drops(samples, reasons)
 
-    def embeddings(self, selections: Sequence[FrameSelection]) -> Tensor | None:
-        """[N, D'] embeddings for the selections' MEDIA_TOKEN places in order, on every rank of the replica.
+    def embeddings(
+        self,
+        selections: Sequence[FrameSelection],
+        wanted: Sequence[Tensor] | None = None,
+        *,
+        returns: Sequence[bool] | None = None,
+    ) -> Tensor | None:
+        """Embeddings for the selections' MEDIA_TOKEN places, straight from the ranks that encoded their frames.
 
-        D' is the encoder's output width, a multiple of the LLM's. From the store for a frozen tower; encoded here, with
-        gradients, for a trained one. None without videos.
+        wanted[r]: which of the N embeddings of all selections rank r of the replica needs, int64, in its order;
+        returns[r]: whether its gradients go back (of ranks that compute the same, one should). By default every rank
+        gets all, and computes the same with them. Returns [n, D'], this rank's; D' is the encoder's output width, a
+        multiple of the LLM's. From the store for a frozen tower; encoded here, with gradients, for a trained one.
+        None without videos.
         """
         if not selections:
             return None
-        if self.settings.frozen:
-            device = self.layout.device
-            kept = [self.embeds.get(self.embed_key(item)) for item in selections]
-            return torch.cat([embeds_ND.to(device, non_blocking=True) for embeds_ND in kept])
-        return torch.cat(self._encode(selections))
+        size, rank = self.layout.replica_size, self.layout.replica_rank
+        local_ND = self._local_rows(selections)
+        if wanted is None:
+            everything = torch.arange(sum(self._rows(item, (0, len(item.frames))) for item in selections))
+            wanted, returns = [everything] * size, [index == 0 for index in range(size)]
+        if not self.settings.share_frames or size == 1:
+            rows_nD = local_ND.index_select(0, wanted[rank].to(local_ND.device))
+            return rows_nD if returns is None or returns[rank] else rows_nD.detach()
+        owner_N, place_N = self._homes(selections)
+        plan = plan_exchange(owner_N, place_N, wanted, rank=rank, returns=returns)
+        return exchange_rows(local_ND, plan, group=self.layout.replica)
+
+    def embeddings_of(self, prompts: Sequence[Prompt], owners: Sequence[int]) -> list[Tensor | None]:
+        """The embeddings of each prompt that this rank of the replica owns, [N, D']; None for the others.
+
+        owners: the rank of the replica that each prompt is for (the same on every rank).
+        """
+        lengths = [sum(self._rows(item, (0, len(item.frames))) for item in prompt.selections) for prompt in prompts]
+        starts = [sum(lengths[:index]) for index in range(len(prompts))]
+        wanted = []
+        for rank in range(self.layout.replica_size):
+            rows = [
+                torch.arange(n) + start
+                for n, start, owner in zip(lengths, starts, owners, strict=True)
+                if owner == rank
+            ]
+            wanted.append(torch.cat(rows or [torch.empty(0, dtype=torch.int64)]))
+        with torch.no_grad():
+            rows_nD = self.embeddings([item for prompt in prompts for item in prompt.selections], wanted)
+        mine = [n if owner == self.layout.replica_rank else 0 for n, owner in zip(lengths, owners, strict=True)]
+        if rows_nD is None:
+            return [None] * len(prompts)
+        return [part if len(part) else None for part in rows_nD.split(mine)]
 
     def weights_changed(self) -> None:
         """Call after the tower or the projector was loaded: embeddings made before no longer match any key."""
@@ -159,41 +198,40 @@ class VisionStage:
 
     @torch.no_grad()
     def _encode_into_store(self, selections: Sequence[FrameSelection]) -> None:
-        # Videos are taken a few at a time: the gathered embeddings of a batch of hours would not fit at once.
+        """This rank's share of each video; nothing is sent anywhere."""
         frames = 0
         pending: list[FrameSelection] = []
         for index, selection in enumerate(selections):
             pending.append(selection)
             frames += len(selection.frames)
+            # A few at a time: the embeddings of a batch of hours would not fit on the device at once.
             if frames >= 4 * self.settings.tower_batch_frames or index == len(selections) - 1:
-                for item, embeds_ND in zip(pending, self._encode(pending), strict=True):
-                    host_ND = embeds_ND.to("cpu", copy=True)
+                counts = [self._rows(item, self._share(item)) for item in pending]
+                for item, local_ND in zip(pending, self._encode_local(pending).split(counts), strict=True):
+                    host_ND = local_ND.to("cpu", copy=True)
                     self.embeds.put(self.embed_key(item), host_ND, num_bytes=host_ND.nbytes)
                     self.frames.drop(self.key(item))
                 pending, frames = [], 0
 
-    def _encode(self, selections: Sequence[FrameSelection]) -> list[Tensor]:
-        """Embeddings [N, D'] of each selection, on every rank of the replica."""
-        size, rank = self.layout.replica_size, self.layout.replica_rank
-        local_ND = self._encode_local(selections)
-        shares = [[self._share(selection, rank=r) for r in range(size)] for selection in selections]
-        lengths = [
-            [self._rows(item, share) for share in of_video] for item, of_video in zip(selections, shares, strict=True)
-        ]
-        counts = [sum(of_video[r] for of_video in lengths) for r in range(size)]
-        if counts[rank] != len(local_ND):
-            raise ValueError(f"rank {rank} encoded {len(local_ND)} rows, its frames' layout has {counts[rank]}")
-        gathered_ND = gather_rows(local_ND, counts=counts, group=self.layout.replica)
-        # Gathered rows are ordered by rank, then video; put each video's pieces behind one another.
-        offsets = [sum(counts[:r]) for r in range(size)]
-        videos = []
-        for index, of_video in enumerate(shares):
-            pieces = []
-            for r in sorted(range(size), key=lambda r: of_video[r]):
-                start = offsets[r] + sum(lengths[i][r] for i in range(index))
-                pieces.append(gathered_ND[start : start + lengths[index][r]])
-            videos.append(torch.cat(pieces))
-        return videos
+    def _local_rows(self, selections: Sequence[FrameSelection]) -> Tensor:
+        """[M, D'] embeddings of this rank's frames, selection after selection."""
+        if not self.settings.frozen:
+            return self._encode_local(selections)
+        kept = [self.embeds.get(self.embed_key(item)) for item in selections]
+        return torch.cat([embeds_ND.to(self.layout.device, non_blocking=True) for embeds_ND in kept])
+
+    def _homes(self, selections: Sequence[FrameSelection]) -> tuple[Tensor, Tensor]:
+        """Of every embedding of the selections, the rank of the replica that has it and its place there, [N] int64."""
+        size = self.layout.replica_size
+        owners, places, held = [], [], [0] * size
+        for selection in selections:
+            shares = {rank: self._share(selection, rank=rank) for rank in range(size)}
+            for rank in sorted(shares, key=lambda rank: shares[rank]):
+                count = self._rows(selection, shares[rank])
+                owners.append(torch.full((count,), rank))
+                places.append(torch.arange(count) + held[rank])
+                held[rank] += count
+        return torch.cat(owners), torch.cat(places)
 
     def _encode_local(self, selections: Sequence[FrameSelection]) -> Tensor:
         """[n, D'] embeddings of this rank's frames, selection after selection. Each resolution has its own batches."""
@@ -239,6 +277,8 @@ class VisionStage:
         the path picks, so that remainders do not all land on rank 0.
         """
         size, step = self.layout.replica_size, self.videos.frames_per_step
+        if not self.settings.share_frames:
+            return 0, len(selection.frames)
         rank = self.layout.replica_rank if rank is None else rank
         turn = zlib.crc32(selection.path.encode()) % size
         first, last = shard_range(len(selection.frames) // step, (rank + turn) % size, size)

@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from harness import forward_pack
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 from transformers import Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
+from megalong.attention.shard import shard_tokens
 from megalong.config.tree import Dtype, ModelConfig, OptimizerConfig, Recompute
 from megalong.data.packing import GroupTokens, pack_groups
 from megalong.data.sequence import SequenceBuilder
@@ -216,7 +218,7 @@ def test_logprobs_and_gradients_equal_transformers(tmp_path: Path, layout: objec
     trainer.ddp.zero_grad_buffer()
     want_total = torch.zeros(())
     for pack in packs:
-        got = trainer.forward(pack_groups(pack), temperature=variant.temperature)
+        got = forward_pack(trainer, pack_groups(pack), temperature=variant.temperature)
         pairs = []
         for group in pack:
             videos = [oracle.encode(frames[selection.path]).flatten(0, 1) for selection in group.prompt.selections]
@@ -315,8 +317,8 @@ def test_wrong_number_of_embeddings_is_refused(tmp_path: Path, layout: object) -
     folder = write_checkpoint(tmp_path, Variant())
     model = build_model(ModelConfig(path=str(folder), dtype=Dtype.float32), layout, sequence_parallel=False)
     packs, frames = build_case(model.spec.vision.tokens_per_frame, 16)
-    tokens = pack_groups(packs[0])
+    pack = shard_tokens(pack_groups(packs[0]), layout.context, multiple=1)
     with pytest.raises(ValueError, match="4 vision-token places but 0 embeddings"):
-        model(tokens, None)
+        model(pack, None)
     with pytest.raises(ValueError, match="4 vision-token places but 16 embeddings"):
-        model(tokens, model.vision(frames["b"]).flatten(0, 1))
+        model(pack, model.vision(frames["b"]).flatten(0, 1))

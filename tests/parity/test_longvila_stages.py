@@ -57,8 +57,10 @@ def score(folder: Path, variant: Variant, layout: ParallelLayout, *, sequence_pa
     model = build_model(config, layout, sequence_parallel=sequence_parallel)
     packs, frames = build_case(model.spec.vision.tokens_per_frame, variant.image)
 
-    def embeddings(chosen: Sequence[FrameSelection]) -> Tensor | None:
-        return torch.cat([model.vision(frames[s.path]).flatten(0, 1) for s in chosen]) if chosen else None
+    def embeddings(chosen: Sequence[FrameSelection], wanted: Sequence[Tensor], *, returns: Sequence[bool]) -> Tensor:
+        """Every rank encodes all frames itself and takes the rows it needs."""
+        whole_ND = torch.cat([model.vision(frames[s.path]).flatten(0, 1) for s in chosen])
+        return whole_ND[wanted[layout.replica_rank]]
 
     trainer = Trainer(model, layout, OptimizerConfig(), total_steps=1, embeddings=embeddings)
     batches = [pack_groups(pack) for pack in packs]

@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 import tiny_vl
 import torch
+from harness import forward_pack
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from megalong.attention.shard import shard_tokens
 from megalong.config.tree import Dtype, ModelConfig, OptimizerConfig, Recompute, VideoConfig
 from megalong.data.packing import GroupTokens, pack_groups
 from megalong.data.sequence import SequenceBuilder
@@ -172,7 +174,7 @@ def test_logprobs_and_gradients_equal_transformers(folder: Path, layout: object,
     trainer = make_trainer(folder, layout, videos)
     groups = [group(builder, chosen, lens, seed=index) for index, (chosen, lens) in enumerate(pack)]
     trainer.ddp.zero_grad_buffer()
-    got_R, entropy_R = trainer.forward(pack_groups(groups), temperature=1.0)
+    got_R, entropy_R = forward_pack(trainer, pack_groups(groups), temperature=1.0)
     rows = []
     for item, (chosen, _) in zip(groups, pack, strict=True):
         for response in item.responses:
@@ -222,8 +224,8 @@ def test_the_whole_vocabulary_row_equals_transformers_after_an_hour(folder: Path
     trainer = make_trainer(folder, layout, [HOUR, FILM])
     tokens = pack_groups([item])
     with torch.no_grad():
-        embeds_ND = trainer.embeddings(tokens.selections)
-        hidden_RD = trainer.model(tokens, embeds_ND)
+        embeds_ND = trainer.runner.embeddings(tokens.selections)
+        hidden_RD = trainer.model(shard_tokens(tokens, layout.context, multiple=1), embeds_ND)
         got_RV = (hidden_RD @ trainer.model.llm.head_weight.T).log_softmax(-1)
         assert int(item.prompt.positions_P[0].max()) > 248
         logits = oracle.logits((*item.prompt.ids_P, *item.responses[0]), [HOUR, FILM], positions=tokens.positions_T)

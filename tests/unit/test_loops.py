@@ -191,6 +191,9 @@ class Sampler:
         self.mixed = mixed
         self.refills: list[int] = []
 
+    def owners(self, num_prompts: int) -> list[int]:
+        return [0] * num_prompts
+
     def sample(
         self, prompts: Sequence[Prompt], embeds: Sequence[Tensor | None], *, sampling: object, step: int, refill: int
     ) -> list[RolloutGroup]:
@@ -207,7 +210,7 @@ def sample_groups(
     sampler, batches = Sampler(mixed), Batches()
     run = fake_run(
         layout, config=config(batch_size=2, **settings), sampler=sampler,
-        vision=SimpleNamespace(embeddings=lambda selections: None),
+        vision=SimpleNamespace(embeddings_of=lambda prompts, owners: [None] * len(prompts)),
     )  # fmt: skip
     return *grpo.sample_groups(run, batches, step=4), sampler, batches
 

@@ -11,6 +11,7 @@ from megalong.config import costs
 from megalong.config.longvila_shape import projector_params, read_longvila_shape, read_siglip_shape
 from megalong.config.model_shape import ModelShape
 from megalong.config.shapes import SHIPPED_SHAPES
+from megalong.config.tree import Recompute
 
 PROMPT_3600 = 3600 * 257 + 256
 
@@ -98,9 +99,11 @@ def test_flops_of_a_512_frame_group(shape: ModelShape) -> None:
     assert costs.forward_flops(shape, **shared) == pytest.approx(5.76e15, rel=2e-3)
     assert costs.forward_flops(shape, **repeated) == pytest.approx(42.2e15, rel=2e-3)
     # linear 1.8275 PF, attention 3.9238 PF, head 0.0089 PF forward: 3 x, 3.5 x and 4 x of them.
-    assert costs.train_flops(shape, **shared, recompute=False) == pytest.approx(19.251e15, rel=1e-4)
-    assert costs.train_flops(shape, **shared, recompute=True) == pytest.approx(25.0e15, rel=1e-3)
-    again = costs.train_flops(shape, **shared, recompute=True) - costs.train_flops(shape, **shared, recompute=False)
+    assert costs.train_flops(shape, **shared, recompute=Recompute.none) == pytest.approx(19.251e15, rel=1e-4)
+    assert costs.train_flops(shape, **shared, recompute=Recompute.full) == pytest.approx(25.0e15, rel=1e-3)
+    again = costs.train_flops(shape, **shared, recompute=Recompute.full) - costs.train_flops(
+        shape, **shared, recompute=Recompute.none
+    )
     assert again == costs.linear_flops(shape, shared["tokens"]) + costs.attention_flops(shape, shared["pairs"])
 
 
@@ -124,16 +127,18 @@ def test_key_value_bytes(shape: ModelShape) -> None:
 
 
 def test_kept_bytes(shape: ModelShape) -> None:
-    def kept(*, tp: int, sp: bool, recompute: bool) -> int:
+    def kept(*, tp: int, sp: bool, recompute: Recompute) -> int:
         return costs.kept_bytes_per_token(shape, element=2, tp=tp, sequence_parallel=sp, recompute=recompute)
 
-    assert kept(tp=1, sp=False, recompute=True) == 7168  # 0.20 MB over 28 layers
-    assert kept(tp=4, sp=False, recompute=True) == 7168
-    assert kept(tp=4, sp=True, recompute=True) == 1792
+    assert kept(tp=1, sp=False, recompute=Recompute.full) == 7168  # 0.20 MB over 28 layers
+    assert kept(tp=4, sp=False, recompute=Recompute.full) == 7168
+    assert kept(tp=4, sp=True, recompute=Recompute.full) == 1792
+    assert kept(tp=1, sp=False, recompute=Recompute.keep_attention) == 2 * 7168 + 4 * 28  # and 0.20 MB more
+    assert kept(tp=4, sp=True, recompute=Recompute.keep_attention) == (2 * 7168 + 4 * 28) // 4
     split = 2 * (3 * 3584 + 4 * 512 + 3 * 18944) + 4 * 28
-    assert kept(tp=1, sp=False, recompute=False) == 28_672 + split == 168_048
-    assert kept(tp=4, sp=False, recompute=False) == 28_672 + split // 4
-    assert kept(tp=4, sp=True, recompute=False) == 168_048 // 4
+    assert kept(tp=1, sp=False, recompute=Recompute.none) == 28_672 + split == 168_048
+    assert kept(tp=4, sp=False, recompute=Recompute.none) == 28_672 + split // 4
+    assert kept(tp=4, sp=True, recompute=Recompute.none) == 168_048 // 4
 
 
 def test_live_bytes_are_22h_plus_6144_plus_12_ffn(shape: ModelShape) -> None:
@@ -151,7 +156,7 @@ def test_more_ranks_than_key_value_heads_gather_q_k_v(shape: ModelShape) -> None
     sizes = {"element": 2, "tp": 4, "sequence_parallel": True}
     qkv = 3584 + 2 * 128
     split = 2 * (3 * 3584 + 4 * 4 * 128 + 3 * 18944) + 4 * 28  # every rank has a key-value head
-    kept = costs.kept_bytes_per_token(few, recompute=False, **sizes)
+    kept = costs.kept_bytes_per_token(few, recompute=Recompute.none, **sizes)
     assert kept == 2 * 3584 + 2 * qkv + split // 4
     # At four heads on four ranks nothing is gathered, and a rank's share of k and v is the same.
     assert costs.live_bytes_per_token(few, **sizes) == costs.live_bytes_per_token(shape, **sizes) + 4 * qkv

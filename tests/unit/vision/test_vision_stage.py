@@ -23,8 +23,9 @@ from megalong.vision.encode import VisionSettings, VisionStage
 
 SIZE, TOKENS, WIDTH = 8, 2, 5
 SETTINGS = VisionSettings(
-    tower_batch_frames=3, frozen=True, embed_store_bytes=1 << 20, frame_store_bytes=1 << 20, decode_workers=2
-)
+    tower_batch_frames=3, frozen=True, share_frames=True, embed_store_bytes=1 << 20, frame_store_bytes=1 << 20,
+    decode_workers=2,
+)  # fmt: skip
 LAYOUT = SquareFrames(size=SIZE, tokens_per_frame=TOKENS, newline_id=1)
 CHOOSE = partial(select_frames, sampling=FrameSampling.uniform, num_frames=7, fps=1.0, max_frames=8, layout=LAYOUT)
 

@@ -1,0 +1,70 @@
+"""Stage 2: a rank's share of a pack, as token rows, as vision embeddings it needs, and as response rows it scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megalong.attention.context import PADDING, response_share, shard_pack
+from megalong.attention.core import encode_mask
+from megalong.parallel.exchange import ExchangePlan, exchange_rows, plan_exchange
+from megalong.parallel.layout import ContextGroups
+from megalong.records import MEDIA_TOKEN, TokenBatch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackShard:
+    """What one context-parallel rank computes of a pack. t: its rows, padding included; all tensors on the CPU."""
+
+    ids_t: Tensor  # [t] int64; MEDIA_TOKEN where a vision embedding goes, 0 in the padding
+    positions_t: Tensor  # [t] or [3, t] int64
+    mask: Tensor  # attention.core.encode_mask
+    media: tuple[Tensor, ...]  # for every context-parallel rank: which of the pack's vision embeddings it needs, [n]
+    rows_R: Tensor  # [R] int64: local rows that predict a response token; unused when response rows are exchanged
+    exchange: ExchangePlan | None  # response rows to the ranks that score them; None: this rank scores all of them
+    shares: tuple[tuple[int, int], ...]  # [first, last) of the pack's R response rows that each rank scores
+    context: ContextGroups
+
+    @property
+    def share(self) -> slice:
+        """This rank's of the pack's response rows."""
+        return slice(*self.shares[self.context.rank])
+
+    def response_rows(self, hidden_tD: Tensor) -> Tensor:
+        """[t, D] final hidden states -> [r, D] of the response rows that this rank scores."""
+        if self.exchange is None:
+            return hidden_tD[self.rows_R.to(hidden_tD.device)]
+        return exchange_rows(hidden_tD, self.exchange, group=self.context.group)
+
+
+def shard_tokens(tokens: TokenBatch, context: ContextGroups, *, multiple: int) -> PackShard:
+    """The share of this rank of `context`; ContextGroups().alone gives the whole pack.
+
+    multiple: the number of rows must be divisible by it (tensor-parallel size under sequence parallelism).
+    """
+    shards = shard_pack(tokens.segments, context, multiple=multiple)
+    rows_t = shards[context.rank]
+    place_t = rows_t.clamp_min(0)
+    media_T = tokens.ids_T == MEDIA_TOKEN
+    ordinal_T = media_T.cumsum(0) - 1
+    real = [rows[rows != PADDING] for rows in shards]
+    exchange = None
+    shares = response_share(len(tokens.rows_R), context)
+    if context.size > 1:
+        owner_T, local_T = torch.empty_like(tokens.ids_T), torch.empty_like(tokens.ids_T)
+        for rank, rows in enumerate(real):
+            owner_T[rows], local_T[rows] = rank, torch.arange(len(rows))
+        wanted = [tokens.rows_R[first:last] for first, last in shares]
+        exchange = plan_exchange(owner_T, local_T, wanted, rank=context.rank)
+    return PackShard(
+        ids_t=tokens.ids_T[place_t].masked_fill(rows_t == PADDING, 0),
+        positions_t=tokens.positions_T[..., place_t],
+        mask=encode_mask(tokens.segments, sharded=context.size > 1),
+        media=tuple(ordinal_T[rows[media_T[rows]]] for rows in real),
+        rows_R=tokens.rows_R,
+        exchange=exchange,
+        shares=tuple(shares),
+        context=context,
+    )
