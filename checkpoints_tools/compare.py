@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoints_tools.hf_folder import HfFolder, canonical
+from checkpoints_tools.hf_folder import HfFolder
 from checkpoints_tools.megatron_folder import MegatronFolder, check_checkpoint, megatron_checkpoint
 from checkpoints_tools.places import FAMILIES, check_folder, family_of_folder, read_blueprint
+from megalong.models.names import canonical
 
 SLICE_BYTES = 1 << 30
 

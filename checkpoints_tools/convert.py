@@ -13,10 +13,11 @@ from tqdm import tqdm
 from checkpoints_tools.building import building, check_target
 from checkpoints_tools.errors import ConvertError, raise_all
 from checkpoints_tools.export import plan_export, write_export
-from checkpoints_tools.hf_folder import HfFolder, canonical, joined
+from checkpoints_tools.hf_folder import HfFolder, joined
 from checkpoints_tools.megatron_writer import write_checkpoint
 from checkpoints_tools.places import Blueprint, Place, check_folder, read_blueprint
 from megalong.config.validate import split_problems
+from megalong.models.names import canonical
 
 STORED = (torch.float32, torch.bfloat16)
 """Dtypes that the framework trains in."""

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from checkpoints_tools.ahead import ahead
 from checkpoints_tools.errors import ConvertError
-from checkpoints_tools.hf_folder import HfFolder, canonical, joined
+from checkpoints_tools.hf_folder import HfFolder, joined
 from checkpoints_tools.megatron_folder import MegatronFolder, check_checkpoint, megatron_checkpoint
 from checkpoints_tools.pickled_files import safetensors_name
 from checkpoints_tools.places import Blueprint, check_folder, read_blueprint
 from checkpoints_tools.safetensors_files import SafetensorsFile, Slot, reshard, write_index
+from megalong.models.names import canonical
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from checkpoints_tools.hf_folder import canonical
 from megalong.models.longvila.spec import LongVilaSpec
+from megalong.models.names import canonical
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from checkpoints_tools.errors import ConvertError, raise_all
 from checkpoints_tools.pickled_files import PICKLED_INDEX, PICKLED_SINGLE, is_pickled, unpickled
+from megalong.models.names import canonical
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -43,12 +44,6 @@ class HfTensor:
 def joined(folder: str, name: str) -> str:
     """`<folder>/<name>`; the name alone for the checkpoint folder itself."""
     return f"{folder}/{name}" if folder else name
-
-
-def canonical(full_name: str) -> str:
-    """`<folder>/<name>` without SigLIP's `vision_model.`, which transformers before and after 5.20 disagree on."""
-    folder, _, name = full_name.partition("/")
-    return f"{folder}/{name.removeprefix('vision_model.')}" if folder == "vision_tower" else full_name
 
 
 class HfFolder:

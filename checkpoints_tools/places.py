@@ -21,10 +21,11 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 
 from checkpoints_tools.errors import ConvertError, raise_all
 from checkpoints_tools.families import FILES
-from checkpoints_tools.hf_folder import HfFolder, HfTensor, canonical, joined
+from checkpoints_tools.hf_folder import HfFolder, HfTensor, joined
 from megalong.attention.core import PackCoreAttention
 from megalong.models.families import FAMILIES
 from megalong.models.gpt import transformer_config
+from megalong.models.names import canonical
 from megalong.models.weights import Entry, VocabRows
 from megalong.parallel.layout import ContextGroups, destroy_layout, make_layout
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from harness import DemoWorld
 from tokenizers import AddedToken
 from transformers import (
     PreTrainedModel,
@@ -15,6 +16,9 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
+from megalong.data.demo_videos import make_demo_data
+from megalong.data.manifest import read_manifest
+from megalong.data.sequence import THINKING_TEMPLATE
 from megalong.models.longvila.demo_checkpoint import DemoModelSize, train_tokenizer
 
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
@@ -52,7 +56,7 @@ def write_qwen2_5_vl(folder: Path, *, texts: Iterable[str] = (), tied: bool = Fa
 
 def make_tokenizer(texts: Iterable[str]) -> Any:
     """A byte-level tokenizer with Qwen's chat and vision markers."""
-    tokenizer = train_tokenizer((*TEXTS, *texts), size=DemoModelSize(vocab=300, max_positions=4096))
+    tokenizer = train_tokenizer((*TEXTS, *texts), size=DemoModelSize(vocab=500, max_positions=4096))
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=True) for token in VISION_TOKENS])
     return tokenizer
 
@@ -83,3 +87,32 @@ def randomise(model: PreTrainedModel) -> None:
     for name, parameter in model.named_parameters():
         is_norm = name.endswith("weight") and ("norm" in name or "ln_q" in name)
         parameter.copy_(float(is_norm) + torch.randn_like(parameter) * (0.2 if parameter.ndim < 2 else 0.15))
+
+
+RECIPE = """
+model: {{family: {family}, path: {model}, dtype: float32, layer_spec: local, recompute: none, train_tower: true,
+         train_projector: true}}
+video: {{num_frames: 5, tower_batch_frames: 4, cache_embeddings: false, cache_gib: 0.1, frame_cache_gib: 0.1}}
+data: {{max_prompt_tokens: 900, max_response_tokens: 150, pack_tokens: 1300, decode_workers: 1}}
+rollout: {{engine: embedded, group_size: 4, batch_prompts: 2}}
+reward: {{weights: {{accuracy: 0.9, format: 0.1}}}}
+optimizer: {{lr: 3.0e-3, eps: 1.0e-4, clip_grad: 1.0}}
+sft: {{steps: 2, batch_size: 4}}
+grpo: {{steps: 2, batch_size: 4}}
+checkpoint: {{save_every: 0}}
+logger: {{tensorboard: false, samples_per_step: 1000}}
+"""
+
+
+def make_world(folder: Path, *, family: str) -> DemoWorld:
+    """Four questions per manifest about short videos, and a tiny checkpoint of the family."""
+    data = make_demo_data(folder / "data", num_train_sft=4, num_train_rl=4, num_heldout=1, questions_per_video=1)
+    samples = read_manifest(data.train_sft, video_dir=None)
+    texts = [THINKING_TEMPLATE, *(f"{sample.question} {sample.reasoning}" for sample in samples)]
+    model = WRITERS[family](folder / "model", texts=texts)
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(RECIPE.format(family=family, model=model), encoding="utf-8")
+    return DemoWorld(folder=folder, recipe=recipe, sft=data.train_sft, rl=data.train_rl)
+
+
+WRITERS = {"qwen2_5_vl": write_qwen2_5_vl}

@@ -132,6 +132,8 @@ class VideoConfig:
     """fps: one frame every 1/fps seconds..."""
     max_frames: int = 8192
     """...and at most this many, then spread uniformly."""
+    max_frame_pixels: int = 0
+    """Most pixels of a frame, for families whose frames keep their shape; 0: what the checkpoint's processor says."""
     tower_batch_frames: int = 64
     """Frames per forward of the vision tower."""
     cache_embeddings: bool = True

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from megalong.models.errors import CheckpointError
+from megalong.models.names import canonical
 from megalong.models.weights import Entry, Replicated
 from megalong.parallel.collectives import broadcast_object
 from megalong.parallel.layout import ParallelLayout
@@ -29,25 +30,25 @@ class CheckpointReader:
 
     def __init__(self, path: Path, folders: Sequence[str]) -> None:
         self.path = path
-        self._places: dict[str, tuple[Path, tuple[str, ...]]] = {}  # full name -> file, names it may have there
+        self._places: dict[str, tuple[Path, tuple[str, ...]]] = {}  # canonical name -> file, names it may have there
         for folder in folders:
             prefix = f"{folder}/" if folder else ""
             for listed, file in _tensor_files(path / folder).items():
                 names = _spellings(listed) if folder == "vision_tower" else (listed,)
-                self._places.update({prefix + name: (file, names) for name in names})
+                self._places[canonical(prefix + listed)] = (file, names)
 
     def file_of(self, name: str) -> Path:
         """The file that holds a tensor."""
-        if name not in self._places:
+        if canonical(name) not in self._places:
             folder, slash, _ = name.partition("/")
             where = f"{folder}/" if slash else "the folder"
             raise CheckpointError(f"{self.path}: tensor {name!r} is in none of the safetensors files of {where}")
-        return self._places[name][0]
+        return self._places[canonical(name)][0]
 
     def read(self, name: str) -> Tensor:
         file = self.file_of(name)
         with _opened(file) as shard:
-            for stored in self._places[name][1]:
+            for stored in self._places[canonical(name)][1]:
                 if stored in shard.keys():  # noqa: SIM118 - safe_open is no mapping
                     return shard.get_tensor(stored)
         raise CheckpointError(f"{file}: the index says that tensor {name!r} is in this file, and it is not")

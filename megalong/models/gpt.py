@@ -80,7 +80,7 @@ def _position_rows(shape: GptShape) -> Tensor:
     if shape.mrope_section is None:
         return rows
     if not shape.mrope_interleaved:
-        return torch.arange(3).repeat_interleave(torch.tensor(shape.mrope_section))
+        return torch.tensor([row for row, count in enumerate(shape.mrope_section) for _ in range(count)])
     for row in (1, 2):
         rows[row : 3 * shape.mrope_section[row] : 3] = row
     return rows

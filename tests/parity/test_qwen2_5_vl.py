@@ -106,7 +106,7 @@ class Oracle:
 
     def pixels(self, video: Video) -> Tensor:
         """Patches in the stock order, written out as slices (tests/unit/models has the stock processor itself)."""
-        mean, std = (torch.tensor(getattr(self.spec.vision.limits, name)) for name in ("mean", "std"))
+        mean, std = (torch.tensor(getattr(self.spec.video, name)) for name in ("mean", "std"))
         pixels_FCHW = ((video.pixels() / 255 - mean) / std).permute(0, 3, 1, 2)
         p = tiny_vl.PATCH
         return torch.stack([

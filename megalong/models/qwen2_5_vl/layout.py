@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from megalong.config.qwen_vl_shape import PixelRule, TowerShape
 from megalong.config.tree import VideoConfig
 from megalong.models.chat import ChatTokens
 from megalong.models.errors import CheckpointError
 from megalong.models.qwen2_5_vl.pixels import fit_to_pixels
 from megalong.models.qwen2_5_vl.positions import Grid, mrope_positions, step_ticks
-from megalong.models.qwen2_5_vl.spec import Qwen25VlSpec, VisionShape
+from megalong.models.qwen2_5_vl.spec import Qwen25VlSpec
 from megalong.records import MEDIA_TOKEN, FrameSelection
 
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
@@ -22,27 +23,27 @@ VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
 class WindowedFrames:
     """See data.video_layout.VideoLayout."""
 
-    shape: VisionShape
+    tower: TowerShape
+    rule: PixelRule
+    ticks_per_second: float
     start_id: int
     end_id: int
 
     @property
     def frames_per_step(self) -> int:
-        return self.shape.frames_per_step
+        return self.tower.frames_per_step
 
     def frame_size(self, *, height: int, width: int, num_frames: int) -> tuple[int, int]:
         """Multiples of a block near the file's shape, within the processor's pixels and a frame's share of the budget.
 
         Raises ValueError for a picture of extreme shape.
         """
-        limits = self.shape.limits
-        # 90 % of the budget is for vision, the rest for text; a token stands for a block of every frame of a step.
-        budget = int(self.shape.max_video_tokens * self.shape.block**2 * 0.9) * self.shape.frames_per_step
-        most = max(min(limits.max_pixels, budget // num_frames), int(limits.min_pixels * 1.05))
-        return fit_to_pixels(height, width, factor=self.shape.block, min_pixels=limits.min_pixels, max_pixels=most)
+        rule, block = self.rule, self.tower.block
+        most = rule.most_frame_pixels(num_frames, block=block, frames_per_step=self.frames_per_step)
+        return fit_to_pixels(height, width, factor=block, min_pixels=rule.min_pixels, max_pixels=most)
 
     def tokens_per_step(self, selection: FrameSelection) -> int:
-        return (selection.height // self.shape.block) * (selection.width // self.shape.block)
+        return (selection.height // self.tower.block) * (selection.width // self.tower.block)
 
     def video_ids(self, selection: FrameSelection) -> list[int]:
         steps = len(selection.frames) // self.frames_per_step
@@ -54,18 +55,18 @@ class WindowedFrames:
     def grid(self, selection: FrameSelection) -> Grid:
         """Temporal positions, rows and columns of a video's run of vision tokens."""
         return Grid(
-            ticks=step_ticks(
-                selection, frames_per_step=self.frames_per_step, ticks_per_second=self.shape.ticks_per_second
-            ),
-            rows=selection.height // self.shape.block,
-            columns=selection.width // self.shape.block,
+            ticks=step_ticks(selection, frames_per_step=self.frames_per_step, ticks_per_second=self.ticks_per_second),
+            rows=selection.height // self.tower.block,
+            columns=selection.width // self.tower.block,
         )
 
 
 def video_layout(spec: Qwen25VlSpec, tokens: ChatTokens, video: VideoConfig) -> WindowedFrames:
     """The layout with the tokenizer's ids. Raises CheckpointError when a vision marker is not one token."""
     return WindowedFrames(
-        shape=spec.vision,
+        tower=spec.tower,
+        rule=spec.video.capped(video.max_frame_pixels),
+        ticks_per_second=spec.ticks_per_second,
         start_id=marker_id(tokens, VISION_START, path=str(spec.path)),
         end_id=marker_id(tokens, VISION_END, path=str(spec.path)),
     )

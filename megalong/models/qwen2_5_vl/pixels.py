@@ -6,22 +6,13 @@ Source: Qwen2VLImageProcessor, Qwen2VLVideoProcessor and Qwen3VLVideoProcessor o
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from megalong.config.qwen_vl_shape import PixelRule, TowerShape
+
 MAX_ASPECT_RATIO = 200
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PixelLimits:
-    """What a processor's JSON says about the pixels of a picture or a video."""
-
-    min_pixels: int  # `size.shortest_edge`, or min_pixels in older files
-    max_pixels: int  # `size.longest_edge`, or max_pixels in older files
-    mean: tuple[float, float, float]  # of the three channels, pixels in 0..1
-    std: tuple[float, float, float]
 
 
 def fit_to_pixels(height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -45,31 +36,26 @@ def fit_to_pixels(height: int, width: int, *, factor: int, min_pixels: int, max_
     return tall, wide
 
 
-def patches(
-    frames_FHWC: Tensor, *, limits: PixelLimits, patch_size: int, merge_size: int, frames_per_step: int
-) -> Tensor:
+def patches(frames_FHWC: Tensor, *, rule: PixelRule, tower: TowerShape) -> Tensor:
     """Normalised patches [steps * H/patch * W/patch, 3 * frames_per_step * patch^2] float32 of uint8 frames.
 
     Rows: step by step, blocks of merge x merge patches row by row, and the patches of a block row by row. Columns:
-    channel, frame of the step, pixel row, pixel column. An odd last frame is repeated to fill its step.
+    channel, frame of the step, pixel row, pixel column. The last frame is repeated to fill its step.
     """
-    missing = -len(frames_FHWC) % frames_per_step
+    per_step, patch, merge = tower.frames_per_step, tower.patch_size, tower.merge_size
+    missing = -len(frames_FHWC) % per_step
     if missing:
         frames_FHWC = torch.cat((frames_FHWC, frames_FHWC[-1:].expand(missing, -1, -1, -1)))
     frames, height, width, channels = frames_FHWC.shape
-    block = patch_size * merge_size
-    if height % block or width % block:
-        raise ValueError(f"frames of {height} x {width} pixels, expected multiples of {block}")
+    if height % tower.block or width % tower.block:
+        raise ValueError(f"frames of {height} x {width} pixels, expected multiples of {tower.block}")
     # Rescale and normalisation in one step, which is how the processors round.
-    mean_3 = torch.tensor(limits.mean, device=frames_FHWC.device) * 255
-    std_3 = torch.tensor(limits.std, device=frames_FHWC.device) * 255
+    mean_3 = torch.tensor(rule.mean, device=frames_FHWC.device) * 255
+    std_3 = torch.tensor(rule.std, device=frames_FHWC.device) * 255
     pixels_FHWC = (frames_FHWC.float() - mean_3) / std_3
     tiles = pixels_FHWC.reshape(
-        frames // frames_per_step, frames_per_step,
-        height // block, merge_size, patch_size,
-        width // block, merge_size, patch_size, channels,
-    )  # fmt: skip
+        frames // per_step, per_step, height // tower.block, merge, patch, width // tower.block, merge, patch, channels
+    )
     return tiles.permute(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(
-        frames // frames_per_step * (height // patch_size) * (width // patch_size),
-        channels * frames_per_step * patch_size * patch_size,
+        frames // per_step * (height // patch) * (width // patch), channels * per_step * patch**2
     )

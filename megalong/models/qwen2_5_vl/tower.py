@@ -10,7 +10,7 @@ from transformers import Qwen2_5_VLConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
 from megalong.models.qwen2_5_vl.pixels import patches
-from megalong.models.qwen2_5_vl.spec import Qwen25VlSpec, VisionShape
+from megalong.models.qwen2_5_vl.spec import Qwen25VlSpec
 
 
 class VisionEncoder(nn.Module):
@@ -21,7 +21,7 @@ class VisionEncoder(nn.Module):
 
     def __init__(self, spec: Qwen25VlSpec) -> None:
         super().__init__()
-        self.shape: VisionShape = spec.vision
+        self.tower, self.rule = spec.tower, spec.video
         config = Qwen2_5_VLConfig.from_pretrained(spec.path).vision_config
         self.visual = Qwen2_5_VisionTransformerPretrainedModel._from_config(config)
 
@@ -31,20 +31,14 @@ class VisionEncoder(nn.Module):
         return self.visual.merger
 
     def forward(self, frames_FHWC: Tensor) -> Tensor:
-        """frames_FHWC: [F, H, W, 3] uint8 RGB, H and W multiples of spec.vision.block; an odd last frame counts twice.
+        """frames_FHWC: [F, H, W, 3] uint8 RGB, H and W multiples of spec.tower.block; an odd last frame counts twice.
 
         Returns [steps, H/block * W/block, D] in the parameters' dtype.
         """
-        shape = self.shape
-        rows = patches(
-            frames_FHWC,
-            limits=shape.limits,
-            patch_size=shape.patch_size,
-            merge_size=shape.merge_size,
-            frames_per_step=shape.frames_per_step,
-        )
-        steps = -(-len(frames_FHWC) // shape.frames_per_step)
-        height, width = (side // shape.patch_size for side in frames_FHWC.shape[1:3])
+        tower = self.tower
+        rows = patches(frames_FHWC, rule=self.rule, tower=tower)
+        steps = -(-len(frames_FHWC) // tower.frames_per_step)
+        height, width = (side // tower.patch_size for side in frames_FHWC.shape[1:3])
         grid_13 = torch.tensor([[steps, height, width]], device=frames_FHWC.device)
         embeds_ND = self.visual(rows.to(self.visual.dtype), grid_thw=grid_13).pooler_output
         return embeds_ND.reshape(steps, -1, embeds_ND.shape[-1])

@@ -1,6 +1,7 @@
 """The weight table of qwen2_5_vl, in the names of published checkpoints: model.*, lm_head.weight and visual.*.
 
-Files with the names of transformers' modules (model.language_model.*, model.visual.*) are read as well.
+Files with the names of transformers' modules (model.language_model.*, model.visual.*) are read as well, see
+models/names.py.
 """
 
 from __future__ import annotations
@@ -9,8 +10,6 @@ from torch import nn
 
 from megalong.models.qwen2_5_vl.spec import Qwen25VlSpec
 from megalong.models.weights import Entry, Replicated, decoder_table
-
-RENAMED = (("model.language_model.", "model."), ("model.visual.", "visual."))
 
 
 def weight_table(spec: Qwen25VlSpec, vision: nn.Module, *, use_te: bool) -> list[Entry]:
@@ -21,11 +20,3 @@ def weight_table(spec: Qwen25VlSpec, vision: nn.Module, *, use_te: bool) -> list
     # The encoder's only child is `visual`, so its names are the file's.
     table += [Replicated(megatron=f"vision.{name}", hf=(name,)) for name, _ in vision.named_parameters()]
     return table
-
-
-def canonical(name: str) -> str:
-    """A file's tensor name as the table has it."""
-    for prefix, ours in RENAMED:
-        if name.startswith(prefix):
-            return ours + name.removeprefix(prefix)
-    return name
