@@ -15,6 +15,7 @@ from checkpoints_tools.convert import hf_to_megatron, megatron_to_hf
 from checkpoints_tools.describe import describe
 from checkpoints_tools.families import FILES
 from checkpoints_tools.places import family_of_folder
+from megalong.config.shapes import SHAPE_READERS
 from megalong.models.families import FAMILIES
 
 
@@ -55,5 +56,5 @@ def test_shards_are_cut_anew_and_read_again(tmp_path: Path) -> None:
     assert verify(tmp_path / "megatron", tmp_path / "again").equal
 
 
-def test_every_family_has_its_line() -> None:
-    assert FILES.keys() == FAMILIES.keys()
+def test_every_family_has_its_lines() -> None:
+    assert FILES.keys() == FAMILIES.keys() == SHAPE_READERS.keys()
