@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import tiny_vl
 import torch
-from harness import forward_pack
+from harness import forward_pack, run_world
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
@@ -25,7 +25,8 @@ from megalong.data.sequence import SequenceBuilder
 from megalong.engine.build import build_model
 from megalong.engine.trainer import Trainer
 from megalong.models.families import FAMILIES
-from megalong.records import MEDIA_TOKEN, FrameSelection, Sample
+from megalong.parallel.layout import ParallelLayout, make_layout
+from megalong.records import MEDIA_TOKEN, FrameSelection, Sample, TokenBatch
 
 FAMILY = FAMILIES["qwen2_5_vl"]
 TOLERANCE = 1e-4
@@ -143,7 +144,7 @@ def group(builder: SequenceBuilder, videos: Sequence[Video], lens: Sequence[int]
     return GroupTokens(prompt=builder.prompt(sample, [video.selection for video in videos]), responses=responses)
 
 
-def make_trainer(folder: Path, layout: object, videos: Sequence[Video]) -> Trainer:
+def make_trainer(folder: Path, layout: ParallelLayout, videos: Sequence[Video]) -> Trainer:
     config = ModelConfig(
         family="qwen2_5_vl", path=str(folder), dtype=Dtype.float32, recompute=Recompute.none, train_projector=True,
         train_tower=True,
@@ -151,8 +152,10 @@ def make_trainer(folder: Path, layout: object, videos: Sequence[Video]) -> Train
     model = build_model(config, layout, sequence_parallel=False)
     frames = {video.name: video.pixels() for video in videos}
 
-    def embeddings(chosen: Sequence[FrameSelection]) -> Tensor | None:
-        return torch.cat([model.vision(frames[item.path]).flatten(0, 1) for item in chosen]) if chosen else None
+    def embeddings(chosen: Sequence[FrameSelection], wanted: Sequence[Tensor] | None = None, **_: object) -> Tensor:
+        """Every rank encodes all frames itself and takes the rows it needs."""
+        whole_ND = torch.cat([model.vision(frames[item.path]).flatten(0, 1) for item in chosen])
+        return whole_ND if wanted is None else whole_ND[wanted[layout.replica_rank]]
 
     return Trainer(model, layout, OptimizerConfig(), total_steps=1, embeddings=embeddings)
 
@@ -189,6 +192,28 @@ def test_logprobs_and_gradients_equal_transformers(folder: Path, layout: object,
     (got_R * weights_R).sum().backward()
     (want_R * weights_R).sum().backward()
     compare_gradients(trainer.model, oracle.model, has_vision=bool(videos))
+
+
+def ragged_pack(folder: Path) -> tuple[list[Video], TokenBatch]:
+    pack = PACKS["ragged pack"]
+    builder = make_builder(folder)
+    groups = [group(builder, chosen, lens, seed=index) for index, (chosen, lens) in enumerate(pack)]
+    return [video for chosen, _ in pack for video in chosen], pack_groups(groups)
+
+
+def logprobs_of_stages(folder: Path) -> Tensor:
+    """On one of two pipeline stages."""
+    videos, tokens = ragged_pack(folder)
+    trainer = make_trainer(folder, make_layout(tp=1, cp=1, pp=2, seed=1), videos)
+    return trainer.logprobs([tokens], temperature=1.0)[0]
+
+
+def test_positions_reach_every_pipeline_stage(folder: Path, layout: object, tmp_path: Path) -> None:
+    videos, tokens = ragged_pack(folder)
+    want_R = make_trainer(folder, layout, videos).logprobs([tokens], temperature=1.0)[0]
+    assert tokens.positions_T.shape[0] == 3
+    for got_R in run_world(2, logprobs_of_stages, folder, folder=tmp_path):
+        torch.testing.assert_close(got_R, want_R, rtol=1e-5, atol=1e-6)
 
 
 def compare_gradients(model: torch.nn.Module, stock: torch.nn.Module, *, has_vision: bool) -> None:

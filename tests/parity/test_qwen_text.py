@@ -128,6 +128,10 @@ def policy(folder: Path, case: Case, layout: ParallelLayout, *, sequence_paralle
 def compare(got: Result, want: Result) -> None:
     for mine, theirs in zip(got.logprobs + got.entropies, want.logprobs + want.entropies, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=TOLERANCE, atol=1e-5)
+    compare_gradients(got, want)
+
+
+def compare_gradients(got: Result, want: Result) -> None:
     assert got.gradients.keys() == want.gradients.keys()
     for name, gradient in got.gradients.items():
         scale = want.gradients[name].abs().max()
@@ -142,27 +146,29 @@ def test_logprobs_and_gradients_equal_transformers(tmp_path: Path, layout: Paral
     compare(policy(tmp_path, case, layout, sequence_parallel=False), oracle(model, case.temperature))
 
 
-def split_policies(folders: Sequence[Path], cases: Sequence[Case]) -> list[list[Result]]:
-    """On one of two tensor-parallel ranks: each case without and with sequence parallelism."""
-    layout = make_layout(tp=2, cp=1, pp=1, seed=1)
+def split_policies(folders: Sequence[Path], cases: Sequence[Case], tp: int, pp: int) -> list[list[Result]]:
+    """On one of two ranks: each case, for tensor-parallel ones without and with sequence parallelism."""
+    layout = make_layout(tp=tp, cp=1, pp=pp, seed=1)
     results = [
-        [policy(folder, case, layout, sequence_parallel=split) for split in (False, True)]
+        [policy(folder, case, layout, sequence_parallel=split) for split in (False, True)[:tp]]
         for folder, case in zip(folders, cases, strict=True)
     ]
     destroy_layout()
     return results
 
 
-def test_two_tensor_parallel_ranks_equal_transformers(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2)])
+def test_two_ranks_equal_transformers(tmp_path: Path, tp: int, pp: int) -> None:
     folders = [tmp_path / name for name in SPLIT]
     wanted = []
     for folder, case in zip(folders, SPLIT.values(), strict=True):
         wanted.append(oracle(write_qwen(folder, case.family, **case.changes), case.temperature))
-    ranks = run_world(2, split_policies, folders, list(SPLIT.values()), folder=tmp_path / "world")
-    for of_rank in ranks:
-        for results, want in zip(of_rank, wanted, strict=True):
-            for got in results:
-                compare(got, want)
+    first, last = run_world(2, split_policies, folders, list(SPLIT.values()), tp, pp, folder=tmp_path / "world")
+    for ours, ours_last, want in zip(first, last, wanted, strict=True):
+        for got, got_last in zip(ours, ours_last, strict=True):
+            compare(got_last, want)
+            # The loss is asked for on the last stage only.
+            (compare if pp == 1 else compare_gradients)(got, want)
 
 
 @pytest.mark.parametrize("name", ["qwen2 tied", "qwen2_5", "qwen3"])
