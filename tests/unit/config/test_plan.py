@@ -62,7 +62,7 @@ def test_an_hour_of_video_on_8_gpus(recipe: Path, shape: ModelShape) -> None:
 
 
 def test_each_pipeline_stage_has_its_own_memory(recipe: Path, shape: ModelShape) -> None:
-    staged = ("parallel.tp=2", "parallel.cp=1", "parallel.pp=4", "gpus=8")
+    staged = ("parallel.tp=2", "parallel.cp=1", "parallel.pp=4", "gpus=8", "model.recompute=full")
     result = planned(recipe, shape, overrides=staged)
     assert (result.layout.dp, result.lengths.packs) == (1, 4)
     assert len(result.stages) == 4
