@@ -47,8 +47,7 @@ def write_qwen2_5_vl(folder: Path, *, texts: Iterable[str] = (), tied: bool = Fa
     )
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration(config)
-    randomise(model)
-    model.save_pretrained(folder)
+    finish(model, end=ids["<|im_end|>"], folder=folder)
     tokenizer.save_pretrained(folder)
     write_preprocessor(folder, image_processor_type="Qwen2VLImageProcessor")
     return folder
@@ -82,6 +81,15 @@ def write_preprocessor(folder: Path, **extra: Any) -> None:
 
 
 @torch.no_grad()
+def finish(model: PreTrainedModel, *, end: int, folder: Path) -> None:
+    """Random weights, written; an untied head has a long row for the end token, so that responses end."""
+    randomise(model)
+    if not model.config.tie_word_embeddings:
+        model.lm_head.weight[end] *= 4
+    model.save_pretrained(folder)
+
+
+@torch.no_grad()
 def randomise(model: PreTrainedModel) -> None:
     """Every tensor random, so that no bias or norm hides behind 0 or 1."""
     for name, parameter in model.named_parameters():
@@ -112,7 +120,7 @@ def make_world(folder: Path, *, family: str) -> DemoWorld:
     model = WRITERS[family](folder / "model", texts=texts)
     recipe = folder / "recipe.yaml"
     recipe.write_text(RECIPE.format(family=family, model=model), encoding="utf-8")
-    return DemoWorld(folder=folder, recipe=recipe, sft=data.train_sft, rl=data.train_rl)
+    return DemoWorld(folder=folder, recipe=recipe, sft=data.train_sft, rl=data.train_rl, tied=model)
 
 
 WRITERS = {"qwen2_5_vl": write_qwen2_5_vl}

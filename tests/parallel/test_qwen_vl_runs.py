@@ -1,0 +1,115 @@
+"""Two steps of SFT and of GRPO through the real loops on tiny videos: one process, and two that share the work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny_vl
+import torch
+from harness import DemoWorld, run_world
+from megatron.core import parallel_state
+from recorded_runs import Recorded, recording
+
+from megalong.config.tree import Dtype
+from megalong.engine.build import TORCH_DTYPE
+from megalong.grpo import train_grpo
+from megalong.records import ScoredGroup
+from megalong.sft import train_sft
+
+TASKS = {"sft": train_sft, "grpo": train_grpo}
+LAYOUTS = {"tp2_sp": ("parallel.tp=2", "parallel.sequence_parallel=true"), "cp2": ("parallel.cp=2",)}
+
+
+def record_families(
+    worlds: dict[str, DemoWorld], folder: Path, layouts: dict[str, tuple[str, ...]],
+    rollouts: dict[str, list[list[ScoredGroup]]],
+) -> dict[tuple[str, str, str], Recorded]:  # fmt: skip
+    """(family, layout, task) -> what a run gave, in float64: whatever differs beyond 1e-9 is a defect."""
+    TORCH_DTYPE[Dtype.float32] = torch.float64
+    done = {}
+    for family, world in worlds.items():
+        for layout, overrides in layouts.items():
+            for task, train in TASKS.items():
+                recorded = Recorded()
+                given = rollouts.get(family) if task == "grpo" else None
+                with recording(recorded, given):
+                    train(world.config(folder / family / layout / task, *overrides, task=task))
+                parallel_state.destroy_model_parallel()
+                done[family, layout, task] = recorded
+    return done
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, DemoWorld]:
+    return {family: tiny_vl.make_world(tmp_path_factory.mktemp(family), family=family) for family in tiny_vl.WRITERS}
+
+
+@pytest.fixture(scope="module")
+def alone(worlds: dict[str, DemoWorld], tmp_path_factory: pytest.TempPathFactory) -> dict:
+    folder = tmp_path_factory.mktemp("alone")
+    return run_world(1, record_families, worlds, folder, {"alone": ()}, {}, folder=folder)[0]
+
+
+@pytest.fixture(scope="module")
+def split(worlds: dict[str, DemoWorld], alone: dict, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """By rank; GRPO trains on the rollouts of one process."""
+    folder = tmp_path_factory.mktemp("split")
+    rollouts = {family: alone[family, "alone", "grpo"].sampled for family in worlds}
+    return run_world(2, record_families, worlds, folder, LAYOUTS, rollouts, folder=folder)
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("family", tiny_vl.WRITERS)
+def test_a_run_learns_in_every_part(family: str, task: str, alone: dict, worlds: dict[str, DemoWorld]) -> None:
+    recorded: Recorded = alone[family, "alone", task]
+    assert len(recorded.stats) == 2
+    assert all(0 < stats.grad_norm < 100 and not stats.skipped for stats in recorded.stats)
+    moved = {
+        name
+        for name, gradient in recorded.gradients.items()
+        if float(gradient.abs().max()) > 1e-9 and not torch.equal(gradient, recorded.weights[name])
+    }
+    language = {name for name in recorded.weights if "visual." not in name}
+    assert moved == (set(recorded.weights) if task == "sft" else language)
+    assert recorded.frames_encoded > 0
+
+
+@pytest.mark.parametrize("family", tiny_vl.WRITERS)
+def test_the_sampler_s_logprobs_are_the_trainer_s(family: str, alone: dict) -> None:
+    """Embeddings, M-RoPE positions of prompt and response, and synced weights agree, after an update too."""
+    for stats in alone[family, "alone", "grpo"].stats:
+        assert stats.metrics["sampler_gap_max"] < 1e-5
+    lengths = {
+        len(ids)
+        for batch in alone[family, "alone", "grpo"].sampled
+        for scored in batch
+        for ids in scored.group.response_ids
+    }
+    assert len(lengths) > 1
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", tiny_vl.WRITERS)
+def test_two_processes_train_like_one(family: str, layout: str, task: str, alone: dict, split: list[dict]) -> None:
+    want: Recorded = alone[family, "alone", task]
+    for rank in split:
+        got: Recorded = rank[family, layout, task]
+        for ours, theirs in zip(got.stats, want.stats, strict=True):
+            assert ours.loss == pytest.approx(theirs.loss, rel=1e-9, abs=1e-12)
+            assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-9)
+        for name, gradient in want.gradients.items():
+            torch.testing.assert_close(got.gradients[name], gradient, rtol=0, atol=1e-9 * float(gradient.abs().max()))
+        for name, weight in want.weights.items():
+            torch.testing.assert_close(got.weights[name], weight, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", tiny_vl.WRITERS)
+def test_two_processes_share_the_frames(family: str, alone: dict, split: list[dict]) -> None:
+    """Five frames, the last one twice, are three steps of two frames: each rank encodes some, none both."""
+    for layout in LAYOUTS:
+        shares = [rank[family, layout, "grpo"].frames_encoded for rank in split]
+        assert min(shares) > 0
+        assert sum(shares) == alone[family, "alone", "grpo"].frames_encoded
+        assert all(share % 2 == 0 for share in shares)
