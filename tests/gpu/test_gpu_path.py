@@ -23,13 +23,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def layout():
-    from megalong.parallel.layout import make_layout
-
-    return make_layout(tp=1, cp=1, pp=1, seed=1)
-
-
 def build(checkpoint: Path, layout, *, dtype: str, spec: str, recompute: str = "none"):
     from megalong.config.tree import Dtype, LayerSpec, ModelConfig, OptimizerConfig, Recompute
     from megalong.engine.build import build_model
