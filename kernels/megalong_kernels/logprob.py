@@ -22,7 +22,7 @@ from torch import Tensor
 
 ROW_STEP = 8192
 """Rows of a step at most."""
-VOCAB_STEP = 8448
+VOCAB_STEP = 6912
 """Columns of a step for ROW_STEP rows: 8192 x 8448 is 16 full waves of 128 x 256 tiles on 132 multiprocessors, and the
 products of the backward are whole waves or nearly so. The float32 logits of a step take 277 MB."""
 LOWEST = -1e30
