@@ -16,6 +16,7 @@ LAYOUTS = {
     "tp2_dp2": (4, ("parallel.tp=2",)),
     "pp2": (2, ("parallel.pp=2",)),
     "tp2_pp2": (4, ("parallel.tp=2", "parallel.pp=2")),
+    "pp2_dp2": (4, ("parallel.pp=2",)),
     # Rows for heads, and attention outputs kept over the recomputation of the layers.
     "cp2": (2, ("parallel.cp=2", "model.recompute=keep_attention")),
     "cp2_ring": (2, ("parallel.cp=2", "parallel.cp_a2a=1")),
