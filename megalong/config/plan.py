@@ -116,7 +116,7 @@ def plan(config: RunConfig, task: Task, shape: ModelShape, *, note: str = "") ->
     layout = _layout(config)
     lengths = _lengths(config, task, shape, dp=layout.dp)
     batch_size = {"sft": config.sft.batch_size, "grpo": config.grpo.batch_size, "eval": 1}[task]
-    store = round(config.video.cache_gib * GIB) if config.video.cache_embeddings else 0
+    store = round(config.video.cache_gib * GIB) if shape.vision and config.video.cache_embeddings else 0
     stages = [_memory(config, task, shape, layout=layout, lengths=lengths, stage=stage) for stage in range(layout.pp)]
     return Plan(
         task=task,
@@ -341,7 +341,8 @@ def _memory_text(plan: Plan) -> str:
     for card, budget in BUDGETS_GIB.items():
         verdict = "fits" if plan.memory_total <= budget * GIB else "does NOT fit"
         rows.append((f"on {card}", f"{verdict} {budget} GiB"))
-    rows.append(("embedding store, host memory per process, at most", f"{plan.host_store / GIB:,.2f} GiB"))
+    if plan.lengths.frames:
+        rows.append(("embedding store, host memory per process, at most", f"{plan.host_store / GIB:,.2f} GiB"))
     return _table(f"memory per {where} (activations: upper estimate)", rows)
 
 
