@@ -165,6 +165,18 @@ def _context_groups(world_size: int, *, a2a_size: int) -> ContextGroups:
     """Split this rank's context-parallel group; every rank creates every group, as NCCL requires."""
     group = parallel_state.get_context_parallel_group()
     mine = dist.get_process_group_ranks(group)
+    rank, size = mine.index(dist.get_rank()), len(mine)
+    if a2a_size in (1, size):  # one of the two factors is the group itself
+        return ContextGroups(
+            size=size,
+            rank=rank,
+            a2a_size=a2a_size,
+            ring_size=size // a2a_size,
+            ring_rank=rank // a2a_size,
+            group=group,
+            a2a=group,
+            ring=group,
+        )
     everyone: list[list[int]] = [[]] * world_size
     dist.all_gather_object(everyone, mine)
     a2a = ring = None
@@ -176,12 +188,11 @@ def _context_groups(world_size: int, *, a2a_size: int) -> ContextGroups:
         for members in zip(*rows, strict=True):
             created = dist.new_group(list(members))
             ring = created if dist.get_rank() in members else ring
-    rank = mine.index(dist.get_rank())
     return ContextGroups(
-        size=len(mine),
+        size=size,
         rank=rank,
         a2a_size=a2a_size,
-        ring_size=len(mine) // a2a_size,
+        ring_size=size // a2a_size,
         ring_rank=rank // a2a_size,
         group=group,
         a2a=a2a,

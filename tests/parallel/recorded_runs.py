@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from unittest import mock
 
 import torch
 from harness import DemoWorld
-from megatron.core import parallel_state
 from torch import Tensor
 
 from megalong import grpo, run
@@ -62,6 +62,9 @@ def record_all(
 ) -> dict[str, Recorded]:
     """Every variant under one layout. `rollouts` of a variant replace what a GRPO run samples itself."""
     done = {}
+    # Groups are made once: every one of them keeps threads, and there are dozens.
+    layouts = mock.patch.object(run, "make_layout", lru_cache(run.make_layout))
+    layouts.start()
     for name, (task, overrides) in {**VARIANTS, **EXACT}.items():
         overrides = [override.format(tied=demo.tied) for override in overrides]
         config = demo.config(folder / name, *overrides, *parallel, task=task)
@@ -69,8 +72,8 @@ def record_all(
         wide = mock.patch.dict(TORCH_DTYPE, {Dtype.float32: torch.float64}) if name in EXACT else nullcontext()
         with wide, recording(recorded, rollouts.get(name)):
             (train_sft if task == "sft" else train_grpo)(config)
-        parallel_state.destroy_model_parallel()
         done[name] = recorded
+    layouts.stop()
     return done
 
 
