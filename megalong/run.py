@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from megalong.config.errors import ConfigError
 from megalong.config.load import save_config
+from megalong.config.model_shape import ModelShape
 from megalong.config.shapes import read_model_shape
 from megalong.config.tree import Recompute, RunConfig
 from megalong.config.tree import RolloutEngine as EngineChoice
@@ -204,17 +205,9 @@ def open_run(config: RunConfig, *, task: Task) -> Run:
     validate(config, task=task, world_size=world_size, model=shape)
     start = None if task == "eval" else resume_point(config)
     family = family_of(config.model)
-    parallel = config.parallel
-    layout = make_layout(
-        tp=parallel.tp,
-        cp=parallel.cp,
-        pp=parallel.pp,
-        cp_a2a=parallel.cp_a2a or math.gcd(parallel.cp, max(1, shape.kv_heads // parallel.tp)),
-        seed=config.seed,
-        timeout_minutes=parallel.timeout_minutes,
-    )
+    layout = layout_of(config, shape)
     seed_everything(config.seed)
-    model = build_model(config.model, layout, sequence_parallel=parallel.sequence_parallel)
+    model = build_model(config.model, layout, sequence_parallel=config.parallel.sequence_parallel)
     tokens = family.read_tokens(Path(config.model.path))
     videos = None if family.vision is None else family.vision.layout(model.spec, tokens, config.video)
     vision = VisionStage(model.vision, layout, vision_settings(config), videos=videos)
@@ -264,6 +257,19 @@ def open_run(config: RunConfig, *, task: Task) -> Run:
     if layout.is_main:
         save_config(config, Path(config.logger.run_dir) / "config.yaml")
     return run
+
+
+def layout_of(config: RunConfig, shape: ModelShape) -> ParallelLayout:
+    """The process groups config.parallel asks for (collective)."""
+    parallel = config.parallel
+    return make_layout(
+        tp=parallel.tp,
+        cp=parallel.cp,
+        pp=parallel.pp,
+        cp_a2a=parallel.cp_a2a or math.gcd(parallel.cp, max(1, shape.kv_heads // parallel.tp)),
+        seed=config.seed,
+        timeout_minutes=parallel.timeout_minutes,
+    )
 
 
 def resume_point(config: RunConfig) -> Path | None:

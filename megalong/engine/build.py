@@ -27,8 +27,13 @@ def family_of(config: ModelConfig) -> Family:
     return FAMILIES[config.family]
 
 
-def build_model(config: ModelConfig, layout: ParallelLayout, *, sequence_parallel: bool) -> PolicyModel:
-    """The model on this rank's device with the weights of config.path, frozen where config says so."""
+def build_model(
+    config: ModelConfig, layout: ParallelLayout, *, sequence_parallel: bool, load: bool = True
+) -> PolicyModel:
+    """The model on this rank's device with the weights of config.path, frozen where config says so.
+
+    load=False: weights are left as they were allocated, and config.path needs no more than its JSON files.
+    """
     family = family_of(config)
     on_gpu = layout.device.type == "cuda"
     spec = family.read_spec(Path(config.path))
@@ -47,7 +52,8 @@ def build_model(config: ModelConfig, layout: ParallelLayout, *, sequence_paralle
     )
     core_attention = partial(PackCoreAttention, kernel=config.attention.value, context=layout.context)
     model = family.build(megatron, spec, use_te=use_te, core_attention=core_attention).to(layout.device)
-    load_hf_weights(model, model.weight_table(), CheckpointReader(spec.path, family.weight_folders), layout)
+    if load:
+        load_hf_weights(model, model.weight_table(), CheckpointReader(spec.path, family.weight_folders), layout)
     model.freeze(llm=config.train_llm, projector=config.train_projector, tower=config.train_tower)
     return model
 

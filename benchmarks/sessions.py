@@ -1,0 +1,169 @@
+"""Points of a benchmark measured in processes of their own: time limits, estimates, and runs out of memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from steps import Bench, Case, free, make_folder
+
+from megalong.parallel.collectives import broadcast_object
+from megalong.parallel.layout import destroy_layout
+
+OUT_OF_MEMORY = 17
+"""Exit code of a rank that ran out of memory: the others may wait for it in a collective, so all of them end."""
+
+
+def measure(bench: Bench, point: dict[str, Any], *, expected: float) -> dict[str, Any]:
+    """Median of up to three steps of a point; expected: seconds a step may take.
+
+    A step of more than 20 s is warmed up by a short one of the same mode: what is then made for the first time, a plan
+    of an attention kernel, is small beside it.
+    """
+    case, how = Case(**point["case"]), {"mode": point["mode"], "recompute": point["recompute"]}
+    short = replace(case, frames=min(case.frames, 8), text=min(case.text, 2048))
+    bench.step(bench.packs(case if expected < 20 else short, mode=point["mode"]), **how)
+    packs = bench.packs(case, mode=point["mode"])
+    steps = [bench.step(packs, **how) for _ in range(3 if expected < 8 else 1)]
+    chosen = sorted(steps, key=lambda step: step["seconds"])[len(steps) // 2]
+    return {**chosen, "all_seconds": [step["seconds"] for step in steps]}
+
+
+def expect(point: dict[str, Any], rows: Iterable[dict[str, Any]], *, flops: float, rate: float) -> float:
+    """Seconds of a step: by what the last step of its series reached, or by `rate` FLOP/s."""
+    known = [row["flops"] / row["seconds"] for row in rows if row["series"] == point["series"] and "seconds" in row]
+    return flops / (known[-1] if known else rate)
+
+
+def why_not(point: dict[str, Any], rows: Iterable[dict[str, Any]], *, expected: float, deadline: float) -> str:
+    """Why a point is left out; "" when it is to be measured."""
+    for row in rows:
+        smaller = row["series"] == point["series"] and row["tokens"] <= point["tokens"]
+        if smaller and row["status"] == "out of memory":
+            return f"not run: {row['tokens']:,} tokens were out of memory"
+    if expected > point["max_seconds"]:
+        return f"not run: estimated {expected:.0f} s a step"
+    if time.time() + 2 * expected > deadline:
+        return f"not run: estimated {expected:.0f} s a step, {max(0.0, deadline - time.time()):.0f} s of --seconds left"
+    return ""
+
+
+def work(session: dict[str, Any], line: Callable[[dict[str, Any]], str]) -> None:
+    """Measure the points of a session on this rank; rank 0 prints each row and appends it to the results.
+
+    A rank that runs out of memory among several records it and ends with OUT_OF_MEMORY; drive() goes on without that
+    point.
+    """
+    results = Path(session["results"])
+    bench = Bench(Path(session["folder"]), session["overrides"], vision=session["vision"])
+    try:
+        for point in session["points"]:
+            flops = bench.flops(Case(**point["case"]), mode=point["mode"], recompute=point["recompute"])
+            row = {**point, "flops": flops, "world": bench.layout.world_size}
+            expected, reason = broadcast_object(
+                _decision(row, read_rows(results), session), source=0, group=bench.layout.world
+            )
+            try:
+                row |= {"status": reason} if reason else {"status": "measured"}
+                row |= {} if reason else measure(bench, point, expected=expected)
+            except torch.OutOfMemoryError:
+                row |= {"status": "out of memory"}
+                if bench.layout.world_size > 1:
+                    _report(row, results, line)
+                    os._exit(OUT_OF_MEMORY)
+            if bench.layout.is_main:
+                _report(row, results, line)
+            free(bench.layout.device)
+            dist.barrier()
+    finally:
+        bench.close()
+    destroy_layout()
+
+
+def _decision(row: dict[str, Any], rows: list[dict[str, Any]], session: dict[str, Any]) -> tuple[float, str]:
+    expected = expect(row, rows, flops=row["flops"], rate=session["rate"] * row["world"])
+    return expected, why_not(row, rows, expected=expected, deadline=session["deadline"])
+
+
+def _report(row: dict[str, Any], results: Path, line: Callable[[dict[str, Any]], str]) -> None:
+    print(line(row), flush=True)
+    with results.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def read_rows(results: Path) -> list[dict[str, Any]]:
+    """Rows so far; the first of a point counts (several ranks may run out of memory)."""
+    rows = [json.loads(text) for text in results.read_text().splitlines()] if results.exists() else []
+    return list({row["name"]: row for row in reversed(rows)}.values())[::-1]
+
+
+def drive(
+    sessions: Sequence[dict[str, Any]], *, script: str, line: Callable[[dict[str, Any]], str], seconds: float
+) -> list[dict[str, Any]]:
+    """Run the sessions one after another, each in processes of its own; returns the rows of all points.
+
+    A session is {gpus, layers, tiny, vision, overrides, rate, points}; a point {name, series, tokens, case, mode,
+    recompute, max_seconds}. After out of memory the session is started again for the points that are left. A lone
+    session of one process runs in this one.
+    """
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    deadline = time.time() + seconds
+    with tempfile.TemporaryDirectory() as scratch:
+        results = Path(scratch) / "rows.jsonl"
+        for number, given in enumerate(sessions):
+            folder = make_folder(Path(scratch) / str(number), layers=given["layers"], tiny=given["tiny"])
+            session = {**given, "folder": str(folder), "results": str(results), "deadline": deadline}
+            if len(sessions) == 1 and given["gpus"] == 1:
+                work(session, line)
+            else:
+                _run_in_processes(session, results, script=script, line=line)
+        return read_rows(results)
+
+
+def _run_in_processes(
+    session: dict[str, Any], results: Path, *, script: str, line: Callable[[dict[str, Any]], str]
+) -> None:
+    file = Path(session["folder"]) / "session.json"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={session['gpus']}"]
+    while True:
+        done = {row["name"] for row in read_rows(results)}
+        left = [point for point in session["points"] if point["name"] not in done]
+        if not left:
+            return
+        file.write_text(json.dumps({**session, "points": left}))
+        process = subprocess.Popen([*launcher, script, "--worker", str(file)], start_new_session=True)
+        try:
+            code: int | str = process.wait(timeout=max(1.0, session["deadline"] + 30 - time.time()))
+        except subprocess.TimeoutExpired:
+            code = "time is up"
+        finally:
+            _end(process)
+        found = read_rows(results)
+        if any(row["status"] == "out of memory" and row["name"] not in done for row in found):
+            continue
+        for point in left:
+            if point["name"] not in {row["name"] for row in found}:
+                _report({**point, "status": f"failed: {code}", "world": session["gpus"]}, results, line)
+        return
+
+
+def _end(process: subprocess.Popen) -> None:
+    """End the launcher, which ends the processes that it started."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(timeout=40)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
