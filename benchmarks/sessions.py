@@ -49,9 +49,9 @@ def expect(point: dict[str, Any], rows: Iterable[dict[str, Any]], *, flops: floa
 def why_not(point: dict[str, Any], rows: Iterable[dict[str, Any]], *, expected: float, deadline: float) -> str:
     """Why a point is left out; "" when it is to be measured."""
     for row in rows:
-        smaller = row["series"] == point["series"] and row["tokens"] <= point["tokens"]
+        smaller = row["series"] == point["series"] and row["size"] <= point["size"]
         if smaller and row["status"] == "out of memory":
-            return f"not run: {row['tokens']:,} tokens were out of memory"
+            return f"not run: {row['name']} was out of memory"
     if expected > point["max_seconds"]:
         return f"not run: estimated {expected:.0f} s a step"
     if time.time() + 2 * expected > deadline:
@@ -69,14 +69,13 @@ def work(session: dict[str, Any], line: Callable[[dict[str, Any]], str]) -> None
     bench = Bench(Path(session["folder"]), session["overrides"], vision=session["vision"])
     try:
         for point in session["points"]:
-            flops = bench.flops(Case(**point["case"]), mode=point["mode"], recompute=point["recompute"])
-            row = {**point, "flops": flops, "world": bench.layout.world_size}
+            row = _complete(point, bench)
             expected, reason = broadcast_object(
                 _decision(row, read_rows(results), session), source=0, group=bench.layout.world
             )
             try:
                 row |= {"status": reason} if reason else {"status": "measured"}
-                row |= {} if reason else measure(bench, point, expected=expected)
+                row |= {} if reason else measure(bench, row, expected=expected)
             except torch.OutOfMemoryError:
                 row |= {"status": "out of memory"}
                 if bench.layout.world_size > 1:
@@ -89,6 +88,19 @@ def work(session: dict[str, Any], line: Callable[[dict[str, Any]], str]) -> None
     finally:
         bench.close()
     destroy_layout()
+
+
+def _complete(point: dict[str, Any], bench: Bench) -> dict[str, Any]:
+    """The point with what follows from the model: how activations are kept, tokens of the group, FLOPs."""
+    case, mode = Case(**point["case"]), point["mode"]
+    recompute = point.get("recompute") or bench.recompute_for(case, mode=mode, memory_gb=point["memory_gb"])
+    return {
+        **point,
+        "recompute": recompute,
+        "flops": bench.flops(case, mode=mode, recompute=recompute),
+        "model_flops": bench.flops(case, mode=mode, recompute="none"),
+        "world": bench.layout.world_size,
+    }
 
 
 def _decision(row: dict[str, Any], rows: list[dict[str, Any]], session: dict[str, Any]) -> tuple[float, str]:
@@ -113,9 +125,9 @@ def drive(
 ) -> list[dict[str, Any]]:
     """Run the sessions one after another, each in processes of its own; returns the rows of all points.
 
-    A session is {gpus, layers, tiny, vision, overrides, rate, points}; a point {name, series, tokens, case, mode,
-    recompute, max_seconds}. After out of memory the session is started again for the points that are left. A lone
-    session of one process runs in this one.
+    A session is {gpus, layers, tiny, vision, overrides, rate (FLOP/s of a GPU, before one is known), points}; a point
+    {name, series, size, case, mode, recompute or memory_gb, max_seconds}. After out of memory the session is started
+    again for the points that are left. A lone session of one process runs in this one.
     """
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     deadline = time.time() + seconds

@@ -58,6 +58,8 @@ logger: {run_dir: none, tensorboard: false}
 """
 REPEATED = ("none", "stage1", "stage1+2")
 """Values of mr_sp.mode in which every response carries its own prompt."""
+SHARDED = ("stage1+2", "shared_prefix")
+"""Values in which a sequence is cut over the context-parallel ranks."""
 PEAK = 780e12
 """bf16 FLOP/s of an H200 in a large matrix product, measured: what MFU is a share of."""
 
@@ -177,8 +179,7 @@ class Bench:
             self.watch.enter("vision")
             return stage.embeddings(*args, **options)
 
-        sharded = mode in ("stage1+2", "shared_prefix")
-        self.trainer.runner = replace(self.trainer.runner, sharded=sharded, embeddings=embeddings)
+        self.trainer.runner = replace(self.trainer.runner, sharded=mode in SHARDED, embeddings=embeddings)
         self.trainer.keep_attention = recompute == "keep_attention"
 
     def stage(self, mode: str) -> VisionStage:
@@ -290,6 +291,19 @@ class Bench:
             self.shape, tokens=tokens, pairs=pairs, rows=case.group * case.response, recompute=Recompute[recompute]
         )
 
+    def recompute_for(self, case: Case, *, mode: str, memory_gb: float) -> str:
+        """keep_attention when it is estimated to fit into a GPU's memory, else full."""
+        parallel, layout = self.config.parallel, self.layout
+        split = {"tp": layout.tp_size, "sequence_parallel": parallel.sequence_parallel, "element": 2}
+        params = costs.llm_params_per_rank(self.shape, tp=layout.tp_size, pp=layout.pp_size)
+        states = 6 * params + 12 * params // (layout.context.size * layout.dp_size)
+        prompt = case.prompt(self.shape.vision.tokens_per_frame if self.shape.vision else 0)
+        rows = prompt + case.response * (1 if mode in REPEATED else case.group)
+        rows //= layout.context.size if mode in SHARDED else 1
+        kept = costs.kept_bytes_per_token(self.shape, recompute=Recompute.keep_attention, **split) * self.shape.layers
+        live = costs.live_bytes_per_token(self.shape, **split)
+        return "keep_attention" if states + rows * (kept + live) < memory_gb * 1e9 else "full"
+
     def close(self) -> None:
         for stage in self.stages.values():
             stage.close()
@@ -338,12 +352,16 @@ def parser_of(doc: str) -> argparse.ArgumentParser:
     return parser
 
 
-def versions() -> dict[str, str]:
+def parallel_overrides(*, gpus: int, tp: int = 1, cp_a2a: int = 0) -> list[str]:
+    """One replica over all GPUs: tp, and context parallelism over the rest."""
+    parts = {"tp": tp, "cp": gpus // tp, "cp_a2a": cp_a2a, "sequence_parallel": str(tp > 1).lower()}
+    return [f"parallel.{name}={value}" for name, value in parts.items()]
+
+
+def save(path: str | None, rows: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Write the rows as JSON where --json says; returns what they were measured with."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    return {"device": gpu, "torch": torch.__version__}
-
-
-def save(path: str | None, rows: Sequence[dict[str, Any]]) -> None:
-    """The rows as JSON, for --json."""
+    known = {"device": gpu, "torch": torch.__version__}
     if path:
-        Path(path).write_text(json.dumps({**versions(), "rows": list(rows)}, indent=1))
+        Path(path).write_text(json.dumps({**known, "rows": list(rows)}, indent=1))
+    return known
