@@ -53,6 +53,7 @@ FILES: dict[str, FamilyFiles] = {
         carried=longvila_carried, vision_parts=frozenset({"embeddings", "encoder", "projector"}), model_type=None
     ),
     "qwen2_5_vl": FamilyFiles(carried=nothing_carried, vision_parts=frozenset({"visual"}), model_type="qwen2_5_vl"),
+    "qwen3_vl": FamilyFiles(carried=nothing_carried, vision_parts=frozenset({"visual"}), model_type="qwen3_vl"),
     "qwen2": _text("qwen2"),
     "qwen2_5": _text("qwen2"),
     "qwen3": _text("qwen3"),

@@ -14,6 +14,8 @@ from transformers import (
     PreTrainedModel,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
 )
 
 from megalong.data.demo_videos import make_demo_data
@@ -46,10 +48,40 @@ def write_qwen2_5_vl(folder: Path, *, texts: Iterable[str] = (), tied: bool = Fa
         text_config=text, vision_config=vision, tie_word_embeddings=tied, dtype="float32", **marker_ids(ids)
     )
     torch.manual_seed(seed)
-    model = Qwen2_5_VLForConditionalGeneration(config)
-    finish(model, end=ids["<|im_end|>"], folder=folder)
+    finish(Qwen2_5_VLForConditionalGeneration(config), end=ids["<|im_end|>"], folder=folder)
     tokenizer.save_pretrained(folder)
     write_preprocessor(folder, image_processor_type="Qwen2VLImageProcessor")
+    return folder
+
+
+def write_qwen3_vl(folder: Path, *, texts: Iterable[str] = (), tied: bool = False, seed: int = 6) -> Path:
+    """Four decoder layers, the first two with deepstack embeddings; heads wider than hidden / heads."""
+    tokenizer = make_tokenizer(texts)
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in (*VISION_TOKENS, "<|im_end|>")}
+    text = {
+        "vocab_size": len(tokenizer) + 1 - len(tokenizer) % 2,
+        "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]},
+        "bos_token_id": None, "eos_token_id": ids["<|im_end|>"],
+    }  # fmt: skip
+    vision = {
+        "depth": 3, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 32,
+        "patch_size": PATCH, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1],
+    }  # fmt: skip
+    config = Qwen3VLConfig(
+        text_config=text, vision_config=vision, tie_word_embeddings=tied, dtype="float32", **marker_ids(ids)
+    )
+    torch.manual_seed(seed)
+    finish(Qwen3VLForConditionalGeneration(config), end=ids["<|im_end|>"], folder=folder)
+    tokenizer.save_pretrained(folder)
+    block = (2 * PATCH) ** 2
+    shared = {
+        "patch_size": PATCH, "temporal_patch_size": 2, "merge_size": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3
+    }  # fmt: skip
+    for name, most in (("preprocessor_config.json", 12 * block), ("video_preprocessor_config.json", 60 * block)):
+        size = {"shortest_edge": 4 * block, "longest_edge": most}
+        (folder / name).write_text(json.dumps({"size": size, **shared}))
     return folder
 
 
@@ -123,4 +155,4 @@ def make_world(folder: Path, *, family: str) -> DemoWorld:
     return DemoWorld(folder=folder, recipe=recipe, sft=data.train_sft, rl=data.train_rl, tied=model)
 
 
-WRITERS = {"qwen2_5_vl": write_qwen2_5_vl}
+WRITERS = {"qwen2_5_vl": write_qwen2_5_vl, "qwen3_vl": write_qwen3_vl}

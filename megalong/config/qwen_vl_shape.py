@@ -12,6 +12,8 @@ from megalong.config.model_shape import ModelShape, VisionShape, llm_shape
 from megalong.config.tree import FrameSampling, VideoConfig
 
 VIDEO, IMAGE = "video_processor", "image_processor"
+TIMESTAMP_TOKENS = 12
+"""<1234.5 seconds> before a step of Qwen3-VL, and the markers around it; a long video's times have more digits."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +50,8 @@ class PixelRule:
     min_pixels: int
     max_pixels: int
     max_video_tokens: int
-    """Qwen2.5-VL: no frame gets more than its even share of 90 % of this many tokens' pixels; 0: no such budget."""
+    """Qwen2.5-VL: no frame gets more than its even share of 90 % of this many tokens' pixels. Qwen3-VL: no frame gets
+    more than this many tokens. 0: no such limit."""
     mean: tuple[float, float, float]  # of the three channels, pixels in 0..1
     std: tuple[float, float, float]
 
@@ -59,6 +62,13 @@ class PixelRule:
         # An embedding stands for a block of each of the frames of a step.
         budget = int(self.max_video_tokens * block**2 * 0.9) * frames_per_step
         return max(min(self.max_pixels, budget // num_frames), int(self.min_pixels * 1.05))
+
+    def most_video_pixels(self, num_frames: int, *, block: int) -> int:
+        """Pixels that all frames of a Qwen3-VL video may have together: its limits are of whole videos."""
+        if not self.max_video_tokens:
+            return self.max_pixels
+        share = min(self.max_video_tokens * block**2, self.max_pixels // num_frames)
+        return max(share, int(self.min_pixels * 1.05)) * num_frames
 
     def capped(self, max_frame_pixels: int) -> PixelRule:
         """The same with video.max_frame_pixels; 0 changes nothing."""
@@ -81,6 +91,20 @@ def read_qwen2_5_vl_shape(path: Path, video: VideoConfig) -> ModelShape:
     frames = video.max_frames if video.sampling is FrameSampling.fps else video.num_frames
     pixels = rule.most_frame_pixels(max(1, frames), block=tower.block, frames_per_step=tower.frames_per_step)
     return llm_shape(text_part(file, top), vision=vision_shape(tower, frame_pixels=pixels, text_per_step=0))
+
+
+def read_qwen3_vl_shape(path: Path, video: VideoConfig) -> ModelShape:
+    """Sizes of the LLM, and of the vision side at the largest frames that `video` and the processor allow."""
+    file, top = _read_top(path, "qwen3_vl")
+    tower, llm = read_tower(file, top, windowed=False), text_part(file, top)
+    llm.size("head_dim")  # not hidden_size / heads there, so never worked out
+    frames = max(tower.frames_per_step, video.max_frames if video.sampling is FrameSampling.fps else video.num_frames)
+    rule = read_pixel_rule(path, VIDEO, budget=0)
+    pixels = rule.most_video_pixels(frames, block=tower.block) // frames
+    if video.max_frame_pixels:
+        pixels = min(pixels, video.max_frame_pixels)
+    vision = vision_shape(tower, frame_pixels=max(pixels, tower.block**2), text_per_step=TIMESTAMP_TOKENS)
+    return llm_shape(llm, vision=vision, qkv_bias=False, qk_norm=True)
 
 
 def read_tower(file: Path, top: dict[str, Any], *, windowed: bool) -> TowerShape:
@@ -116,8 +140,11 @@ def text_part(file: Path, top: dict[str, Any]) -> Part:
     return Part({**nested, "tie_word_embeddings": tied}, f"{file}: text_config")
 
 
-def read_pixel_rule(path: Path, kind: str) -> PixelRule:
-    """The rule of the folder's video or image processor. Raises ConfigError naming the file and the key."""
+def read_pixel_rule(path: Path, kind: str, *, budget: int = 128_000) -> PixelRule:
+    """The rule of the folder's video or image processor. Raises ConfigError naming the file and the key.
+
+    budget: max_video_tokens when the file does not say; 0 (Qwen3-VL): only applied when cap_pixels_per_frame is true.
+    """
     where, values = _processor(path, kind)
     size = values.get("size") or {}
     # Older files say min_pixels and max_pixels, which the processors prefer to `size`.
@@ -129,11 +156,12 @@ def read_pixel_rule(path: Path, kind: str) -> PixelRule:
         },
         where,
     )
-    budgeted = values.get("cap_pixels_per_frame", True) is not False
+    asked = values.get("cap_pixels_per_frame")
+    budgeted = bool(budget) if asked is None else asked
     rule = PixelRule(
         min_pixels=limits.size("size.shortest_edge (min_pixels)"),
         max_pixels=limits.size("size.longest_edge (max_pixels)"),
-        max_video_tokens=limits.size("max_video_tokens", default=128_000) if budgeted else 0,
+        max_video_tokens=limits.size("max_video_tokens", default=budget or 768) if budgeted else 0,
         mean=_three(values, "image_mean", where),
         std=_three(values, "image_std", where),
     )
@@ -157,7 +185,8 @@ def vision_shape(tower: TowerShape, *, frame_pixels: int, text_per_step: int) ->
         frames_per_step=1,  # a last frame is repeated to fill its step
         tower_params=_tower_params(tower),
         largest_tower_param=tower.hidden * max(3 * tower.hidden, tower.ffn, tower.positions),
-        projector_params=_merger_params(tower, norm=_norm_params(tower, tower.hidden)),
+        projector_params=_merger_params(tower, norm=_norm_params(tower, tower.hidden))
+        + tower.deepstack * _merger_params(tower, norm=_norm_params(tower, wide)),
         largest_projector_param=wide * max(wide, tower.out),
         frame_flops=(
             2 * patches * linear + 4 * pairs * tower.hidden
@@ -209,15 +238,14 @@ def _matrix_params(tower: TowerShape) -> int:
 
 
 def _tower_params(tower: TowerShape) -> int:
-    """All but the mergers; the deepstack ones are counted here, as `model.train_tower` trains them."""
+    """All but the mergers."""
     width, ffn = tower.hidden, tower.ffn
     biases = 5 * width + (ffn if tower.positions else 2 * ffn)
     layer = _matrix_params(tower) + biases + 2 * _norm_params(tower, width)
     embeddings = 3 * tower.frames_per_step * tower.patch_size**2 * width
     if tower.positions:
         embeddings += width + tower.positions * width
-    wide = tower.merge_size**2 * width
-    return embeddings + tower.layers * layer + tower.deepstack * _merger_params(tower, norm=_norm_params(tower, wide))
+    return embeddings + tower.layers * layer
 
 
 def _norm_params(tower: TowerShape, width: int) -> int:

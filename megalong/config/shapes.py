@@ -9,7 +9,7 @@ from megalong.config.errors import ConfigError
 from megalong.config.longvila_shape import read_longvila_shape
 from megalong.config.model_shape import ModelShape
 from megalong.config.qwen_shape import read_qwen_shape
-from megalong.config.qwen_vl_shape import read_qwen2_5_vl_shape
+from megalong.config.qwen_vl_shape import read_qwen2_5_vl_shape, read_qwen3_vl_shape
 from megalong.config.tree import VideoConfig
 
 _SHAPES = Path(__file__).parents[2] / "launch" / "shapes"
@@ -27,6 +27,7 @@ SHAPE_READERS: dict[str, Callable[[Path, VideoConfig], ModelShape]] = {
     "qwen2_5": _text("qwen2"),
     "qwen3": _text("qwen3"),
     "qwen2_5_vl": read_qwen2_5_vl_shape,
+    "qwen3_vl": read_qwen3_vl_shape,
 }
 """Family -> (checkpoint folder, config.video) -> sizes; the same families as megalong.models.families.FAMILIES."""
 

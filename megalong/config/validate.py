@@ -194,6 +194,12 @@ def split_problems(model: ModelShape, *, tp: int, pp: int) -> Iterator[str]:
         )
     if model.layers % pp:
         yield f"parallel.pp={pp} does not divide the model's {model.layers} layers; choose a divisor"
+    levels = model.vision.embed_width // model.hidden - 1 if model.vision else 0
+    if model.layers // pp < levels:
+        yield (
+            f"parallel.pp={pp} leaves {model.layers // pp} layers to the first stage, which adds {levels} levels of "
+            "vision embeddings; lower it"
+        )
 
 
 def _length_problems(config: RunConfig, task: Task, *, model: ModelShape) -> Iterator[str]:

@@ -30,6 +30,12 @@ from megalong.models.qwen2_5_vl import spec as qwen2_5_vl_spec
 from megalong.models.qwen2_5_vl import tokens as qwen2_5_vl_tokens
 from megalong.models.qwen2_5_vl import tower as qwen2_5_vl_tower
 from megalong.models.qwen2_5_vl import weights as qwen2_5_vl_weights
+from megalong.models.qwen3_vl import layout as qwen3_vl_layout
+from megalong.models.qwen3_vl import sampler as qwen3_vl_sampler
+from megalong.models.qwen3_vl import spec as qwen3_vl_spec
+from megalong.models.qwen3_vl import tokens as qwen3_vl_tokens
+from megalong.models.qwen3_vl import tower as qwen3_vl_tower
+from megalong.models.qwen3_vl import weights as qwen3_vl_weights
 from megalong.models.weights import Entry
 
 
@@ -94,6 +100,15 @@ FAMILIES: dict[str, Family] = {
         read_tokens=qwen2_5_vl_tokens.read_tokens,
         sampler_model=qwen2_5_vl_sampler.sampler_model,
         sampler_name=qwen2_5_vl_sampler.sampler_name,
+    ),
+    "qwen3_vl": Family(
+        read_spec=qwen3_vl_spec.read_spec,
+        vision=Vision(encoder=qwen3_vl_tower.VisionEncoder, layout=qwen3_vl_layout.video_layout),
+        weight_table=qwen3_vl_weights.weight_table,
+        weight_folders=("",),
+        read_tokens=qwen3_vl_tokens.read_tokens,
+        sampler_model=qwen3_vl_sampler.sampler_model,
+        sampler_name=qwen3_vl_sampler.sampler_name,
     ),
     "qwen2": _qwen_text("qwen2", model_type="qwen2"),
     "qwen2_5": _qwen_text("qwen2_5", model_type="qwen2"),

@@ -22,6 +22,7 @@ from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from megalong.attention.shard import PackShard
@@ -86,6 +87,21 @@ def _position_rows(shape: GptShape) -> Tensor:
     return rows
 
 
+class DeepstackLayer(TransformerLayer):
+    """A decoder layer that adds its level's vision embeddings behind itself, when there are any.
+
+    They travel as megatron's cross-attention context [t (/tp with sequence parallel), levels, D], which nothing else
+    reads here and which recomputation hands through with its gradient.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        hidden, context_tLD = super().forward(*args, **kwargs)
+        level = self.layer_number - 1
+        if context_tLD is None or level >= context_tLD.shape[1]:
+            return hidden, context_tLD
+        return hidden + context_tLD[:, level, None], context_tLD
+
+
 class PackGpt(GPTModel):
     """GPTModel that takes its share of a pack and returns the hidden states of response rows.
 
@@ -106,10 +122,19 @@ class PackGpt(GPTModel):
         stages = config.pipeline_model_parallel_size
         # megatron's layers take their numbers from the same place.
         stage = parallel_state.get_pipeline_model_parallel_rank() if stages > 1 else 0
+        if config.num_layers // stages < shape.deepstack:
+            raise ValueError(
+                f"parallel.pp={stages} leaves {config.num_layers // stages} layers to the first stage, which adds "
+                f"{shape.deepstack} levels of vision embeddings; lower parallel.pp"
+            )
         super().__init__(
             config=config,
             transformer_layer_spec=_block_spec(
-                config, config.num_layers // stages, use_te=use_te, core_attention=core_attention
+                config,
+                config.num_layers // stages,
+                use_te=use_te,
+                core_attention=core_attention,
+                layer_class=DeepstackLayer if shape.deepstack else TransformerLayer,
             ),
             pre_process=stage == 0,
             post_process=stage == stages - 1,
@@ -123,6 +148,7 @@ class PackGpt(GPTModel):
         )
         self.rotary_pos_emb = PackRotary(shape)
         self.real_vocab = shape.vocab
+        self.num_deepstack = shape.deepstack
 
     def _postprocess(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         # megatron would compute logits of every token here; response rows are picked first.
@@ -131,8 +157,8 @@ class PackGpt(GPTModel):
     def embed(self, ids_t: Tensor, embeds_nD: Tensor | None) -> Tensor:
         """ids_t: [t] int64, this context-parallel rank's, replicated over TP; embeds_nD fills its MEDIA_TOKEN places.
 
-        Returns [t (/tp with sequence parallel), 1, D] in the model's dtype. Raises ValueError when the
-        number of places and embeddings differ.
+        embeds_nD: [n, (1 + levels) * D]; here the first D columns are read. Returns [t (/tp with sequence parallel),
+        1, D] in the model's dtype. Raises ValueError when the number of places and embeddings differ.
         """
         media_t = ids_t == MEDIA_TOKEN
         places, given = int(media_t.sum()), 0 if embeds_nD is None else embeds_nD.shape[0]
@@ -140,25 +166,43 @@ class PackGpt(GPTModel):
             raise ValueError(f"the pack has {places} vision-token places but {given} embeddings were given")
         hidden = self.embedding(input_ids=ids_t.clamp_min(0)[None], position_ids=None)
         if embeds_nD is not None:
-            hidden = hidden.masked_scatter(media_t[:, None, None], embeds_nD.to(hidden.dtype))
+            own_nD = embeds_nD[:, : hidden.shape[-1]].to(hidden.dtype)
+            hidden = hidden.masked_scatter(media_t[:, None, None], own_nD)
         if self.config.sequence_parallel:
             hidden = scatter_to_sequence_parallel_region(hidden)
         return hidden
 
+    def deepstack(self, ids_t: Tensor, embeds_nD: Tensor | None) -> Tensor | None:
+        """[t (/tp with sequence parallel), levels, D]: what the first layers add, 0 where no vision token is.
+
+        None for a family without deepstack, and on a rank without vision tokens.
+        """
+        if embeds_nD is None or not self.num_deepstack:
+            return None
+        width = self.config.hidden_size
+        media_t = ids_t == MEDIA_TOKEN
+        empty = embeds_nD.new_zeros((len(ids_t), self.num_deepstack * width), dtype=self.config.params_dtype)
+        placed = empty.masked_scatter(media_t[:, None], embeds_nD[:, width:].to(empty.dtype))
+        if self.config.sequence_parallel:
+            placed = scatter_to_sequence_parallel_region(placed)
+        return placed.unflatten(1, (self.num_deepstack, width))
+
     def response_hidden(self, pack: PackShard, embeds_nD: Tensor | None) -> Tensor:
         """Final hidden states of the response rows that this rank scores.
 
-        embeds_nD: [n, D] vision embeddings of this rank's rows of the pack, replicated over TP; read by the first
-        pipeline stage alone. Returns [r, D], replicated over TP, in the model's dtype; its backward sums the gradient
-        over the TP group, so each rank hands in the part that comes from its own vocabulary rows. Before the last
-        stage: what the next stage takes, [t (/tp with sequence parallel), 1, D].
+        embeds_nD: [n, (1 + levels) * D] vision embeddings of this rank's rows of the pack, replicated over TP; read by
+        the first pipeline stage alone. Returns [r, D], replicated over TP, in the model's dtype; its backward sums the
+        gradient over the TP group, so each rank hands in the part that comes from its own vocabulary rows. Before the
+        last stage: what the next stage takes, [t (/tp with sequence parallel), 1, D].
         """
         device = next(self.parameters()).device
+        ids_t = pack.ids_t.to(device)
         hidden = self(
             input_ids=None,
             position_ids=torch.atleast_2d(pack.positions_t.to(device)),  # [1, t] or [3, t]
             attention_mask=pack.mask,
-            decoder_input=self.embed(pack.ids_t.to(device), embeds_nD) if self.pre_process else None,
+            decoder_input=self.embed(ids_t, embeds_nD) if self.pre_process else None,
+            extra_block_kwargs={"context": self.deepstack(ids_t, embeds_nD) if self.pre_process else None},
         )
         if not self.post_process:
             return hidden
@@ -215,8 +259,9 @@ class PackGpt(GPTModel):
 
 
 def _block_spec(
-    config: TransformerConfig, num_layers: int, *, use_te: bool, core_attention: Callable[..., Any]
-) -> TransformerBlockSubmodules:
+    config: TransformerConfig, num_layers: int, *, use_te: bool, core_attention: Callable[..., Any],
+    layer_class: type[TransformerLayer],
+) -> TransformerBlockSubmodules:  # fmt: skip
     """Megatron's own layer with our core attention; Transformer Engine's linears and norms on a GPU."""
     if use_te:
         from megatron.core.extensions.transformer_engine import TENorm
@@ -226,6 +271,7 @@ def _block_spec(
         layer, norm = get_gpt_layer_local_spec(normalization="RMSNorm"), RMSNorm
         layer.submodules.input_layernorm = RMSNorm
         layer.submodules.pre_mlp_layernorm = RMSNorm
+    layer.module = layer_class
     attention: ModuleSpec = layer.submodules.self_attention
     attention.submodules.core_attention = core_attention
     if config.qk_layernorm:

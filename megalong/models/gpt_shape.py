@@ -32,6 +32,7 @@ class GptShape:
     mrope_section: tuple[int, int, int] | None = None
     """Frequencies that turn with the temporal, height and width position, head_dim / 2 together; None: plain RoPE."""
     mrope_interleaved: bool = False  # T H W T H W .. instead of one section after the other
+    deepstack: int = 0  # first layers behind each of which vision embeddings of its own are added
 
 
 def read_gpt_shape(llm: dict[str, Any], *, where: str, qkv_bias: bool = True, qk_norm: bool = False) -> GptShape:

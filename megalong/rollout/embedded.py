@@ -163,8 +163,12 @@ class EmbeddedEngine:
         embeds_BPD = self.model.get_input_embeddings()(ids_BP.clamp_min(0))
         vision = [request.embeds_ND for request in requests if request.embeds_ND is not None]
         media_BP = ids_BP == MEDIA_TOKEN
+        deeper: dict[str, object] = {}
         if vision:
-            embeds_BPD = embeds_BPD.masked_scatter(media_BP[..., None], torch.cat(vision).to(embeds_BPD))
+            own_ND, *levels = torch.cat(vision).to(embeds_BPD).split(embeds_BPD.shape[-1], dim=-1)
+            embeds_BPD = embeds_BPD.masked_scatter(media_BP[..., None], own_ND)
+            if levels:  # what the first layers add at the same places
+                deeper = {"visual_pos_masks": media_BP[:, :-1], "deepstack_visual_embeds": levels}
         cache = DynamicCache(config=self.model.config)
         self.model.base_model(
             inputs_embeds=embeds_BPD[:, :-1],
@@ -172,6 +176,7 @@ class EmbeddedEngine:
             position_ids=positions[..., :-1],
             past_key_values=cache,
             use_cache=True,
+            **deeper,
         )
         return cache
 

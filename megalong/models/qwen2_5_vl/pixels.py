@@ -20,9 +20,7 @@ def fit_to_pixels(height: int, width: int, *, factor: int, min_pixels: int, max_
 
     Raises ValueError when one side is more than 200 times the other.
     """
-    longer, shorter = max(height, width), min(height, width)
-    if longer > MAX_ASPECT_RATIO * shorter:
-        raise ValueError(f"a picture of {height} x {width} pixels: one side is over {MAX_ASPECT_RATIO} times the other")
+    _check_aspect(height, width)
     # Python rounds halves to even, and the stock processors do the same.
     tall, wide = round(height / factor) * factor, round(width / factor) * factor
     if tall * wide > max_pixels:
@@ -34,6 +32,37 @@ def fit_to_pixels(height: int, width: int, *, factor: int, min_pixels: int, max_
         tall = math.ceil(height * grow / factor) * factor
         wide = math.ceil(width * grow / factor) * factor
     return tall, wide
+
+
+def fit_video_to_pixels(
+    size: tuple[int, int, int], *, factor: int, frames_per_step: int, min_pixels: int, max_pixels: int
+) -> tuple[int, int]:
+    """The same for a video as a whole (Qwen3-VL): size is (frames, height, width), the limits are of all frames.
+
+    Raises ValueError when one side is more than 200 times the other.
+    """
+    num_frames, height, width = size
+    if min(height, width) < factor:
+        grow = max(factor / height, factor / width)
+        height, width = int(height * grow), int(width * grow)
+    _check_aspect(height, width)
+    tall, wide = round(height / factor) * factor, round(width / factor) * factor
+    counted = round(num_frames / frames_per_step) * frames_per_step
+    if counted * tall * wide > max_pixels:
+        shrink = math.sqrt(num_frames * height * width / max_pixels)
+        tall = max(factor, math.floor(height / shrink / factor) * factor)
+        wide = max(factor, math.floor(width / shrink / factor) * factor)
+    elif counted * tall * wide < min_pixels:
+        grow = math.sqrt(min_pixels / (num_frames * height * width))
+        tall = math.ceil(height * grow / factor) * factor
+        wide = math.ceil(width * grow / factor) * factor
+    return tall, wide
+
+
+def _check_aspect(height: int, width: int) -> None:
+    longer, shorter = max(height, width), min(height, width)
+    if longer > MAX_ASPECT_RATIO * shorter:
+        raise ValueError(f"a picture of {height} x {width} pixels: one side is over {MAX_ASPECT_RATIO} times the other")
 
 
 def patches(frames_FHWC: Tensor, *, rule: PixelRule, tower: TowerShape) -> Tensor:

@@ -12,17 +12,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLPreTrainedModel, Qwen2_5_VLTextModel
 
 
-class Sampler(Qwen2_5_VLPreTrainedModel, GenerationMixin):
-    """Takes embeddings or ids, and positions [B, T] or [3, B, T]."""
-
-    config: Qwen2_5_VLTextConfig
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-
-    def __init__(self, config: Qwen2_5_VLTextConfig) -> None:
-        super().__init__(config)
-        self.model = Qwen2_5_VLTextModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+class Generates:
+    """The causal LM's part that both Qwen-VL samplers share: `model` and `lm_head` are theirs."""
 
     def forward(
         self, input_ids: Tensor | None = None, *, position_ids: Tensor | None = None,
@@ -33,6 +24,19 @@ class Sampler(Qwen2_5_VLPreTrainedModel, GenerationMixin):
         out = self.model(input_ids=input_ids, position_ids=position_ids, past_key_values=past_key_values, **inputs)
         logits = self.lm_head(out.last_hidden_state[:, -logits_to_keep:])
         return CausalLMOutputWithPast(logits=logits, past_key_values=out.past_key_values)
+
+
+class Sampler(Generates, Qwen2_5_VLPreTrainedModel, GenerationMixin):
+    """Takes embeddings or ids, and positions [B, T] or [3, B, T]."""
+
+    config: Qwen2_5_VLTextConfig
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: Qwen2_5_VLTextConfig) -> None:
+        super().__init__(config)
+        self.model = Qwen2_5_VLTextModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
 
 
 def sampler_model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
