@@ -11,6 +11,8 @@ from megalong.config.tree import Recompute
 
 CHUNK_LOGITS = 1 << 26
 """Logits (rows * vocabulary of the rank) alive at once in the log-probability op."""
+MLP_ROWS = 1 << 14
+"""Rows that model.mlp_chunks=0 lets through an MLP at a time."""
 
 
 def layer_matrix_params(shape: ModelShape) -> int:
@@ -148,6 +150,14 @@ def kept_bytes_per_token(
     split = 3 * query + 4 * key + 3 * shape.ffn
     gathered = query + 2 * shape.kv_heads * shape.head_dim if tp > shape.kv_heads else 0
     return (4 * shape.hidden // width_split + gathered) * element + (split * element + 4 * shape.heads) // tp
+
+
+def mlp_slices(rows: int, *, chunks: int, recompute: bool) -> int:
+    """Slices in which an MLP takes `rows` rows under model.mlp_chunks=chunks.
+
+    Slices are computed again in the backward, so 0 means one slice for a model that recomputes nothing.
+    """
+    return chunks or (-(-rows // MLP_ROWS) if recompute else 1)
 
 
 def live_bytes_per_token(shape: ModelShape, *, element: int, tp: int, sequence_parallel: bool) -> int:

@@ -100,6 +100,9 @@ class ModelConfig:
     layer_spec: LayerSpec = LayerSpec.auto
     attention: AttentionKernel = AttentionKernel.auto
     recompute: Recompute = Recompute.keep_attention
+    mlp_chunks: int = 0
+    """Slices of rows in which each layer's MLP runs, to be computed again one by one in the backward. 1: whole. 0: of
+    at most 16,384 rows, or whole with recompute=none."""
     train_llm: bool = True
     train_projector: bool = False
     train_tower: bool = False

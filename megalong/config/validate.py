@@ -79,6 +79,7 @@ class _Bound:
 
 _BOUNDS: tuple[_Bound, ...] = (
     _Bound("gpus", 0),
+    _Bound("model.mlp_chunks", 0),
     _Bound("parallel.tp", 1),
     _Bound("parallel.cp", 1),
     _Bound("parallel.pp", 1),

@@ -52,6 +52,7 @@ def build_model(
     )
     core_attention = partial(PackCoreAttention, kernel=config.attention.value, context=layout.context)
     model = family.build(megatron, spec, use_te=use_te, core_attention=core_attention).to(layout.device)
+    model.llm.slice_mlps(config.mlp_chunks)
     if load:
         load_hf_weights(model, model.weight_table(), CheckpointReader(spec.path, family.weight_folders), layout)
     model.freeze(llm=config.train_llm, projector=config.train_projector, tower=config.train_tower)

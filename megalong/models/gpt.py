@@ -22,11 +22,11 @@ from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from megalong.attention.shard import PackShard
 from megalong.models.gpt_shape import GptShape
+from megalong.models.layer import DeepstackLayer, PackLayer
 from megalong.models.weights import Entry, stage_table
 from megalong.records import MEDIA_TOKEN
 
@@ -87,21 +87,6 @@ def _position_rows(shape: GptShape) -> Tensor:
     return rows
 
 
-class DeepstackLayer(TransformerLayer):
-    """A decoder layer that adds its level's vision embeddings behind itself, when there are any.
-
-    They travel as megatron's cross-attention context [t (/tp with sequence parallel), levels, D], which nothing else
-    reads here and which recomputation hands through with its gradient.
-    """
-
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        hidden, context_tLD = super().forward(*args, **kwargs)
-        level = self.layer_number - 1
-        if context_tLD is None or level >= context_tLD.shape[1]:
-            return hidden, context_tLD
-        return hidden + context_tLD[:, level, None], context_tLD
-
-
 class PackGpt(GPTModel):
     """GPTModel that takes its share of a pack and returns the hidden states of response rows.
 
@@ -134,7 +119,7 @@ class PackGpt(GPTModel):
                 config.num_layers // stages,
                 use_te=use_te,
                 core_attention=core_attention,
-                layer_class=DeepstackLayer if shape.deepstack else TransformerLayer,
+                layer_class=DeepstackLayer if shape.deepstack else PackLayer,
             ),
             pre_process=stage == 0,
             post_process=stage == stages - 1,
@@ -218,6 +203,11 @@ class PackGpt(GPTModel):
                 stack.enter_context(layer.self_attention.core_attention.kept.record())
             yield
 
+    def slice_mlps(self, chunks: int) -> None:
+        """Run every layer's MLP in slices of rows, as model.mlp_chunks says."""
+        for layer in self.decoder.layers:
+            layer.mlp_chunks = chunks
+
     @property
     def sequence_multiple(self) -> int:
         """What the number of a rank's rows must be divisible by."""
@@ -260,9 +250,9 @@ class PackGpt(GPTModel):
 
 def _block_spec(
     config: TransformerConfig, num_layers: int, *, use_te: bool, core_attention: Callable[..., Any],
-    layer_class: type[TransformerLayer],
+    layer_class: type[PackLayer],
 ) -> TransformerBlockSubmodules:  # fmt: skip
-    """Megatron's own layer with our core attention; Transformer Engine's linears and norms on a GPU."""
+    """Megatron's layer with our core attention and sliced MLP; Transformer Engine's linears and norms on a GPU."""
     if use_te:
         from megatron.core.extensions.transformer_engine import TENorm
 

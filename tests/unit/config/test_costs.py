@@ -179,3 +179,13 @@ def test_norms_of_queries_and_keys_and_no_biases(shape: ModelShape) -> None:
     assert costs.layer_vector_params(other) == 2 * 3584 + 2 * 128
     norms = 28 * (2 * 3584 + 2 * 128) + 3584
     assert costs.llm_params_per_rank(other, tp=4, pp=1) == (costs.llm_params(other) - norms) // 4 + norms
+
+
+def test_slices_of_an_mlp() -> None:
+    def slices(rows: int, *, chunks: int = 0, recompute: bool = True) -> int:
+        return costs.mlp_slices(rows, chunks=chunks, recompute=recompute)
+
+    assert [slices(rows) for rows in (1, 16_384, 16_385, 933_648)] == [1, 1, 2, 57]
+    assert slices(933_648, recompute=False) == 1  # nothing is computed again
+    assert slices(933_648, chunks=1) == 1
+    assert slices(933_648, chunks=4, recompute=False) == slices(10, chunks=4) == 4
