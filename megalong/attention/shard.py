@@ -18,7 +18,8 @@ from megalong.records import MEDIA_TOKEN, TokenBatch
 class PackShard:
     """What one context-parallel rank computes of a pack. t: its rows, padding included; all tensors on the CPU."""
 
-    ids_t: Tensor  # [t] int64; MEDIA_TOKEN where a vision embedding goes, 0 in the padding
+    text_M: Tensor  # [M] int64 token ids of its text rows, in order
+    source_t: Tensor  # [t] int64: k < n takes vision embedding k of its n, n + j text embedding j, -1 is padding
     positions_t: Tensor  # [t] or [3, t] int64
     mask: Tensor  # attention.core.encode_mask
     media: tuple[Tensor, ...]  # for every context-parallel rank: which of the pack's vision embeddings it needs, [n]
@@ -50,6 +51,11 @@ def shard_tokens(tokens: TokenBatch, context: ContextGroups, *, multiple: int) -
     media_T = tokens.ids_T == MEDIA_TOKEN
     ordinal_T = media_T.cumsum(0) - 1
     real = [rows[rows != PADDING] for rows in shards]
+    is_media_t, is_text_t = media_T[place_t] & (rows_t != PADDING), ~media_T[place_t] & (rows_t != PADDING)
+    source_t = torch.full_like(rows_t, PADDING)
+    num_media, num_text = int(is_media_t.sum()), int(is_text_t.sum())
+    source_t[is_media_t] = torch.arange(num_media)
+    source_t[is_text_t] = num_media + torch.arange(num_text)
     exchange = None
     shares = response_share(len(tokens.rows_R), context)
     if context.size > 1:
@@ -59,7 +65,8 @@ def shard_tokens(tokens: TokenBatch, context: ContextGroups, *, multiple: int) -
         wanted = [tokens.rows_R[first:last] for first, last in shares]
         exchange = plan_exchange(owner_T, local_T, wanted, rank=context.rank)
     return PackShard(
-        ids_t=tokens.ids_T[place_t].masked_fill(rows_t == PADDING, 0),
+        text_M=tokens.ids_T[place_t[is_text_t]],
+        source_t=source_t,
         positions_t=tokens.positions_T[..., place_t],
         mask=encode_mask(tokens.segments, sharded=context.size > 1),
         media=tuple(ordinal_T[rows[media_T[rows]]] for rows in real),

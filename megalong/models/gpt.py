@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megalong_kernels.sequence_shard import PADDING, shard_rows
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -28,7 +29,6 @@ from megalong.attention.shard import PackShard
 from megalong.models.gpt_shape import GptShape
 from megalong.models.layer import DeepstackLayer, PackLayer
 from megalong.models.weights import Entry, stage_table
-from megalong.records import MEDIA_TOKEN
 
 
 class RMSNorm(nn.Module):
@@ -139,38 +139,36 @@ class PackGpt(GPTModel):
         # megatron would compute logits of every token here; response rows are picked first.
         return hidden_states
 
-    def embed(self, ids_t: Tensor, embeds_nD: Tensor | None) -> Tensor:
-        """ids_t: [t] int64, this context-parallel rank's, replicated over TP; embeds_nD fills its MEDIA_TOKEN places.
+    def embed(self, pack: PackShard, embeds_nD: Tensor | None) -> Tensor:
+        """Hidden states that go into the first layer: vision and text embeddings, each at its place, zeros as padding.
 
-        embeds_nD: [n, (1 + levels) * D]; here the first D columns are read. Returns [t (/tp with sequence parallel),
-        1, D] in the model's dtype. Raises ValueError when the number of places and embeddings differ.
+        embeds_nD: [n, (1 + levels) * D] vision embeddings of this context-parallel rank's rows, equal over TP; here
+        the first D columns are read. Returns [t (/tp with sequence parallel), 1, D] in the model's dtype. Raises
+        ValueError when places and embeddings differ in number.
         """
-        media_t = ids_t == MEDIA_TOKEN
-        places, given = int(media_t.sum()), 0 if embeds_nD is None else embeds_nD.shape[0]
+        device = next(self.parameters()).device
+        places, given = len(pack.media[pack.context.rank]), 0 if embeds_nD is None else len(embeds_nD)
         if places != given:
             raise ValueError(f"the pack has {places} vision-token places but {given} embeddings were given")
-        hidden = self.embedding(input_ids=ids_t.clamp_min(0)[None], position_ids=None)
-        if embeds_nD is not None:
-            own_nD = embeds_nD[:, : hidden.shape[-1]].to(hidden.dtype)
-            hidden = hidden.masked_scatter(media_t[:, None, None], own_nD)
-        if self.config.sequence_parallel:
-            hidden = scatter_to_sequence_parallel_region(hidden)
-        return hidden
+        # Looked up for text rows alone: over TP every row is summed, and most are vision tokens.
+        text_MD = self.embedding.word_embeddings(pack.text_M.to(device)[None])[0]
+        frames_nD = text_MD[:0] if embeds_nD is None else embeds_nD[:, : text_MD.shape[1]].to(text_MD.dtype)
+        hidden = shard_rows(frames_nD, text_MD, pack.source_t.to(device))[:, None]
+        return scatter_to_sequence_parallel_region(hidden) if self.config.sequence_parallel else hidden
 
-    def deepstack(self, ids_t: Tensor, embeds_nD: Tensor | None) -> Tensor | None:
+    def deepstack(self, pack: PackShard, embeds_nD: Tensor | None) -> Tensor | None:
         """[t (/tp with sequence parallel), levels, D]: what the first layers add, 0 where no vision token is.
 
         None for a family without deepstack, and on a rank without vision tokens.
         """
         if embeds_nD is None or not self.num_deepstack:
             return None
-        width = self.config.hidden_size
-        media_t = ids_t == MEDIA_TOKEN
-        empty = embeds_nD.new_zeros((len(ids_t), self.num_deepstack * width), dtype=self.config.params_dtype)
-        placed = empty.masked_scatter(media_t[:, None], embeds_nD[:, width:].to(empty.dtype))
+        levels_nD = embeds_nD[:, self.config.hidden_size :].to(self.config.params_dtype)
+        source_t = pack.source_t.masked_fill(pack.source_t >= len(levels_nD), PADDING).to(levels_nD.device)
+        placed = shard_rows(levels_nD, levels_nD[:0], source_t)
         if self.config.sequence_parallel:
             placed = scatter_to_sequence_parallel_region(placed)
-        return placed.unflatten(1, (self.num_deepstack, width))
+        return placed.unflatten(1, (self.num_deepstack, -1))
 
     def response_hidden(self, pack: PackShard, embeds_nD: Tensor | None) -> Tensor:
         """Final hidden states of the response rows that this rank scores.
@@ -181,13 +179,12 @@ class PackGpt(GPTModel):
         last stage: what the next stage takes, [t (/tp with sequence parallel), 1, D].
         """
         device = next(self.parameters()).device
-        ids_t = pack.ids_t.to(device)
         hidden = self(
             input_ids=None,
             position_ids=torch.atleast_2d(pack.positions_t.to(device)),  # [1, t] or [3, t]
             attention_mask=pack.mask,
-            decoder_input=self.embed(ids_t, embeds_nD) if self.pre_process else None,
-            extra_block_kwargs={"context": self.deepstack(ids_t, embeds_nD) if self.pre_process else None},
+            decoder_input=self.embed(pack, embeds_nD) if self.pre_process else None,
+            extra_block_kwargs={"context": self.deepstack(pack, embeds_nD) if self.pre_process else None},
         )
         if not self.post_process:
             return hidden
