@@ -165,6 +165,7 @@ def _parallel_problems(config: RunConfig, *, world_size: int, model: ModelShape)
     if config.gpus and config.gpus != world_size and config.gpus % replica:
         yield f"gpus={config.gpus} is not a multiple of {split} = {replica}; change gpus or the three"
     yield from split_problems(model, tp=tp, pp=pp)
+    yield from _deepstack_problems(model, pp=pp)
     a2a = config.parallel.cp_a2a
     if a2a < 0 or (a2a and (cp % a2a or max(1, model.kv_heads // tp) % a2a)):
         yield (
@@ -195,6 +196,9 @@ def split_problems(model: ModelShape, *, tp: int, pp: int) -> Iterator[str]:
         )
     if model.layers % pp:
         yield f"parallel.pp={pp} does not divide the model's {model.layers} layers; choose a divisor"
+
+
+def _deepstack_problems(model: ModelShape, *, pp: int) -> Iterator[str]:
     levels = model.vision.embed_width // model.hidden - 1 if model.vision else 0
     if model.layers // pp < levels:
         yield (
