@@ -294,6 +294,7 @@ def transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         variable_seq_lengths=True,  # between pipeline stages: packs differ in length
+        deallocate_pipeline_outputs=True,  # what was sent to the next stage is kept there
         moe_token_dispatcher_type="alltoall",  # the one that megatron lets variable lengths have
         bf16=dtype == torch.bfloat16,
         use_cpu_initialization=not on_gpu,
