@@ -48,7 +48,8 @@ def _describe_hf(path: Path, checksum: bool, *, allow_pickle: bool) -> Descripti
     family = FAMILIES[name]
     folder = HfFolder(path, family.weight_folders, allow_pickle=allow_pickle)
     spec = asdict(family.read_spec(path))
-    spec.pop("path")
+    for key in ("path", "tower_config"):
+        spec.pop(key, None)
     rows = {key: (tensor.shape, tensor.dtype) for key, tensor in folder.tensors.items()}
 
     def crc_of(key: str) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,14 +22,12 @@ class FamilyFiles:
 
 def longvila_carried(spec: LongVilaSpec) -> tuple[set[str], set[str]]:
     """All names of the stock SigLIP tower; its last block, post_layernorm and head are not part of the model."""
-    config = json.loads((spec.path / "vision_tower" / "config.json").read_text())
-    config = config.get("vision_config", config)
     with torch.device("meta"):
         names = {
             use_head: {
                 canonical(f"vision_tower/{name}")
                 for name in SiglipVisionModel(
-                    SiglipVisionConfig(**{**config, "vision_use_head": use_head})
+                    SiglipVisionConfig(**{**spec.tower_config, "vision_use_head": use_head})
                 ).state_dict()
             }
             for use_head in (False, True)

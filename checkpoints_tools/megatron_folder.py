@@ -142,16 +142,26 @@ class MegatronFolder:
 
     def _read_shard(self, item: ReadItem) -> Tensor:
         """The whole saved shard that the item is in."""
-        info = self._metadata.storage_data[item.storage_index]
+        info = self._metadata.storage_data.get(item.storage_index)
+        if info is None:
+            raise ConvertError(f"{self.path}: the metadata does not say which file holds {item.storage_index.fqn}")
         try:
             with (self.path / info.relative_path).open("rb", buffering=0) as file:
-                return torch.load(
+                shard = torch.load(
                     _Slice(file, start=info.offset, length=info.length), map_location="cpu", weights_only=True
                 )
-        except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        except Exception as error:  # torch and pickle raise a dozen kinds for bytes that are not a shard
             raise ConvertError(
                 f"{self.path}: {item.storage_index.fqn} in {info.relative_path} cannot be read: {error}"
             ) from error
+        chunks = self.tensors[item.storage_index.fqn].chunks
+        sizes = next(chunk.sizes for chunk in chunks if chunk.offsets == item.storage_index.offset)
+        if not isinstance(shard, Tensor) or shard.shape != sizes or shard.dtype != self.dtype(item.storage_index.fqn):
+            raise ConvertError(
+                f"{self.path}: {item.storage_index.fqn} in {info.relative_path} is not the {list(sizes)} "
+                f"{self.dtype(item.storage_index.fqn)} that the metadata says"
+            )
+        return shard
 
     def read_place(self, place: Place) -> Tensor:
         """The whole parameter of a place, with tensor parallelism's vocabulary padding cut off."""
@@ -248,8 +258,36 @@ def _read_metadata(file: Path) -> Metadata:
     try:
         with file.open("rb") as stream:
             metadata = _MetadataUnpickler(stream).load()
-    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, ValueError, IndexError) as error:
+    except Exception as error:  # a pickle with a wrong byte in it can raise nearly anything
         raise ConvertError(f"{file}: cannot be read ({error})") from error
     if not isinstance(metadata, Metadata):
         raise ConvertError(f"{file}: holds a {type(metadata).__name__}, expected torch's checkpoint Metadata")
+    if not _well_formed(metadata):
+        raise ConvertError(f"{file}: is torch's checkpoint Metadata, but not everything in it is what it should be")
     return metadata
+
+
+def _well_formed(metadata: Metadata) -> bool:
+    """Whether everything that is read later has its type: a pickle can hold anything in any place."""
+    try:
+        keys = all(
+            isinstance(key, str) and (not isinstance(entry, TensorStorageMetadata) or _well_formed_tensor(entry))
+            for key, entry in metadata.state_dict_metadata.items()
+        )
+        files = all(
+            isinstance(index.fqn, str)
+            and isinstance(info.relative_path, str)
+            and info.offset >= 0
+            and info.length >= 0
+            and (info.transform_descriptors is None or isinstance(info.transform_descriptors, list | tuple))
+            for index, info in metadata.storage_data.items()
+        )
+    except (AttributeError, TypeError):
+        return False
+    return keys and files
+
+
+def _well_formed_tensor(entry: TensorStorageMetadata) -> bool:
+    sizes = [entry.size, *(part for chunk in entry.chunks for part in (chunk.sizes, chunk.offsets))]
+    counts = all(len(size) == len(entry.size) and all(type(n) is int and n >= 0 for n in size) for size in sizes)
+    return isinstance(entry.properties.dtype, torch.dtype) and counts

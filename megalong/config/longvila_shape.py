@@ -31,6 +31,12 @@ class SiglipShape:
     downsample: int
     """Side of the square of patches that becomes one token."""
     llm_hidden: int
+    pool: tuple[int, int, int] = (1, 1, 1)
+    """Frames, rows and columns of the projector's tokens that are averaged into one (TSPVideoEncoder)."""
+
+    @property
+    def frames_per_step(self) -> int:
+        return self.pool[0]
 
     @property
     def patches_per_side(self) -> int:
@@ -38,9 +44,14 @@ class SiglipShape:
         return self.image_size // self.patch_size
 
     @property
-    def embeds_per_frame(self) -> int:
-        """The projector's tokens; an odd side is padded."""
-        return math.ceil(self.patches_per_side / self.downsample) ** 2
+    def embeds_per_side(self) -> int:
+        """Side of the square of the projector's tokens of a frame; an odd side of patches is padded."""
+        return math.ceil(self.patches_per_side / self.downsample)
+
+    @property
+    def embeds_per_step(self) -> int:
+        """Tokens of frames_per_step frames, pooled; the newline behind them is not counted."""
+        return (self.embeds_per_side // self.pool[1]) * (self.embeds_per_side // self.pool[2])
 
     @property
     def layers_run(self) -> int:
@@ -56,14 +67,14 @@ def read_longvila_shape(path: str | Path) -> ModelShape:
     """
     folder = Path(path)
     top = read_json(folder / "config.json")
-    return llm_shape(_part(folder, top, "llm"), vision=vision_shape(read_siglip_shape(path)))
+    return llm_shape(checkpoint_part(folder, top, "llm"), vision=vision_shape(read_siglip_shape(path)))
 
 
 def read_siglip_shape(path: str | Path) -> SiglipShape:
     """The vision side of the same folder."""
     folder = Path(path)
     top, top_file = read_json(folder / "config.json"), folder / "config.json"
-    tower, projector = _part(folder, top, "vision_tower"), _part(folder, top, "mm_projector")
+    tower, projector = checkpoint_part(folder, top, "vision_tower"), checkpoint_part(folder, top, "mm_projector")
     shape = SiglipShape(
         hidden=tower.size("hidden_size"),
         layers=tower.size("num_hidden_layers"),
@@ -73,7 +84,8 @@ def read_siglip_shape(path: str | Path) -> SiglipShape:
         patch_size=tower.size("patch_size"),
         select_layer=_select_layer(top, top_file),
         downsample=_downsample(projector),
-        llm_hidden=_part(folder, top, "llm").size("hidden_size"),
+        llm_hidden=checkpoint_part(folder, top, "llm").size("hidden_size"),
+        pool=_pool(top, top_file),
     )
     _check(shape, tower=tower, top_file=top_file)
     return shape
@@ -81,12 +93,12 @@ def read_siglip_shape(path: str | Path) -> SiglipShape:
 
 def vision_shape(shape: SiglipShape) -> VisionShape:
     """The numbers that planning reads."""
-    wide = shape.downsample**2 * shape.hidden
+    wide, per_step = shape.downsample**2 * shape.hidden, shape.frames_per_step
     return VisionShape(
-        tokens_per_frame=shape.embeds_per_frame + 1,  # a newline follows every frame
-        embeds_per_frame=shape.embeds_per_frame,
+        tokens_per_frame=-(-(shape.embeds_per_step + 1) // per_step),  # a newline follows every step
+        embeds_per_frame=-(-shape.embeds_per_step // per_step),
         embed_width=shape.llm_hidden,
-        frames_per_step=1,
+        frames_per_step=1,  # a last frame is repeated to fill its step
         tower_params=tower_params(shape),
         largest_tower_param=shape.hidden * max(shape.ffn, 3 * shape.patch_size**2, shape.patches_per_side**2),
         projector_params=projector_params(shape),
@@ -121,10 +133,11 @@ def frame_flops(shape: SiglipShape) -> int:
     patches = shape.patches_per_side**2
     layer = 2 * patches * (4 * width * width + 2 * width * ffn) + 4 * patches * patches * width
     convolution = 2 * patches * 3 * shape.patch_size**2 * width
-    return shape.layers_run * layer + convolution + 2 * shape.embeds_per_frame * projector_params(shape)
+    return shape.layers_run * layer + convolution + 2 * shape.embeds_per_side**2 * projector_params(shape)
 
 
-def _part(folder: Path, top: dict[str, Any], name: str) -> Part:
+def checkpoint_part(folder: Path, top: dict[str, Any], name: str) -> Part:
+    """The configuration of "llm", "vision_tower" or "mm_projector", from wherever config.json (`top`) says it is."""
     key, top_file = f"{name}_cfg", folder / "config.json"
     given = top.get(key, name)
     if isinstance(given, str) and given.lstrip().startswith("{"):
@@ -137,7 +150,7 @@ def _part(folder: Path, top: dict[str, Any], name: str) -> Part:
     if not isinstance(given, str) or not given:
         raise ConfigError(f"{top_file}: {key} is {given!r}, expected a mapping, a sub-folder name or a path")
     file = folder / given / "config.json"
-    if Path(given).is_absolute() or not file.is_file():
+    if Path(given).is_absolute() or ".." in Path(given).parts or not file.is_file():
         file = folder / Path(given).name / "config.json"
     return Part(read_json(file, asked_by=f"{top_file}: {key}={given!r}"), str(file))
 
@@ -157,6 +170,34 @@ def _downsample(projector: Part) -> int:
     return DOWNSAMPLE_OF_PROJECTOR[kind]
 
 
+def _pool(top: dict[str, Any], top_file: Path) -> tuple[int, int, int]:
+    """What video_encoder (a mapping, also as JSON text) says; the basic encoder, also when absent, does not pool."""
+    where = f"{top_file}: video_encoder"
+    encoder = top.get("video_encoder") or {}
+    if isinstance(encoder, str):
+        encoder = parse_json(encoder, where=where)
+    if not isinstance(encoder, dict):
+        raise ConfigError(f"{where} is {encoder!r}, expected a mapping")
+    target = str(encoder.get("_target_", "BasicVideoEncoder"))
+    kind = target.rpartition(".")[2]
+    if kind not in ("BasicVideoEncoder", "TSPVideoEncoder"):
+        raise ConfigError(f"{where}._target_ is {target!r}, expected a BasicVideoEncoder or a TSPVideoEncoder")
+    for key, only in (("start_tokens", None), ("end_tokens", "\n"), ("sep_tokens", None)):
+        if encoder.get(key, only) != only:
+            raise ConfigError(f"{where}.{key} is {encoder[key]!r}; only {only!r} is supported")
+    if str(encoder.get("embed_time", False)) != "False":
+        raise ConfigError(f"{where}.embed_time is {encoder['embed_time']!r}; embeddings of time are not supported")
+    if kind == "BasicVideoEncoder":
+        return (1, 1, 1)
+    sizes = encoder.get("pool_sizes", [[8, 1, 1]])  # what VILA's own code has where the key is absent
+    match sizes:
+        case [[int(frames), int(rows), int(columns)]] if min(frames, rows, columns) > 0:
+            return (frames, rows, columns)
+    raise ConfigError(
+        f"{where}.pool_sizes is {sizes!r}, expected one [frames, rows, columns]; several scales are not supported"
+    )
+
+
 def _check(shape: SiglipShape, *, tower: Part, top_file: Path) -> None:
     problems = []
     if shape.image_size < shape.patch_size:
@@ -164,6 +205,11 @@ def _check(shape: SiglipShape, *, tower: Part, top_file: Path) -> None:
     if shape.layers_run < 1:
         problems.append(
             f"{top_file}: mm_vision_select_layer={shape.select_layer} leaves no layer of the tower's {shape.layers}"
+        )
+    elif any(shape.embeds_per_side % size for size in shape.pool[1:]):
+        problems.append(
+            f"{top_file}: video_encoder.pool_sizes {list(shape.pool)} do not divide the {shape.embeds_per_side} x "
+            f"{shape.embeds_per_side} tokens of a frame"
         )
     if problems:
         raise ConfigError(problems)

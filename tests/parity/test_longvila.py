@@ -43,6 +43,8 @@ class Variant:
     rope: dict | None = None
     layers: int = 2
     image: int = 16  # with patches of 4: a grid of 4 x 4
+    projector: str = "mlp_downsample"
+    pool: tuple[int, int, int] = (1, 1, 1)
     temperature: float = 1.0
     recompute: Recompute = Recompute.none
 
@@ -54,6 +56,12 @@ VARIANTS = {
     "one key head": Variant(kv_heads=1),
     "linear position scaling": Variant(rope={"rope_type": "linear", "factor": 4.0, "rope_theta": 5e4}),
     "odd patch grid": Variant(image=20),
+    "2x2 projector": Variant(image=20, projector="mlp_downsample_2x2_fix"),
+    "3x3 projector, padded": Variant(image=20, projector="mlp_downsample_3x3_fix"),
+    "3x3 projector, whole": Variant(image=24, projector="mlp_downsample_3x3_fix"),
+    "frames pooled": Variant(pool=(2, 1, 1)),
+    "frames, rows and columns pooled": Variant(image=32, pool=(4, 2, 4)),
+    "3x3 projector, frames pooled": Variant(image=24, projector="mlp_downsample_3x3_fix", pool=(2, 1, 2)),
     "temperature": Variant(temperature=0.6),
     "activation recomputation": Variant(recompute=Recompute.full),
 }
@@ -87,16 +95,20 @@ def write_checkpoint(folder: Path, variant: Variant) -> Path:
     randomise(tower)
     tower.save_pretrained(folder / "vision_tower")
     (folder / "mm_projector").mkdir()
-    shapes = {
-        "layers.1.weight": (64,), "layers.1.bias": (64,), "layers.2.weight": (32, 64), "layers.2.bias": (32,),
-        "layers.4.weight": (32, 32), "layers.4.bias": (32,),
-    }  # fmt: skip
-    projector = {
-        name: torch.randn(shape) * 0.2 + (0.8 if name == "layers.1.weight" else 0) for name, shape in shapes.items()
-    }
+    widths = {1: (64,), 2: (32, 64), 4: (32, 32)}
+    if "3x3" in variant.projector:
+        widths = {1: (144,), 2: (48, 144), 4: (48,), 5: (32, 48), 7: (32, 32)}
+    projector = {}
+    for place, shape in widths.items():
+        projector[f"layers.{place}.weight"] = torch.randn(shape) * 0.2 + (0.8 if len(shape) == 1 else 0)
+        projector[f"layers.{place}.bias"] = torch.randn(shape[0]) * 0.2
     save_file(projector, folder / "mm_projector" / "model.safetensors")
-    write_json(folder / "mm_projector" / "config.json", {"mm_projector_type": "mlp_downsample"})
-    write_json(folder / "config.json", top_config(size))
+    write_json(folder / "mm_projector" / "config.json", {"mm_projector_type": variant.projector})
+    top = top_config(size)
+    if variant.pool != (1, 1, 1):
+        encoder = {"_target_": "llava.model.encoders.TSPVideoEncoder", "pool_sizes": [list(variant.pool)]}
+        top["video_encoder"] = json.dumps(encoder)
+    write_json(folder / "config.json", top)
     return folder
 
 
@@ -110,7 +122,8 @@ def randomise(model: torch.nn.Module) -> None:
 class Oracle:
     """The three parts with the checkpoint's weights; `gradients()` in the names of the checkpoint's files."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, variant: Variant | None = None) -> None:
+        self.variant = variant or Variant()
         self.llm = Qwen2ForCausalLM.from_pretrained(folder / "llm", dtype=torch.float32, attn_implementation="eager")
         self.tower = SiglipVisionModel.from_pretrained(folder / "vision_tower", attn_implementation="eager")
         self.projector = {
@@ -121,24 +134,42 @@ class Oracle:
     def encode(self, frames_FHWC: Tensor) -> Tensor:
         pixels = (frames_FHWC.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5
         features = self.tower(pixel_values=pixels, output_hidden_states=True).hidden_states[-2]
-        return torch.stack([self.project(of_frame) for of_frame in features])
+        tokens = [self.project(of_frame) for of_frame in features]
+        frames, rows, columns = self.variant.pool
+        steps = [torch.stack(tokens[at : at + frames]) for at in range(0, len(tokens), frames)]
+        return torch.stack([self.pool(of_step, rows, columns) for of_step in steps])
+
+    def pool(self, tokens_FND: Tensor, rows: int, columns: int) -> Tensor:
+        """Means over all frames of a step and rectangles of tokens."""
+        side = int(tokens_FND.shape[1] ** 0.5)
+        pooled = []
+        for top in range(0, side, rows):
+            for left in range(0, side, columns):
+                places = [(top + r) * side + left + c for r in range(rows) for c in range(columns)]
+                pooled.append(tokens_FND[:, places].mean((0, 1)))
+        return torch.stack(pooled)
 
     def project(self, features_ND: Tensor) -> Tensor:
-        """One frame: its patches in blocks of 2 x 2, absent ones 0, block after block along the rows."""
+        """One frame: its patches in blocks of 2 x 2 (3 x 3), absent ones 0, block after block along the rows."""
+        size = 3 if "3x3" in self.variant.projector else 2
         side = int(len(features_ND) ** 0.5)
         empty, blocks = torch.zeros_like(features_ND[0]), []
-        for row in range(0, side, 2):
-            for column in range(0, side, 2):
-                patches = []
-                for r, c in ((row, column), (row, column + 1), (row + 1, column), (row + 1, column + 1)):
-                    patches.append(features_ND[r * side + c] if r < side and c < side else empty)
+        for row in range(0, side, size):
+            for column in range(0, side, size):
+                places = [(row + r, column + c) for r in range(size) for c in range(size)]
+                patches = [features_ND[r * side + c] if r < side and c < side else empty for r, c in places]
                 blocks.append(torch.cat(patches))
-        p = self.projector
-        x = functional.layer_norm(
-            torch.stack(blocks), (4 * features_ND.shape[1],), p["layers.1.weight"], p["layers.1.bias"]
-        )
-        x = functional.gelu(functional.linear(x, p["layers.2.weight"], p["layers.2.bias"]))
-        return functional.linear(x, p["layers.4.weight"], p["layers.4.bias"])
+        x = self.linear(2, self.norm(1, torch.stack(blocks)))
+        if size == 3:
+            x = self.linear(5, self.norm(4, functional.gelu(x)))
+        return self.linear(7 if size == 3 else 4, functional.gelu(x))
+
+    def norm(self, place: int, x: Tensor) -> Tensor:
+        weight, bias = self.projector[f"layers.{place}.weight"], self.projector[f"layers.{place}.bias"]
+        return functional.layer_norm(x, (x.shape[-1],), weight, bias)
+
+    def linear(self, place: int, x: Tensor) -> Tensor:
+        return functional.linear(x, self.projector[f"layers.{place}.weight"], self.projector[f"layers.{place}.bias"])
 
     def logprobs(
         self, prompt_ids: tuple[int, ...], response: tuple[int, ...], embeds_ND: Tensor | None, *, temperature: float
@@ -163,17 +194,22 @@ class Oracle:
         return found
 
 
-def build_case(tokens_per_frame: int, image: int) -> tuple[list[list[GroupTokens]], dict[str, Tensor]]:
-    """Two packs: text only, one frame, several frames, two videos, and a padding-free mix of group sizes."""
+def build_case(
+    tokens_per_frame: int, image: int, *, frames_per_step: int = 1
+) -> tuple[list[list[GroupTokens]], dict[str, Tensor]]:
+    """Two packs: text only, one frame (step), several frames, two videos, and a padding-free mix of group sizes."""
     generator = torch.Generator().manual_seed(11)
     frames = {
         name: torch.randint(0, 256, (count, image, image, 3), dtype=torch.uint8, generator=generator)
-        for name, count in (("a", 1), ("b", 4), ("c", 2))
+        for name, count in (("a", frames_per_step), ("b", 4 * frames_per_step), ("c", 2 * frames_per_step))
     }
     builder = SequenceBuilder(
         encode=lambda text: [ord(character) % (VOCAB - 2) + 2 for character in text[-9:]],
-        eos_id=0, videos=SquareFrames(size=image, tokens_per_frame=tokens_per_frame, newline_id=1), system_prompt="s",
-        thinking=False,
+        eos_id=0,
+        videos=SquareFrames(
+            size=image, tokens_per_frame=tokens_per_frame, newline_id=1, frames_per_step=frames_per_step
+        ),
+        system_prompt="s", thinking=False,
     )  # fmt: skip
 
     def group(name: str, videos: tuple[str, ...], lens: tuple[int, ...]) -> GroupTokens:
@@ -204,12 +240,13 @@ def build_case(tokens_per_frame: int, image: int) -> tuple[list[list[GroupTokens
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
 def test_logprobs_and_gradients_equal_transformers(tmp_path: Path, layout: object, variant: Variant) -> None:
     folder = write_checkpoint(tmp_path, variant)
-    oracle = Oracle(folder)
+    oracle = Oracle(folder, variant)
     config = ModelConfig(
         path=str(folder), dtype=Dtype.float32, recompute=variant.recompute, train_projector=True, train_tower=True
     )
     model = build_model(config, layout, sequence_parallel=False)
-    packs, frames = build_case(model.spec.vision.tokens_per_frame, variant.image)
+    vision = model.spec.vision
+    packs, frames = build_case(vision.embeds_per_step, variant.image, frames_per_step=vision.frames_per_step)
 
     def embeddings(chosen: Sequence[FrameSelection]) -> Tensor | None:
         return torch.cat([model.vision(frames[s.path]).flatten(0, 1) for s in chosen]) if chosen else None
@@ -316,7 +353,7 @@ def test_rotary_angles_are_exact_at_two_million() -> None:
 def test_wrong_number_of_embeddings_is_refused(tmp_path: Path, layout: object) -> None:
     folder = write_checkpoint(tmp_path, Variant())
     model = build_model(ModelConfig(path=str(folder), dtype=Dtype.float32), layout, sequence_parallel=False)
-    packs, frames = build_case(model.spec.vision.tokens_per_frame, 16)
+    packs, frames = build_case(model.spec.vision.embeds_per_step, 16)
     pack = shard_tokens(pack_groups(packs[0]), layout.context, multiple=1)
     with pytest.raises(ValueError, match="4 vision-token places but 0 embeddings"):
         model(pack, None)

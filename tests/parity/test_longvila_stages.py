@@ -55,7 +55,7 @@ def score(folder: Path, variant: Variant, layout: ParallelLayout, *, sequence_pa
     """Log-probabilities, then a train step of the same packs under the weighted sum that the oracle is given."""
     config = ModelConfig(path=str(folder), dtype=Dtype.float32, recompute=variant.recompute)
     model = build_model(config, layout, sequence_parallel=sequence_parallel)
-    packs, frames = build_case(model.spec.vision.tokens_per_frame, variant.image)
+    packs, frames = build_case(model.spec.vision.embeds_per_step, variant.image)
 
     def embeddings(chosen: Sequence[FrameSelection], wanted: Sequence[Tensor], *, returns: Sequence[bool]) -> Tensor:
         """Every rank encodes all frames itself and takes the rows it needs."""

@@ -1,4 +1,4 @@
-"""How longvila lays a video out: square frames, each one's tokens and a newline, positions counted up."""
+"""How longvila lays a video out: square frames, the tokens of each step and a newline, positions counted up."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class SquareFrames:
     """See data.video_layout.VideoLayout."""
 
     size: int  # pixels
-    tokens_per_frame: int  # newline not counted
+    tokens_per_frame: int  # of a frame, or of the mean of frames_per_step of them; newline not counted
     newline_id: int
-    frames_per_step: int = 1
+    frames_per_step: int = 1  # more: TSP, which averages frames
 
     def frame_size(self, *, height: int, width: int, num_frames: int) -> tuple[int, int]:
         return self.size, self.size
@@ -31,7 +31,8 @@ class SquareFrames:
         return self.tokens_per_frame
 
     def video_ids(self, selection: FrameSelection) -> list[int]:
-        return ([MEDIA_TOKEN] * self.tokens_per_frame + [self.newline_id]) * len(selection.frames)
+        step = [MEDIA_TOKEN] * self.tokens_per_frame + [self.newline_id]
+        return step * (len(selection.frames) // self.frames_per_step)
 
     def positions(self, ids: Sequence[int], selections: Sequence[FrameSelection]) -> tuple[Tensor, int]:
         return torch.arange(len(ids)), len(ids)
@@ -43,5 +44,8 @@ def video_layout(spec: LongVilaSpec, tokens: ChatTokens, video: VideoConfig) -> 
     if len(newline) != 1:
         raise CheckpointError(f"{spec.path}/llm: a newline must be one token, this tokenizer gives {newline}")
     return SquareFrames(
-        size=spec.vision.image_size, tokens_per_frame=spec.vision.tokens_per_frame, newline_id=newline[0]
+        size=spec.vision.image_size,
+        tokens_per_frame=spec.vision.embeds_per_step,
+        newline_id=newline[0],
+        frames_per_step=spec.vision.frames_per_step,
     )

@@ -189,3 +189,34 @@ def test_conversion_loads_at_any_split_and_its_checkpoint_exports(
     assert any(padded) == (tp > 1)
     # Scaled by 1.5, so every tensor differs; with --like the padded ones are compared too.
     assert len(verify(run, megatron, like=hf).differences) == count
+
+
+def make_3x3_with_all_configs_inside(hf: Path) -> None:
+    """A 3 x 3 projector, pooled frames, and the parts' configurations in config.json, one of them as text."""
+    shapes = {1: (144,), 2: (48, 144), 4: (48,), 5: (32, 48), 7: (32, 32)}
+    parts = {f"layers.{place}": shape for place, shape in shapes.items()}
+    edit_weights(
+        hf / "mm_projector/model.safetensors",
+        lambda _: (
+            {f"{name}.weight": torch.randn(shape) for name, shape in parts.items()}
+            | {f"{name}.bias": torch.randn(shape[0]) for name, shape in parts.items()}
+        ),
+    )
+    tower = json.loads((hf / "vision_tower/config.json").read_text())
+    (hf / "vision_tower/config.json").unlink()
+    (hf / "mm_projector/config.json").unlink()
+    config = json.loads((hf / "config.json").read_text())
+    config["vision_tower_cfg"] = tower
+    config["mm_projector_cfg"] = json.dumps({"mm_projector_type": "mlp_downsample_3x3_fix", "note": ""})
+    config["video_encoder"] = json.dumps({"_target_": "TSPVideoEncoder", "pool_sizes": [[8, 1, 1]]})
+    (hf / "config.json").write_text(json.dumps(config))
+
+
+def test_3x3_projector_pooled_frames_and_configs_in_one_file(hf: Path, tmp_path: Path) -> None:
+    make_3x3_with_all_configs_inside(hf)
+    assert hf_to_megatron(hf, tmp_path / "megatron").tensors == 68 + 4
+    megatron_to_hf(tmp_path / "megatron", hf, tmp_path / "back")
+    before, after = all_tensors(hf), all_tensors(tmp_path / "back")
+    assert list(before) == list(after)
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]), name

@@ -119,3 +119,14 @@ def test_errors_name_file_and_key(tmp_path: Path, top: dict[str, Any], where: st
 def test_absent_folder_names_the_setting(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere/config.json: cannot read .*model.path"):
         read_longvila_shape(tmp_path / "nowhere")
+
+
+def test_pooled_frames_count_by_the_step(tmp_path: Path) -> None:
+    encoder = {"_target_": "llava.model.encoders.TSPVideoEncoder"}
+    tower = {**TOWER, "image_size": 448}
+    vision = read_longvila_shape(write_checkpoint(tmp_path, vision_tower_cfg=tower, video_encoder=encoder)).vision
+    assert vision.tokens_per_frame == 33  # 257 for 8 frames, rounded up
+    assert vision.embeds_per_frame == 32
+    alone = read_longvila_shape(write_checkpoint(tmp_path, vision_tower_cfg=tower)).vision
+    assert (alone.tokens_per_frame, alone.embeds_per_frame) == (257, 256)
+    assert vision.frame_flops == alone.frame_flops
