@@ -18,7 +18,11 @@ from megalong.records import ScoredGroup
 from megalong.sft import train_sft
 
 TASKS = {"sft": train_sft, "grpo": train_grpo}
-LAYOUTS = {"tp2_sp": ("parallel.tp=2", "parallel.sequence_parallel=true"), "cp2": ("parallel.cp=2",)}
+LAYOUTS = {
+    "tp2_sp": ("parallel.tp=2", "parallel.sequence_parallel=true"),
+    "cp2": ("parallel.cp=2",),
+    "pp2": ("parallel.pp=2",),
+}
 
 
 def record_families(
