@@ -9,6 +9,8 @@ The form is LongVideo-Reason's, with additions. Empty lines are skipped, other f
     videos        string or list of    path(s), in the order they appear in the prompt; relative ones start at
                   strings, required    video_dir, or at the manifest's folder. [] for a question without video.
                                        Whether the file is there is found out when it is decoded
+    images        string or list of    picture files, put before the videos; to the model each is a video of one
+                  strings              frame. With images, videos may be left out
     problem_type  string               "multiple choice", "numerical", "open-ended", ..: picks the accuracy
                                        reward. Default: "multiple choice" when the answer is one capital letter
                                        and the problem has options, else "open-ended"
@@ -161,17 +163,25 @@ def _read_id(record: dict[str, Any], number: int, where: str) -> str:
 
 
 def _read_videos(record: dict[str, Any], folder: Path, where: str) -> tuple[str, ...]:
-    value = record.get("videos")
+    """Pictures, then videos."""
+    images = _read_paths(record, "images", folder, where) if record.get("images") is not None else ()
+    if images and record.get("videos") is None:
+        return images
+    return (*images, *_read_paths(record, "videos", folder, where))
+
+
+def _read_paths(record: dict[str, Any], name: str, folder: Path, where: str) -> tuple[str, ...]:
+    value = record.get(name)
     if value is None:
-        raise ManifestError(f"{where}: field 'videos' is missing, expected a path or a list of paths")
+        raise ManifestError(f"{where}: field {name!r} is missing, expected a path or a list of paths")
     paths = [value] if isinstance(value, str) else value
     if not isinstance(paths, list):
-        raise ManifestError(f"{where}: field 'videos' is {_json_type(value)}, expected a path or a list of paths")
+        raise ManifestError(f"{where}: field {name!r} is {_json_type(value)}, expected a path or a list of paths")
     for path in paths:
         if not isinstance(path, str):
-            raise ManifestError(f"{where}: field 'videos' holds {_json_type(path)}, expected paths")
+            raise ManifestError(f"{where}: field {name!r} holds {_json_type(path)}, expected paths")
         if not path.strip():
-            raise ManifestError(f"{where}: field 'videos' holds an empty path")
+            raise ManifestError(f"{where}: field {name!r} holds an empty path")
     return tuple(str(folder / path.strip()) for path in paths)
 
 

@@ -30,7 +30,7 @@ class Sample:
     sample_id: str
     question: str  # problem text, options included
     answer: str  # ground truth, taken out of its <answer> tags
-    videos: tuple[str, ...]  # absolute paths, in the order they appear in the prompt
+    videos: tuple[str, ...]  # absolute paths, in the order they appear in the prompt; a picture is a one-frame video
     problem_type: str  # routes the accuracy reward: "multiple choice", "numerical", "open-ended", ...
     category: str  # temporal, spatial, goal, plot, ... ; "uncategorised" when the manifest has none
     reasoning: str  # chain of thought for SFT; "" when the manifest has none

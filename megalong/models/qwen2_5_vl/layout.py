@@ -24,7 +24,8 @@ class WindowedFrames:
     """See data.video_layout.VideoLayout."""
 
     tower: TowerShape
-    rule: PixelRule
+    video: PixelRule
+    image: PixelRule
     ticks_per_second: float
     start_id: int
     end_id: int
@@ -36,11 +37,13 @@ class WindowedFrames:
     def frame_size(self, *, height: int, width: int, num_frames: int) -> tuple[int, int]:
         """Multiples of a block near the file's shape, within the processor's pixels and a frame's share of the budget.
 
-        Raises ValueError for a picture of extreme shape.
+        One frame is a picture. Raises ValueError for one of extreme shape.
         """
-        rule, block = self.rule, self.tower.block
-        most = rule.most_frame_pixels(num_frames, block=block, frames_per_step=self.frames_per_step)
-        return fit_to_pixels(height, width, factor=block, min_pixels=rule.min_pixels, max_pixels=most)
+        block = self.tower.block
+        if num_frames == 1:
+            return fit_image(height, width, rule=self.image, block=block)
+        most = self.video.most_frame_pixels(num_frames, block=block, frames_per_step=self.frames_per_step)
+        return fit_to_pixels(height, width, factor=block, min_pixels=self.video.min_pixels, max_pixels=most)
 
     def tokens_per_step(self, selection: FrameSelection) -> int:
         return (selection.height // self.tower.block) * (selection.width // self.tower.block)
@@ -65,11 +68,17 @@ def video_layout(spec: Qwen25VlSpec, tokens: ChatTokens, video: VideoConfig) -> 
     """The layout with the tokenizer's ids. Raises CheckpointError when a vision marker is not one token."""
     return WindowedFrames(
         tower=spec.tower,
-        rule=spec.video.capped(video.max_frame_pixels),
+        video=spec.video.capped(video.max_frame_pixels),
+        image=spec.image.capped(video.max_frame_pixels),
         ticks_per_second=spec.ticks_per_second,
         start_id=marker_id(tokens, VISION_START, path=str(spec.path)),
         end_id=marker_id(tokens, VISION_END, path=str(spec.path)),
     )
+
+
+def fit_image(height: int, width: int, *, rule: PixelRule, block: int) -> tuple[int, int]:
+    """The size of a picture. Raises ValueError for one of extreme shape."""
+    return fit_to_pixels(height, width, factor=block, min_pixels=rule.min_pixels, max_pixels=rule.max_pixels)
 
 
 def marker_id(tokens: ChatTokens, marker: str, *, path: str) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 from megalong.config.qwen_vl_shape import PixelRule, TowerShape
 from megalong.config.tree import VideoConfig
 from megalong.models.chat import ChatTokens
-from megalong.models.qwen2_5_vl.layout import VISION_END, VISION_START, marker_id
+from megalong.models.qwen2_5_vl.layout import VISION_END, VISION_START, fit_image, marker_id
 from megalong.models.qwen2_5_vl.pixels import fit_video_to_pixels
 from megalong.models.qwen2_5_vl.positions import Grid, mrope_positions
 from megalong.models.qwen3_vl.spec import Qwen3VlSpec
@@ -22,8 +22,9 @@ class TimedFrames:
     """See data.video_layout.VideoLayout."""
 
     tower: TowerShape
-    rule: PixelRule
-    max_frame_pixels: int  # 0: the rule alone
+    video: PixelRule
+    image: PixelRule
+    max_frame_pixels: int  # of a video's frames; 0: the rule alone
     encode: Callable[[str], list[int]]
     start_id: int
     end_id: int
@@ -35,17 +36,18 @@ class TimedFrames:
     def frame_size(self, *, height: int, width: int, num_frames: int) -> tuple[int, int]:
         """Multiples of a block near the file's shape, all frames together within the processor's pixels.
 
-        Raises ValueError for a picture of extreme shape.
+        One frame is a picture. Raises ValueError for one of extreme shape.
         """
-        num_frames = max(num_frames, self.frames_per_step)
-        most = self.rule.most_video_pixels(num_frames, block=self.tower.block)
+        if num_frames == 1:
+            return fit_image(height, width, rule=self.image, block=self.tower.block)
+        most = self.video.most_video_pixels(num_frames, block=self.tower.block)
         if self.max_frame_pixels:
             most = min(most, self.max_frame_pixels * num_frames)
         return fit_video_to_pixels(
             (num_frames, height, width),
             factor=self.tower.block,
             frames_per_step=self.frames_per_step,
-            min_pixels=min(self.rule.min_pixels, most),
+            min_pixels=min(self.video.min_pixels, most),
             max_pixels=most,
         )
 
@@ -53,11 +55,16 @@ class TimedFrames:
         return (selection.height // self.tower.block) * (selection.width // self.tower.block)
 
     def video_ids(self, selection: FrameSelection) -> list[int]:
+        if len(set(selection.frames)) == 1:  # a picture has no time
+            return self._step_ids(selection)
         ids: list[int] = []
         for seconds in self.step_seconds(selection):
             ids += self.encode(f"<{seconds:.1f} seconds>")
-            ids += [self.start_id, *[MEDIA_TOKEN] * self.tokens_per_step(selection), self.end_id]
+            ids += self._step_ids(selection)
         return ids
+
+    def _step_ids(self, selection: FrameSelection) -> list[int]:
+        return [self.start_id, *[MEDIA_TOKEN] * self.tokens_per_step(selection), self.end_id]
 
     def step_seconds(self, selection: FrameSelection) -> list[float]:
         """The middle between a step's first and last frame."""
@@ -79,7 +86,8 @@ def video_layout(spec: Qwen3VlSpec, tokens: ChatTokens, video: VideoConfig) -> T
     """The layout with the tokenizer's ids. Raises CheckpointError when a vision marker is not one token."""
     return TimedFrames(
         tower=spec.tower,
-        rule=spec.video,
+        video=spec.video,
+        image=spec.image.capped(video.max_frame_pixels),
         max_frame_pixels=video.max_frame_pixels,
         encode=tokens.encode,
         start_id=marker_id(tokens, VISION_START, path=str(spec.path)),

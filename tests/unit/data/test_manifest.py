@@ -49,6 +49,12 @@ def test_added_fields(tmp_path):
     assert sample.videos == (str(tmp_path / "media" / "a.mp4"), "/films/b.mkv")
 
 
+def test_images_stand_before_videos_and_may_replace_them(tmp_path):
+    path = write(tmp_path, line(images=["a.png", "b.jpg"]), line(images="c.png", videos=...), line(images=[]))
+    found = [[name.removeprefix(f"{tmp_path}/") for name in sample.videos] for sample in read_manifest(path)]
+    assert found == [["a.png", "b.jpg", "a.mp4"], ["c.png"], ["a.mp4"]]
+
+
 def test_paths_are_absolute_from_a_relative_manifest(tmp_path, monkeypatch):
     write(tmp_path, line())
     monkeypatch.chdir(tmp_path)
@@ -127,6 +133,8 @@ BAD_LINES = {
     ),
     "no videos": (line(videos=...), "field 'videos' is missing, expected a path or a list of paths"),
     "empty video": (line(videos=""), "field 'videos' holds an empty path"),
+    "image not text": (line(images=["a.png", 3]), "field 'images' holds a number, expected paths"),
+    "no images and no videos": (line(images=[], videos=...), "field 'videos' is missing"),
     "video not text": (line(videos=["a.mp4", 3]), "field 'videos' holds a number, expected paths"),
     "videos an object": (line(videos={"a": 1}), "field 'videos' is an object, expected a path or a list of paths"),
     "type not text": (line(problem_type=True), "field 'problem_type' is a boolean, expected a string"),
