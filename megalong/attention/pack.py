@@ -72,6 +72,8 @@ class _Batch:
         """[1, H, t, ...] -> [count, H, longest, ...] of the ranges, zeros in the padding."""
         side_by_side = self.rows is None
         picked = rows[:, :, self.first : self.last] if side_by_side else rows.index_select(2, self.rows)
+        if self.count == 1:
+            return picked  # a view: the kernels take any strides between rows
         if not self.even:
             padded = picked.new_zeros((1, picked.shape[1], self.count * self.longest, *picked.shape[3:]))
             picked = padded.index_copy(2, self.places, picked)
