@@ -138,7 +138,7 @@ def run_step(*argv: object, reads: Path | None = None) -> dict:
     began = time.monotonic()
     done = subprocess.run(
         [sys.executable, __file__, "--step", *map(str, argv)], stdout=subprocess.PIPE, text=True, cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, check=False,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}, check=False,
     )  # fmt: skip
     if done.returncode:
         raise SystemExit(f"step {argv[0]} failed with {done.returncode}: {done.stdout[-2000:]}")
