@@ -140,13 +140,13 @@ class VisionStage:
         if not selections:
             return None
         size, rank = self.layout.replica_size, self.layout.replica_rank
-        local_ND = self._local_rows(selections)
         if wanted is None:
             everything = torch.arange(sum(self._rows(item, (0, len(item.frames))) for item in selections))
             wanted, returns = [everything] * size, [index == 0 for index in range(size)]
         if not self.settings.share_frames or size == 1:
-            rows_nD = local_ND.index_select(0, wanted[rank].to(local_ND.device))
+            rows_nD = self._rows_alone(selections, wanted[rank])
             return rows_nD if returns is None or returns[rank] else rows_nD.detach()
+        local_ND = self._local_rows(selections)
         owner_N, place_N = self._homes(selections)
         plan = plan_exchange(owner_N, place_N, wanted, rank=rank, returns=returns)
         return exchange_rows(local_ND, plan, group=self.layout.replica)
@@ -219,6 +219,24 @@ class VisionStage:
             return self._encode_local(selections)
         kept = [self.embeds.get(self.embed_key(item)) for item in selections]
         return torch.cat([embeds_ND.to(self.layout.device, non_blocking=True) for embeds_ND in kept])
+
+    def _rows_alone(self, selections: Sequence[FrameSelection], wanted_n: Tensor) -> Tensor:
+        """[n, D'] the wanted embeddings of the selections, all made here: videos of which none is wanted are not."""
+        chosen: list[FrameSelection] = []
+        local_n = torch.empty_like(wanted_n)
+        first = held = 0
+        for item in selections:
+            count = self._rows(item, (0, len(item.frames)))
+            inside_n = (wanted_n >= first) & (wanted_n < first + count)
+            if inside_n.any():
+                chosen.append(item)
+                local_n[inside_n] = wanted_n[inside_n] - first + held
+                held += count
+            first += count
+        if not chosen:
+            return self._encode_nothing(selections[0])
+        local_ND = self._local_rows(chosen)
+        return local_ND.index_select(0, local_n.to(local_ND.device))
 
     def _homes(self, selections: Sequence[FrameSelection]) -> tuple[Tensor, Tensor]:
         """Of every embedding of the selections, the rank of the replica that has it and its place there, [N] int64."""

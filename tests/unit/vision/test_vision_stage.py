@@ -130,6 +130,20 @@ def test_embeddings_are_the_tower_s_in_the_order_asked_for(make: object, videos:
     assert stage.embeddings([]) is None
 
 
+def test_without_sharing_a_rank_encodes_only_the_videos_it_needs(make: object, videos: dict[str, str]) -> None:
+    stage = make(frozen=False, share_frames=False)
+    selections, _ = ready(stage, [sample("1", videos["a"]), sample("2", videos["b"]), sample("3", videos["c"])])
+    chosen = [selections[videos[name]] for name in "abc"]
+    wanted = torch.tensor([3 * 7 * TOKENS - 1, 5, 2 * 7 * TOKENS])  # of c, a and c again
+    stage.encoder.batches.clear()
+    got = stage.embeddings(chosen, [wanted])
+    assert sum(stage.encoder.batches) == 2 * 7
+    want = torch.cat([direct(stage, item) for item in chosen])[wanted]
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    nothing = stage.embeddings(chosen, [wanted[:0]])
+    assert nothing.shape == (0, WIDTH)
+
+
 def test_cached_and_fresh_embeddings_are_bit_equal(make: object, videos: dict[str, str]) -> None:
     samples = [sample("1", videos["a"]), sample("2", videos["b"])]
     results = []
