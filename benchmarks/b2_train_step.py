@@ -27,7 +27,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from steps import PEAK, Bench, Case, free, make_folder, parser_of, peak_gb, random_tensor, reset_peak, save
+from steps import (
+    PEAK,
+    Bench,
+    Case,
+    free,
+    is_out_of_memory,
+    make_folder,
+    parser_of,
+    peak_gb,
+    random_tensor,
+    reset_peak,
+    save,
+)
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -186,7 +198,9 @@ def guarded(bench: Bench, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     reset_peak(bench.layout.device)
     try:
         return {"status": "measured", **run(), "peak_gb": peak_gb(bench.layout.device)}
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         return {"status": "out of memory"}
 
 

@@ -14,9 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from steps import Bench, Case, free, make_folder
+from steps import Bench, Case, free, is_out_of_memory, make_folder
 
 from megalong.parallel.collectives import broadcast_object
 from megalong.parallel.layout import destroy_layout
@@ -25,37 +24,44 @@ OUT_OF_MEMORY = 17
 """Exit code of a rank that ran out of memory: the others may wait for it in a collective, so all of them end."""
 
 
-def measure(bench: Bench, point: dict[str, Any], *, expected: float) -> dict[str, Any]:
-    """Median of up to three steps of a point; expected: seconds a step may take.
+def passes(expected: float) -> int:
+    """Steps of a point of `expected` seconds: three and a warm-up, one and a warm-up, or one."""
+    return 4 if expected < 8 else 2 if expected < 20 else 1
 
-    A step of more than 20 s is warmed up by a short one of the same mode: what is then made for the first time, a plan
-    of an attention kernel, is small beside it.
+
+def measure(bench: Bench, point: dict[str, Any], *, expected: float) -> dict[str, Any]:
+    """The median step of a point; expected: seconds a step may take.
+
+    A long step is warmed up by a short one of the same mode: what it then makes for the first time, plans of attention
+    kernels, is small beside it.
     """
     case, how = Case(**point["case"]), {"mode": point["mode"], "recompute": point["recompute"]}
+    count = passes(expected)
     short = replace(case, frames=min(case.frames, 8), text=min(case.text, 2048))
-    bench.step(bench.packs(case if expected < 20 else short, mode=point["mode"]), **how)
+    bench.step(bench.packs(case if count > 1 else short, mode=point["mode"]), **how)
     packs = bench.packs(case, mode=point["mode"])
-    steps = [bench.step(packs, **how) for _ in range(3 if expected < 8 else 1)]
+    steps = [bench.step(packs, **how) for _ in range(max(1, count - 1))]
     chosen = sorted(steps, key=lambda step: step["seconds"])[len(steps) // 2]
     return {**chosen, "all_seconds": [step["seconds"] for step in steps]}
 
 
-def expect(point: dict[str, Any], rows: Iterable[dict[str, Any]], *, flops: float, rate: float) -> float:
-    """Seconds of a step: by what the last step of its series reached, or by `rate` FLOP/s."""
-    known = [row["flops"] / row["seconds"] for row in rows if row["series"] == point["series"] and "seconds" in row]
-    return flops / (known[-1] if known else rate)
+def expect(row: dict[str, Any], rows: Iterable[dict[str, Any]], *, rate: float) -> float:
+    """Seconds of a step: at the FLOP/s of each GPU in the last step of its series, or at `rate`."""
+    known = [r["flops"] / r["seconds"] / r["world"] for r in rows if r["series"] == row["series"] and "seconds" in r]
+    return row["flops"] / row["world"] / (known[-1] if known else rate)
 
 
-def why_not(point: dict[str, Any], rows: Iterable[dict[str, Any]], *, expected: float, deadline: float) -> str:
+def why_not(row: dict[str, Any], rows: Iterable[dict[str, Any]], *, expected: float, deadline: float) -> str:
     """Why a point is left out; "" when it is to be measured."""
-    for row in rows:
-        smaller = row["series"] == point["series"] and row["size"] <= point["size"]
-        if smaller and row["status"] == "out of memory":
-            return f"not run: {row['name']} was out of memory"
-    if expected > point["max_seconds"]:
+    for other in rows:
+        alike = (other["series"], other["world"]) == (row["series"], row["world"])
+        if alike and other["size"] <= row["size"] and other["status"] == "out of memory":
+            return f"not run: {other['name']} was out of memory"
+    if expected > row["max_seconds"]:
         return f"not run: estimated {expected:.0f} s a step"
-    if time.time() + 2 * expected > deadline:
-        return f"not run: estimated {expected:.0f} s a step, {max(0.0, deadline - time.time()):.0f} s of --seconds left"
+    left = deadline - time.time()
+    if passes(expected) * expected > left:
+        return f"not run: {passes(expected)} steps of an estimated {expected:.1f} s, {max(0.0, left):.0f} s left"
     return ""
 
 
@@ -76,7 +82,9 @@ def work(session: dict[str, Any], line: Callable[[dict[str, Any]], str]) -> None
             try:
                 row |= {"status": reason} if reason else {"status": "measured"}
                 row |= {} if reason else measure(bench, row, expected=expected)
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 row |= {"status": "out of memory"}
                 if bench.layout.world_size > 1:
                     _report(row, results, line)
@@ -104,7 +112,7 @@ def _complete(point: dict[str, Any], bench: Bench) -> dict[str, Any]:
 
 
 def _decision(row: dict[str, Any], rows: list[dict[str, Any]], session: dict[str, Any]) -> tuple[float, str]:
-    expected = expect(row, rows, flops=row["flops"], rate=session["rate"] * row["world"])
+    expected = expect(row, rows, rate=session["rate"])
     return expected, why_not(row, rows, expected=expected, deadline=session["deadline"])
 
 

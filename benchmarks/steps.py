@@ -276,8 +276,9 @@ class Bench:
         if stage.key(selection) in stage.frames:
             return
         first, last = stage._share(selection)
-        numbers = np.random.default_rng(first)
-        frames_FHWC = numbers.integers(0, 256, (last - first, selection.height, selection.width, 3), dtype=np.uint8)
+        shape = (selection.height, selection.width, 3)  # a frame's bytes do not depend on the rank that has it
+        frames = [np.random.default_rng(index).integers(0, 256, shape, np.uint8) for index in range(first, last)]
+        frames_FHWC = np.stack(frames) if frames else np.empty((0, *shape), np.uint8)
         stage.frames.put(stage.key(selection), frames_FHWC, num_bytes=frames_FHWC.nbytes)
 
     def flops(self, case: Case, *, mode: str, recompute: str) -> int:
@@ -333,6 +334,13 @@ def free(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """torch's own error, and those of libraries that allocate beside it (NCCL, cuBLAS, Triton)."""
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        text in str(error) for text in ("out of memory", "ALLOC_FAILED")
+    )
 
 
 def parser_of(doc: str) -> argparse.ArgumentParser:

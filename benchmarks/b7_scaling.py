@@ -1,0 +1,130 @@
+"""B7: the training step over 1, 2 and 4 GPUs: seconds, speedup and whether anything changes.
+
+4 layers of 7B width and the head, bf16, context parallelism (or --tp). Times are of forward + backward and the sums of
+gradients over the GPUs; the optimizer is left out.
+
+    shared      one group, P tokens and G=8 responses of 512 (mr_sp.mode=shared_prefix), attention outputs kept
+    repeated    the same with every response behind its own prompt (stage1+2, full recomputation), on the most GPUs
+    sequence    one sequence of 131,072 tokens, full recomputation, on 2 GPUs. Stock megatron-core with Transformer
+                Engine (same widths, 4 layers, no head) took 2.91 s with cp=2 p2p, 3.03 s with cp=2 a2a and 3.07 s with
+                tp=2 on two H200, forward + backward
+
+    python benchmarks/b7_scaling.py [--prefix 131072 263168] [--gpus 1 2 4] [--kinds shared sequence] [--tiny]
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sessions import drive, work
+from steps import PEAK, parallel_overrides, parser_of, save
+
+FORMS = {
+    "shared": ("shared_prefix", "keep_attention"),
+    "repeated": ("stage1+2", "full"),
+    "sequence": ("stage1+2", "full"),
+}
+STOCK = 2.91
+"""Seconds of stock megatron-core + TE on two H200, see above."""
+RATE = 400e12
+COUNTED = ("prepare", "forward", "backward", "gradient sums")
+
+
+def counted(row: dict[str, Any]) -> float:
+    return sum(row["phases"].get(name, 0.0) for name in COUNTED)
+
+
+def line(row: dict[str, Any]) -> str:
+    text = f"{row['name']:42} "
+    if row["status"] != "measured":
+        return text + row["status"]
+    share = row["model_flops"] / counted(row) / row["world"] / PEAK
+    return (
+        f"{text}{counted(row):8.3f} s, MFU {share:.0%}, peak {max(row['peak_gb']):.1f} GB, "
+        f"gradient norm {row['grad_norm']:.6g}, mean -logprob {row['mean_nll']:.6f}"
+    )
+
+
+def compare(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Each measured row beside the one of its series on the fewest GPUs, and beside the shared step on as many."""
+    measured = [row for row in rows if "seconds" in row]
+    lines = []
+    for row in measured:
+        first = min((r for r in measured if r["series"] == row["series"]), key=lambda r: r["world"])
+        text = f"{row['name']:42} "
+        if row["world"] > first["world"]:
+            far = max(abs(a - b) for a, b in zip(row["logprobs"], first["logprobs"], strict=True))
+            text += (
+                f"{counted(first) / counted(row):.2f} times as fast as on {first['world']}; gradient norm "
+                f"{abs(row['grad_norm'] / first['grad_norm'] - 1):.1e} off, log-probabilities {far:.1e}; "
+            )
+        if row["kind"] == "repeated":
+            same = [r for r in measured if (r["kind"], r["case"], r["world"]) == ("shared", row["case"], row["world"])]
+            text += "".join(f"{counted(row) / counted(r):.2f} times the shared step; " for r in same)
+        if row["kind"] == "sequence" and not row["tiny"]:
+            text += f"{STOCK / counted(row):.2f} times as fast as stock megatron-core + TE on two GPUs ({STOCK} s); "
+        lines += [text.rstrip("; ")] if text.endswith("; ") else []
+    return lines
+
+
+def points(args: Any, *, gpus: int) -> list[dict[str, Any]]:
+    length = args.length or (8 if args.tiny else 512)
+    prefixes = args.prefix or ([48, 96] if args.tiny else [131072, 263168])
+    whole = 64 if args.tiny else 131072
+    cases = [("shared", prefix, args.responses) for prefix in prefixes]
+    if gpus == max(args.gpus):
+        cases += [("repeated", prefix, args.responses) for prefix in prefixes]
+    if gpus == 2 or args.gpus == [1]:
+        cases.append(("sequence", whole - length, 1))
+    found = []
+    for kind, prompt, responses in cases:
+        mode, recompute = FORMS[kind]
+        series = f"{kind}, P={prompt:,}"
+        found.append(
+            {
+                "name": f"{series}, {gpus} GPUs (tp={min(args.tp, gpus)})",
+                "series": series,
+                "size": prompt,
+                "kind": kind,
+                "tiny": args.tiny,
+                "case": {"frames": 0, "text": prompt, "group": responses, "response": length},
+                "mode": mode,
+                "recompute": recompute,
+                "max_seconds": args.max_seconds,
+            }
+        )
+    return [point for point in found if point["kind"] in args.kinds]
+
+
+def sessions(args: Any) -> list[dict[str, Any]]:
+    made = []
+    for gpus in args.gpus:
+        a2a = min(args.cp_a2a, gpus // min(args.tp, gpus))
+        overrides = parallel_overrides(gpus=gpus, tp=min(args.tp, gpus), cp_a2a=a2a)
+        session = {"gpus": gpus, "layers": args.layers or (2 if args.tiny else 4), "tiny": args.tiny, "vision": False}
+        session |= {"overrides": [*overrides, *args.overrides], "rate": RATE, "points": points(args, gpus=gpus)}
+        made.append(session)
+    return [session for session in made if session["points"]]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = parser_of(__doc__)
+    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--prefix", type=int, nargs="+", help="131072 263168; 48 96 with --tiny")
+    parser.add_argument("--kinds", nargs="+", default=["shared", "sequence"], choices=sorted(FORMS))
+    parser.add_argument("--tp", type=int, default=1, help="tensor parallelism (with sequence parallelism), the rest cp")
+    parser.add_argument("--cp-a2a", type=int, default=0, help="1: a ring that gathers keys; 0: all-to-all where it can")
+    args = parser.parse_args(argv)
+    if args.worker:
+        work(json.loads(Path(args.worker).read_text()), line)
+        return
+    rows = drive(sessions(args), script=__file__, line=line, seconds=args.seconds)
+    save(args.json, rows)
+    print("\n".join(compare(rows)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

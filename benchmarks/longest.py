@@ -1,0 +1,80 @@
+"""The longest video: real training steps of the 28-layer 7B on 4 GPUs at 3,600 frames and more.
+
+One step of one group (frames x 257 tokens and 256 of text, G=8 responses of 512): vision encoding, forward, backward,
+optimizer. Seconds by phase and the peak of every GPU for each length of --frames, in ascending order; those behind the
+first that is out of memory are not run. A step of more than 20 s runs once, after a short one.
+
+    python benchmarks/longest.py [--frames 3600] [--gpus 4] [--tp 4] [--recompute keep_attention]
+        [--overrides model.mlp_chunks=16 ..] [--max-seconds 500] [--tiny]
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sessions import drive, work
+from steps import PEAK, parallel_overrides, parser_of, save
+
+TEXT = 256
+RATE = 450e12
+
+
+def line(row: dict[str, Any]) -> str:
+    text = f"{row['name']}, {row['world']} GPUs: "
+    if row["status"] != "measured":
+        return text + row["status"]
+    phases = ", ".join(f"{name} {value:.2f}" for name, value in row["phases"].items())
+    peaks = ", ".join(f"{peak:.1f}" for peak in row["peak_gb"])
+    share = row["model_flops"] / (row["phases"]["forward"] + row["phases"]["backward"]) / row["world"] / PEAK
+    return (
+        f"{text}{row['seconds']:.2f} s ({phases}), MFU of forward and backward {share:.0%}, peak GB by rank {peaks}; "
+        f"{row['recompute']}, gradient norm {row['grad_norm']:.4g}, mean -logprob {row['mean_nll']:.4f}"
+    )
+
+
+def session_of(args: Any) -> dict[str, Any]:
+    length = args.length or (8 if args.tiny else 512)
+    points = [
+        {
+            "name": f"{size} frames",
+            "series": "longest",
+            "size": size,
+            "case": {"frames": size, "text": TEXT, "group": args.responses, "response": length},
+            "mode": "shared_prefix",
+            "recompute": args.recompute,
+            "max_seconds": args.max_seconds,
+        }
+        for size in sorted(args.frames or ([4, 12] if args.tiny else [3600]))
+    ]
+    return {
+        "gpus": args.gpus,
+        "layers": args.layers or (2 if args.tiny else 28),
+        "tiny": args.tiny,
+        "vision": True,
+        "overrides": [*parallel_overrides(gpus=args.gpus, tp=args.tp, cp_a2a=args.cp_a2a), *args.overrides],
+        "rate": RATE,
+        "points": points,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = parser_of(__doc__)
+    parser.set_defaults(max_seconds=500.0)
+    parser.add_argument("--gpus", type=int, default=4, help="processes: one replica")
+    parser.add_argument("--tp", type=int, default=4, help="tensor parallelism (with sequence parallelism), the rest cp")
+    parser.add_argument("--cp-a2a", type=int, default=0)
+    parser.add_argument("--frames", type=int, nargs="+", help="3600; 4 12 with --tiny")
+    parser.add_argument("--recompute", default="keep_attention", choices=["keep_attention", "full"])
+    args = parser.parse_args(argv)
+    if args.worker:
+        work(json.loads(Path(args.worker).read_text()), line)
+        return
+    rows = drive([session_of(args)], script=__file__, line=line, seconds=args.seconds)
+    save(args.json, rows)
+
+
+if __name__ == "__main__":
+    main()

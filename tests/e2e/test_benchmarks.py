@@ -1,0 +1,65 @@
+"""The benchmarks of training steps run from end to end at a tiny size and agree with themselves."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from harness import run_world
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def run_all(folder: Path) -> None:
+    """Each script's main, one after another in this process."""
+    sys.path.insert(0, str(BENCHMARKS))
+    for name, options in {
+        "b2_train_step": ["--prefix", "48"],
+        "figure1": ["--gpus", "1", "--frames", "4", "--plot", str(folder / "figure1.png")],
+        "b7_scaling": ["--gpus", "1", "--prefix", "48"],
+        "longest": ["--gpus", "1", "--tp", "1", "--frames", "4"],
+    }.items():
+        script = importlib.import_module(name)
+        script.main(["--tiny", "--responses", "4", "--json", str(folder / f"{name}.json"), *options])
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
+    folder = tmp_path_factory.mktemp("benchmarks")
+    run_world(1, run_all, folder, folder=folder / "world")
+    assert (folder / "figure1.png").stat().st_size > 0
+    return {path.stem: json.loads(path.read_text())["rows"] for path in folder.glob("*.json")}
+
+
+def test_b2_compares_before_it_times(rows):
+    error = {row["form"]: row["gradient"] for row in rows["b2_train_step"] if "gradient" in row}
+    assert error["shared, float32"] < 1e-5
+    assert max(error[f"{form}, bfloat16"] for form in ("shared", "repeated", "hf")) < 2e-2
+    timed = {(row["kind"], row["form"]): row["seconds"] for row in rows["b2_train_step"] if "seconds" in row}
+    assert set(timed) == {(kind, form) for kind in ("step", "logprobs") for form in ("shared", "repeated", "hf")}
+    assert min(timed.values()) > 0
+
+
+def test_the_four_modes_of_figure_1_take_the_same_step(rows):
+    found = rows["figure1"]
+    assert [row["mode"] for row in found] == ["shared_prefix", "stage1+2", "stage1", "none"]
+    for row in found:
+        assert row["status"] == "measured"
+        assert row["grad_norm"] == pytest.approx(found[0]["grad_norm"], rel=5e-3)
+        assert row["mean_nll"] == pytest.approx(found[0]["mean_nll"], rel=1e-3)
+        assert row["seconds"] == pytest.approx(sum(row["phases"].values()))
+    # Four copies of the prompt cost more than one.
+    assert all(row["flops"] > 2 * found[0]["flops"] for row in found[1:])
+
+
+def test_b7_and_longest_measure_their_points(rows):
+    assert [(row["kind"], row["status"]) for row in rows["b7_scaling"]] == [
+        ("shared", "measured"),
+        ("sequence", "measured"),
+    ]
+    (row,) = rows["longest"]
+    assert {"vision", "forward", "backward", "optimizer"} <= set(row["phases"])
+    assert len(row["peak_gb"]) == 1
