@@ -51,12 +51,19 @@ def expect(row: dict[str, Any], rows: Iterable[dict[str, Any]], *, rate: float) 
     return row["flops"] / row["world"] / (known[-1] if known else rate)
 
 
-def why_not(row: dict[str, Any], rows: Iterable[dict[str, Any]], *, expected: float, deadline: float) -> str:
-    """Why a point is left out; "" when it is to be measured."""
+def beyond_memory(row: dict[str, Any], rows: Iterable[dict[str, Any]]) -> str:
+    """Why a point cannot fit: a smaller one of its series did not."""
     for other in rows:
         alike = (other["series"], other["world"]) == (row["series"], row["world"])
         if alike and other["size"] <= row["size"] and other["status"] == "out of memory":
-            return f"not run: {other['name']} was out of memory"
+            return f"not run: {other['name']} did not fit into memory"
+    return ""
+
+
+def why_not(row: dict[str, Any], rows: Iterable[dict[str, Any]], *, expected: float, deadline: float) -> str:
+    """Why a point is left out; "" when it is to be measured."""
+    if reason := beyond_memory(row, rows):
+        return reason
     if expected > row["max_seconds"]:
         return f"not run: estimated {expected:.0f} s a step"
     left = deadline - time.time()
@@ -171,6 +178,10 @@ def _run_in_processes(
             _end(process)
         found = read_rows(results)
         if any(row["status"] == "out of memory" and row["name"] not in done for row in found):
+            for point in left:
+                row = {**point, "world": session["gpus"]}
+                if row["name"] not in {r["name"] for r in found} and (reason := beyond_memory(row, found)):
+                    _report({**row, "status": reason}, results, line)
             continue
         for point in left:
             if point["name"] not in {row["name"] for row in found}:
