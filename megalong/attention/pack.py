@@ -7,7 +7,7 @@ the backward of each call with the merged output and log-sum-exp; gradients of k
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megalong.attention.kernels import Kernel, choose_kernel
 from megalong.attention.tree import AttentionPlan, Call, Range
+from megalong.parallel.offload import Offload
 
 
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -34,25 +35,35 @@ class KeptOutputs:
     """
 
     def __init__(self) -> None:
-        self.recording = False
-        self._items: deque[tuple[Tensor, Tensor]] = deque()
+        self._park: Callable[[Tensor], Callable[[], Tensor]] | None = None
+        self._items: deque[tuple[Callable[[], Tensor], Callable[[], Tensor]]] = deque()
 
     def put(self, out: Tensor, lse: Tensor) -> None:
-        if self.recording and not torch.is_grad_enabled():
-            self._items.append((out, lse))
+        if self._park is not None and not torch.is_grad_enabled():
+            self._items.append((self._park(out), self._park(lse)))
 
     def take(self) -> tuple[Tensor, Tensor] | None:
-        return self._items.popleft() if torch.is_grad_enabled() and self._items else None
+        if not torch.is_grad_enabled() or not self._items:
+            return None
+        out, lse = self._items.popleft()
+        return out(), lse()
 
     @contextmanager
-    def record(self) -> Iterator[None]:
-        """Keep the outputs of recomputed layers inside this context; what is left at its end is dropped."""
-        self.recording = True
+    def record(self, offload: Offload | None = None) -> Iterator[None]:
+        """Keep the outputs of recomputed layers inside this context; what is left at its end is dropped.
+
+        offload: where they wait; None: where they are.
+        """
+        self._park = _stay if offload is None else offload.put
         try:
             yield
         finally:
-            self.recording = False
+            self._park = None
             self._items.clear()
+
+
+def _stay(tensor: Tensor) -> Callable[[], Tensor]:
+    return lambda: tensor
 
 
 class _Batch:

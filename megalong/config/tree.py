@@ -103,6 +103,9 @@ class ModelConfig:
     mlp_chunks: int = 0
     """Slices of rows in which each layer's MLP runs, to be computed again one by one in the backward. 1: whole. 0: of
     at most 16,384 rows, or whole with recompute=none."""
+    offload_activations: bool = False
+    """What recomputation keeps of a pack (layer inputs, and attention outputs) waits for its backward in pinned host
+    memory. Needs a GPU, and recompute=keep_attention or full."""
     train_llm: bool = True
     train_projector: bool = False
     train_tower: bool = False

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from megalong.config.errors import ConfigError
 from megalong.config.model_shape import ModelShape
-from megalong.config.tree import AdvantageKind, FrameSampling, RunConfig
+from megalong.config.tree import AdvantageKind, FrameSampling, Recompute, RunConfig
 
 Task = Literal["sft", "grpo", "eval"]
 
@@ -249,6 +249,11 @@ def _training_problems(config: RunConfig, task: Task, *, world_size: int) -> Ite
         yield (
             f"grpo.updates_per_batch={config.grpo.updates_per_batch} with model.{vision[0]}=true: the "
             "embeddings of the rollout would be stale after the first update; set grpo.updates_per_batch=1"
+        )
+    if model.offload_activations and model.recompute is Recompute.none:
+        yield (
+            "model.offload_activations=true moves what recomputation keeps, but model.recompute=none computes nothing "
+            "again; set model.recompute=keep_attention or full, or turn the offload off"
         )
     steps = config.sft.steps if task == "sft" else config.grpo.steps
     if optimizer.warmup_steps > steps:

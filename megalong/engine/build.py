@@ -16,6 +16,7 @@ from megalong.models.families import FAMILIES, Family
 from megalong.models.gpt import transformer_config
 from megalong.models.policy import PolicyModel
 from megalong.parallel.layout import ParallelLayout
+from megalong.parallel.offload import CudaCopies, Offload
 
 TORCH_DTYPE = {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16}
 
@@ -40,6 +41,8 @@ def build_model(
     use_te = config.layer_spec is LayerSpec.te or (config.layer_spec is LayerSpec.auto and on_gpu)
     if use_te and not on_gpu:
         raise ConfigError("model.layer_spec=te needs a GPU; set model.layer_spec=local or auto")
+    if config.offload_activations and not on_gpu:
+        raise ConfigError("model.offload_activations=true needs a GPU to move activations from; set it to false")
     megatron = transformer_config(
         spec.gpt,
         tp=layout.tp_size,
@@ -53,6 +56,8 @@ def build_model(
     core_attention = partial(PackCoreAttention, kernel=config.attention.value, context=layout.context)
     model = family.build(megatron, spec, use_te=use_te, core_attention=core_attention).to(layout.device)
     model.llm.slice_mlps(config.mlp_chunks)
+    if config.offload_activations:
+        model.llm.offload = Offload(CudaCopies(layout.device))
     if load:
         load_hf_weights(model, model.weight_table(), CheckpointReader(spec.path, family.weight_folders), layout)
     model.freeze(llm=config.train_llm, projector=config.train_projector, tower=config.train_tower)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from megalong.attention.shard import PackShard
 from megalong.models.gpt_shape import GptShape
 from megalong.models.layer import DeepstackLayer, PackLayer
 from megalong.models.weights import Entry, stage_table
+from megalong.parallel.offload import Offload
 
 
 class RMSNorm(nn.Module):
@@ -94,6 +95,9 @@ class PackGpt(GPTModel):
     one holds the final norm and the output head. The schedule hands over what the stage before returned
     (set_input_tensor) before it calls.
     """
+
+    offload: Offload | None = None
+    """Where the activations that recomputation keeps wait for the backward; None: on the device."""
 
     def __init__(
         self,
@@ -179,13 +183,15 @@ class PackGpt(GPTModel):
         last stage: what the next stage takes, [t (/tp with sequence parallel), 1, D].
         """
         device = next(self.parameters()).device
-        hidden = self(
-            input_ids=None,
-            position_ids=torch.atleast_2d(pack.positions_t.to(device)),  # [1, t] or [3, t]
-            attention_mask=pack.mask,
-            decoder_input=self.embed(pack, embeds_nD) if self.pre_process else None,
-            extra_block_kwargs={"context": self.deepstack(pack, embeds_nD) if self.pre_process else None},
-        )
+        given = {
+            "input_ids": None,
+            "position_ids": torch.atleast_2d(pack.positions_t.to(device)),  # [1, t] or [3, t]
+            "attention_mask": pack.mask,
+            "decoder_input": self.embed(pack, embeds_nD) if self.pre_process else None,
+            "extra_block_kwargs": {"context": self.deepstack(pack, embeds_nD) if self.pre_process else None},
+        }
+        with self._keeping_inputs():
+            hidden = self(**given)
         if not self.post_process:
             return hidden
         if self.config.sequence_parallel:
@@ -197,8 +203,15 @@ class PackGpt(GPTModel):
         """Inside this context, recomputed layers keep their attention output and log-sum-exp (KeptOutputs)."""
         with ExitStack() as stack:
             for layer in self.decoder.layers:
-                stack.enter_context(layer.self_attention.core_attention.kept.record())
+                stack.enter_context(layer.self_attention.core_attention.kept.record(self.offload))
             yield
+
+    def _keeping_inputs(self) -> AbstractContextManager[None]:
+        """What a forward runs in: with gradients and an offload, the inputs of recomputed layers go there."""
+        if self.offload is None or not torch.is_grad_enabled():
+            return nullcontext()
+        rows = (1, self.config.hidden_size)  # [t, 1, D]; rotary angles and deepstack's context are shared by the layers
+        return self.offload.forward(lambda saved: saved.shape[1:] == rows, layers=len(self.decoder.layers))
 
     def slice_mlps(self, chunks: int) -> None:
         """Run every layer's MLP in slices of rows, as model.mlp_chunks says."""

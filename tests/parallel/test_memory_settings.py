@@ -1,9 +1,9 @@
-"""MLPs in slices train like whole ones: every recomputation, one process, tensor and pipeline parallel ranks."""
+"""Settings that save memory change no loss and no gradient: one process, tensor and pipeline parallel ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
@@ -14,10 +14,14 @@ from harness import DemoWorld, run_world
 from megatron.core import parallel_state
 from megatron.core.transformer.mlp import MLP
 from recorded_runs import Recorded, recording
+from torch import Tensor
 
 from megalong.config import costs
 from megalong.config.tree import Dtype
 from megalong.engine.build import TORCH_DTYPE
+from megalong.models.gpt import PackGpt
+from megalong.parallel import offload as offloading
+from megalong.parallel.offload import Offload
 from megalong.sft import train_sft
 
 TRAIN = ("sft.steps=1", "sft.batch_size=4", "data.pack_tokens=300", "video.num_frames=2")
@@ -31,7 +35,10 @@ CASES = {
     "full": ("full", 3),
     "full, automatic": ("full", 0),
     "full, whole": ("full", 1),
+    "keep_attention, offloaded": ("keep_attention", 3),
+    "full, offloaded": ("full", 1),
 }
+"""Name -> model.recompute and model.mlp_chunks."""
 LAYOUTS = {
     "alone": (),
     "tp2_sp": ("parallel.tp=2", "parallel.sequence_parallel=true"),
@@ -47,18 +54,42 @@ class Calls:
     differentiated: list[int] = field(default_factory=list)
 
 
+class FakeCopies:
+    """Stands for the copies between a GPU and the host. What comes back is a copy."""
+
+    def __init__(self) -> None:
+        self.moved = [0, 0]  # there, back
+
+    def to_host(self, tensor: Tensor) -> tuple[list[Tensor], None]:
+        self.moved[0] += 1
+        return [tensor.clone()], None
+
+    def to_device(self, blocks: list[Tensor], like: Tensor, after: None) -> tuple[Tensor, None]:
+        self.moved[1] += 1
+        return blocks[0].clone(), after
+
+    def wait(self, event: None) -> None:
+        pass
+
+
 def record_cases(demo: DemoWorld, folder: Path, parallel: Sequence[str]) -> dict[str, tuple[Recorded, Calls]]:
     """One float64 train step of every case."""
     done = {}
     for name, (recompute, chunks) in CASES.items():
         overrides = (*TRAIN, *parallel, f"model.recompute={recompute}", f"model.mlp_chunks={chunks}")
         config = demo.config(folder / name, *overrides, task="sft")
-        recorded, calls = Recorded(), Calls()
-        wide = mock.patch.dict(TORCH_DTYPE, {Dtype.float32: torch.float64})
-        with wide, mock.patch.object(costs, "MLP_ROWS", ROWS), recording(recorded, None), counting(calls):
+        recorded, calls, copies = Recorded(), Calls(), FakeCopies()
+        offload = Offload(copies) if name.endswith("offloaded") else None
+        with ExitStack() as stack:
+            stack.enter_context(mock.patch.dict(TORCH_DTYPE, {Dtype.float32: torch.float64}))
+            stack.enter_context(mock.patch.object(costs, "MLP_ROWS", ROWS))
+            stack.enter_context(mock.patch.object(offloading, "DEVICE_LAYERS", 0))
+            stack.enter_context(mock.patch.object(PackGpt, "offload", offload))
+            stack.enter_context(recording(recorded, None))
+            stack.enter_context(counting(calls))
             train_sft(config)
         parallel_state.destroy_model_parallel()
-        done[name] = recorded, calls
+        done[name] = recorded, calls, copies.moved
     return done
 
 
@@ -66,7 +97,7 @@ def record_cases(demo: DemoWorld, folder: Path, parallel: Sequence[str]) -> dict
 def counting(calls: Calls) -> Iterator[None]:
     forward = MLP.forward
 
-    def count(mlp: MLP, rows: torch.Tensor, *args: object, **kwargs: object) -> object:
+    def count(mlp: MLP, rows: Tensor, *args: object, **kwargs: object) -> object:
         (calls.differentiated if torch.is_grad_enabled() else calls.forward).append(rows.shape[0])
         return forward(mlp, rows, *args, **kwargs)
 
@@ -87,10 +118,10 @@ def runs(demo: DemoWorld, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", CASES)
 def test_losses_and_gradients_are_those_of_the_whole(case: str, layout: str, runs: dict[str, list[dict]]) -> None:
-    want, _ = runs["alone"][0]["whole"]
+    want, *_ = runs["alone"][0]["whole"]
     assert len(want.gradients) > 20
     for rank in runs[layout]:
-        got, _ = rank[case]
+        got, *_ = rank[case]
         assert got.stats[0].loss == pytest.approx(want.stats[0].loss, rel=1e-10)
         assert got.stats[0].grad_norm == pytest.approx(want.stats[0].grad_norm, rel=1e-10)
         assert got.gradients.keys() == want.gradients.keys()
@@ -101,7 +132,7 @@ def test_losses_and_gradients_are_those_of_the_whole(case: str, layout: str, run
 
 
 def test_slices_cost_one_more_forward_only_where_nothing_was_recomputed(runs: dict[str, list[dict]]) -> None:
-    calls = {case: counted for case, (_, counted) in runs["alone"][0].items()}
+    calls = {case: counted for case, (_, counted, _) in runs["alone"][0].items()}
     rows = sum(calls["whole"].differentiated)
     longest = max(calls["whole"].differentiated)
     assert calls["whole"].forward == []
@@ -118,5 +149,17 @@ def test_slices_cost_one_more_forward_only_where_nothing_was_recomputed(runs: di
 def test_gathered_rows_count_for_automatic_slices(runs: dict[str, list[dict]]) -> None:
     """Under sequence parallelism the two ranks' rows go through an MLP together."""
     for rank in runs["tp2_sp"]:
-        _, calls = rank["full, automatic"]
+        _, calls, _ = rank["full, automatic"]
         assert max(calls.forward) <= ROWS // 2
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_recomputation_keeps_goes_to_the_host_and_comes_back(layout: str, runs: dict[str, list[dict]]) -> None:
+    packs = len(runs["alone"][0]["whole"][1].differentiated) // 2  # of two layers
+    layers = 1 if layout == "pp2" else 2
+    for rank in runs[layout]:
+        moved = {case: counts for case, (*_, counts) in rank.items() if any(counts)}
+        assert moved == {
+            "keep_attention, offloaded": [3 * layers * packs] * 2,  # input, attention output and its log-sum-exp
+            "full, offloaded": [layers * packs] * 2,
+        }
