@@ -303,7 +303,8 @@ class Bench:
         rows //= layout.context.size if mode in SHARDED else 1
         kept = costs.kept_bytes_per_token(self.shape, recompute=Recompute.keep_attention, **split) * self.shape.layers
         live = costs.live_bytes_per_token(self.shape, **split)
-        return "keep_attention" if states + rows * (kept + live) < memory_gb * 1e9 else "full"
+        mlp = costs.mlp_bytes_per_row(self.shape, element=2, tp=layout.tp_size) * min(rows, costs.MLP_ROWS)
+        return "keep_attention" if states + rows * (kept + live) + mlp < memory_gb * 1e9 else "full"
 
     def close(self) -> None:
         for stage in self.stages.values():

@@ -13,6 +13,8 @@ CHUNK_LOGITS = 1 << 26
 """Logits (rows * vocabulary of the rank) alive at once in the log-probability op."""
 MLP_ROWS = 1 << 14
 """Rows that model.mlp_chunks=0 lets through an MLP at a time."""
+OFFLOAD_DEVICE_LAYERS = 2
+"""Layers whose kept activations are on the device at a time under model.offload_activations."""
 
 
 def layer_matrix_params(shape: ModelShape) -> int:
@@ -106,14 +108,17 @@ def forward_flops(shape: ModelShape, *, tokens: int, pairs: int, rows: int) -> i
     return linear_flops(shape, tokens) + attention_flops(shape, pairs) + head_flops(shape, rows)
 
 
-def train_flops(shape: ModelShape, *, tokens: int, pairs: int, rows: int, recompute: Recompute) -> int:
+def train_flops(
+    shape: ModelShape, *, tokens: int, pairs: int, rows: int, recompute: Recompute, mlp_chunks: int = 0
+) -> int:
     """Forward and backward: linear 3 forwards, attention 3.5 (flash backward is 2.5), head 4.
 
-    Full recompute adds one forward of linear and attention, kept attention one of linear. The head's logits are never
-    kept, so its backward makes them again: 4 forwards.
+    Full recompute adds one forward of linear and attention, kept attention one of linear, and a sliced MLP its own even
+    without either. The head's logits are never kept, so its backward makes them again: 4 forwards.
     """
     linear, attention = linear_flops(shape, tokens), attention_flops(shape, pairs)
-    again = {Recompute.none: 0, Recompute.keep_attention: linear, Recompute.full: linear + attention}[recompute]
+    mlp = 2 * shape.layers * 3 * shape.hidden * shape.ffn * tokens if mlp_chunks > 1 else 0
+    again = {Recompute.none: mlp, Recompute.keep_attention: linear, Recompute.full: linear + attention}[recompute]
     return 3 * linear + attention * 7 // 2 + again + 4 * head_flops(shape, rows)
 
 
@@ -130,7 +135,7 @@ def kv_bytes_per_token(shape: ModelShape, *, element: int) -> int:
 
 
 def kept_bytes_per_token(
-    shape: ModelShape, *, element: int, tp: int, sequence_parallel: bool, recompute: Recompute
+    shape: ModelShape, *, element: int, tp: int, sequence_parallel: bool, recompute: Recompute, sliced_mlp: bool = False
 ) -> int:
     """Activations one layer keeps per token of the pack until its backward, on one rank.
 
@@ -138,7 +143,8 @@ def kept_bytes_per_token(
     Otherwise, in elements: width-sized (inputs of the two norms and of
     the two column-parallel linears, 4h, split over tp only with sequence parallel), and split over tp
     always: q, k, v before and after the rotation, attention output, gate, up and their product; plus a
-    float32 log-sum-exp per head; with more ranks than key-value heads also all q, k, v, gathered.
+    float32 log-sum-exp per head; with more ranks than key-value heads also all q, k, v, gathered. An MLP in slices
+    keeps nothing but its norm's input.
     """
     width_split = tp if sequence_parallel else 1
     kept_input = shape.hidden * element // width_split
@@ -147,9 +153,10 @@ def kept_bytes_per_token(
     if recompute is Recompute.keep_attention:
         return kept_input + shape.heads * (shape.head_dim * element + 4) // tp
     query, key = shape.heads * shape.head_dim, max(shape.kv_heads, tp) * shape.head_dim
-    split = 3 * query + 4 * key + 3 * shape.ffn
+    split = 3 * query + 4 * key + (0 if sliced_mlp else 3 * shape.ffn)
+    width = (3 if sliced_mlp else 4) * shape.hidden
     gathered = query + 2 * shape.kv_heads * shape.head_dim if tp > shape.kv_heads else 0
-    return (4 * shape.hidden // width_split + gathered) * element + (split * element + 4 * shape.heads) // tp
+    return (width // width_split + gathered) * element + (split * element + 4 * shape.heads) // tp
 
 
 def mlp_slices(rows: int, *, chunks: int, recompute: bool) -> int:
@@ -163,17 +170,21 @@ def mlp_slices(rows: int, *, chunks: int, recompute: bool) -> int:
 def live_bytes_per_token(shape: ModelShape, *, element: int, tp: int, sequence_parallel: bool) -> int:
     """Activations and gradients alive inside one layer's backward, per token of the pack, on one rank.
 
-    In elements: 11 width-sized (6h: residual stream, norms and their gradients; 5h: q, attention
-    output, their gradients, rotation), 6 of each of k and v's width, 6 of the ffn width (gate, up,
-    product, and their gradients). All but the 6h are split over tp; those only with sequence parallel,
-    which instead gathers a whole input and its gradient (2h) around each column-parallel linear. With more ranks than
-    key-value heads all q, k, v and their gradient are gathered too.
+    Without the MLP's inner ones (mlp_bytes_per_row). In elements: 11 width-sized (6h: residual stream, norms and their
+    gradients; 5h: q, attention output, their gradients, rotation) and 6 of each of k and v's width. All but the 6h are
+    split over tp; those only with sequence parallel, which instead gathers a whole input and its gradient (2h) around
+    each column-parallel linear. With more ranks than key-value heads all q, k, v and their gradient are gathered too.
     """
     query, key = shape.heads * shape.head_dim, max(shape.kv_heads, tp) * shape.head_dim
     width = 6 * shape.hidden // (tp if sequence_parallel else 1) + (2 * shape.hidden if sequence_parallel else 0)
     if tp > shape.kv_heads:
         width += 2 * (query + 2 * shape.kv_heads * shape.head_dim)
-    return element * (width + (5 * query + 6 * key + 6 * shape.ffn) // tp)
+    return element * (width + (5 * query + 6 * key) // tp)
+
+
+def mlp_bytes_per_row(shape: ModelShape, *, element: int, tp: int) -> int:
+    """What an MLP in its backward holds of a row on one rank: gate, up, product, and their gradients."""
+    return element * 6 * shape.ffn // tp
 
 
 def logits_bytes(shape: ModelShape, *, tp: int, rows: int, train: bool) -> int:

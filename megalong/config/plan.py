@@ -10,7 +10,7 @@ from megalong.config.errors import ConfigError
 from megalong.config.load import config_yaml
 from megalong.config.model_shape import ModelShape
 from megalong.config.shapes import SHIPPED_SHAPES, read_model_shape
-from megalong.config.tree import Dtype, RolloutEngine, RunConfig
+from megalong.config.tree import Dtype, Recompute, RolloutEngine, RunConfig
 from megalong.config.validate import Task, frames_per_video, prompt_tokens
 
 GIB = 1 << 30
@@ -75,6 +75,7 @@ class Plan:
     memory: dict[str, int]
     stages: tuple[int, ...]  # bytes in total on a process of each pipeline stage
     host_store: int  # bytes of host memory the embedding store may fill, per process
+    host_activations: int  # bytes of pinned host memory for offloaded activations, per process
     flops: dict[str, int]
     flops_repeated: int  # the same step with every response carrying its own prompt
 
@@ -128,6 +129,7 @@ def plan(config: RunConfig, task: Task, shape: ModelShape, *, note: str = "") ->
         memory=max(stages, key=lambda memory: sum(memory.values())),
         stages=tuple(sum(memory.values()) for memory in stages),
         host_store=store,
+        host_activations=0 if task == "eval" else _host_activations(config, shape, layout=layout, lengths=lengths),
         flops=_flops(config, task, shape, lengths=lengths, batch_size=batch_size, shared=True),
         flops_repeated=sum(_flops(config, task, shape, lengths=lengths, batch_size=batch_size, shared=False).values()),
     )
@@ -190,10 +192,10 @@ def _memory(
     gradients 4 B; float32 master and both moments 12 B (8 B when the weights are float32 themselves)
     of the parameters this rank owns, dealt whole over dp * cp ranks; the tower and projector whole
     on every rank; kept activations for every layer of the stage and S, as many times as packs are under way in the
-    stage, pp on the first and one on the last; one live layer for S. Embeddings lie on the first stage, and with
-    pp > 1 those of all packs of a step.
+    stage, pp on the first and one on the last, or those of two layers when they are offloaded; one live layer for S.
+    Embeddings lie on the first stage, and with pp > 1 those of all packs of a step.
     """
-    element = 4 if config.model.dtype is Dtype.float32 else 2
+    element = _element(config)
     memory = _weight_memory(config, task, shape, layout=layout, stage=stage, element=element)
     if shape.vision:
         embeds = lengths.groups_per_pack * lengths.frames * shape.vision.embeds_per_frame
@@ -248,14 +250,17 @@ def _activation_memory(
     config: RunConfig, shape: ModelShape, *, layout: Layout, lengths: Lengths, stage: int, element: int
 ) -> dict[str, int]:
     tokens = -(-lengths.pack // layout.cp)
-    recompute = config.model.recompute
-    split = {"tp": layout.tp, "sequence_parallel": layout.sequence_parallel}
-    kept = costs.kept_bytes_per_token(shape, element=element, recompute=recompute, **split)
-    under_way = min(layout.pp - stage, lengths.packs)
-    layers = shape.layers // layout.pp * under_way
+    model = config.model
+    of_layer, layers = _kept_activations(config, shape, layout=layout, lengths=lengths, stage=stage, element=element)
+    if model.offload_activations:
+        layers = min(layers, costs.OFFLOAD_DEVICE_LAYERS)
+    live = costs.live_bytes_per_token(shape, element=element, tp=layout.tp, sequence_parallel=layout.sequence_parallel)
+    slices = costs.mlp_slices(tokens, chunks=model.mlp_chunks, recompute=model.recompute is not Recompute.none)
     memory = {
-        f"kept activations (recompute {config.model.recompute.name})": kept * tokens * layers,
-        "one layer in backward": costs.live_bytes_per_token(shape, element=element, **split) * tokens,
+        f"kept activations (recompute {model.recompute.name})": of_layer * layers,
+        "one layer in backward, without its MLP": live * tokens,
+        f"its MLP in {slices} slice(s)": costs.mlp_bytes_per_row(shape, element=element, tp=layout.tp)
+        * -(-tokens // slices),
     }
     if stage == layout.pp - 1:
         rows = lengths.groups_per_pack * lengths.group * lengths.response
@@ -263,6 +268,32 @@ def _activation_memory(
             shape, tp=layout.tp, rows=rows, train=config.model.train_llm
         )
     return memory
+
+
+def _kept_activations(
+    config: RunConfig, shape: ModelShape, *, layout: Layout, lengths: Lengths, stage: int, element: int
+) -> tuple[int, int]:
+    """Bytes that a layer keeps of a pack on a process of the stage, and how many layers and packs of it do."""
+    kept = costs.kept_bytes_per_token(
+        shape, element=element, tp=layout.tp, sequence_parallel=layout.sequence_parallel,
+        recompute=config.model.recompute, sliced_mlp=config.model.mlp_chunks > 1,
+    )  # fmt: skip
+    under_way = min(layout.pp - stage, lengths.packs)
+    return kept * -(-lengths.pack // layout.cp), shape.layers // layout.pp * under_way
+
+
+def _host_activations(config: RunConfig, shape: ModelShape, *, layout: Layout, lengths: Lengths) -> int:
+    """Bytes of kept activations in the host memory of a process of the first stage, which keeps most."""
+    if not config.model.offload_activations:
+        return 0
+    of_layer, layers = _kept_activations(
+        config, shape, layout=layout, lengths=lengths, stage=0, element=_element(config)
+    )
+    return of_layer * layers
+
+
+def _element(config: RunConfig) -> int:
+    return 4 if config.model.dtype is Dtype.float32 else 2
 
 
 def _samples_embedded(config: RunConfig, task: Task) -> bool:
@@ -295,7 +326,7 @@ def _flops(
     if task != "eval":
         recompute = config.model.recompute
         parts["forward and backward"] = costs.train_flops(
-            shape, tokens=tokens, pairs=pairs, rows=rows, recompute=recompute
+            shape, tokens=tokens, pairs=pairs, rows=rows, recompute=recompute, mlp_chunks=config.model.mlp_chunks
         )
     return {name: batch_size * value for name, value in parts.items()}
 
@@ -343,6 +374,10 @@ def _memory_text(plan: Plan) -> str:
         rows.append((f"on {card}", f"{verdict} {budget} GiB"))
     if plan.lengths.frames:
         rows.append(("embedding store, host memory per process, at most", f"{plan.host_store / GIB:,.2f} GiB"))
+    if plan.host_activations:
+        rows.append(
+            ("offloaded activations, pinned host memory per process", f"{plan.host_activations / GIB:,.2f} GiB")
+        )
     return _table(f"memory per {where} (activations: upper estimate)", rows)
 
 

@@ -15,8 +15,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-DEVICE_LAYERS = 2
-"""Layers whose tensors may be on the device at a time."""
+from megalong.config.costs import OFFLOAD_DEVICE_LAYERS
+
+DEVICE_LAYERS = OFFLOAD_DEVICE_LAYERS
+"""Layers whose tensors may be on the device at a time, beside those of the layer that runs."""
 BLOCK_BYTES = 1 << 26
 """Host memory is taken in blocks of this size: torch's allocator of pinned memory rounds up to a power of two and
 reuses what is exactly as large, whatever the lengths of the packs."""

@@ -179,6 +179,11 @@ MODEL_ERRORS: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
     "init_from a model": (leave_alone, ["model.init_from={model}"], "neither a megatron checkpoint nor a folder with"),
     "init_from an empty step": (leave_alone, ["model.init_from={torn}"], "torn/step_00000003: not a megatron"),
     "resume a torn checkpoint": (leave_alone, ["logger.run_dir={torn_run}"], "step_00000003: not a megatron"),
+    "offload without a GPU": (
+        leave_alone,
+        ["model.offload_activations=true", "model.recompute=full"],
+        "model.offload_activations=true needs a GPU",
+    ),
     "te without a GPU": (leave_alone, ["model.layer_spec=te"], "model.layer_spec=te needs a GPU"),
     "unknown family": (leave_alone, ["model.family=llama"], "model.family='llama' is not known; one of ['longvila', "),
     "vllm": (leave_alone, ["rollout.engine=vllm"], "rollout.engine=vllm"),

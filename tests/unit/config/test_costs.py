@@ -139,16 +139,22 @@ def test_kept_bytes(shape: ModelShape) -> None:
     assert kept(tp=1, sp=False, recompute=Recompute.none) == 28_672 + split == 168_048
     assert kept(tp=4, sp=False, recompute=Recompute.none) == 28_672 + split // 4
     assert kept(tp=4, sp=True, recompute=Recompute.none) == 168_048 // 4
+    sliced = costs.kept_bytes_per_token(
+        shape, element=2, tp=1, sequence_parallel=False, recompute=Recompute.none, sliced_mlp=True
+    )
+    assert sliced == 168_048 - 2 * (3584 + 3 * 18_944)
 
 
-def test_live_bytes_are_22h_plus_6144_plus_12_ffn(shape: ModelShape) -> None:
+def test_live_bytes_are_22h_plus_6144_and_12_ffn_in_the_mlp(shape: ModelShape) -> None:
     alone = costs.live_bytes_per_token(shape, element=2, tp=1, sequence_parallel=False)
-    assert alone == 22 * 3584 + 6144 + 12 * 18944 == 312_320
+    assert alone == 22 * 3584 + 6144 == 84_992
     gathered = 2 * 2 * 3584
-    assert costs.live_bytes_per_token(shape, element=2, tp=4, sequence_parallel=True) == 312_320 // 4 + gathered
+    assert costs.live_bytes_per_token(shape, element=2, tp=4, sequence_parallel=True) == 84_992 // 4 + gathered
     whole_width = 2 * 6 * 3584
     without = costs.live_bytes_per_token(shape, element=2, tp=4, sequence_parallel=False)
-    assert without == whole_width + (312_320 - whole_width) // 4
+    assert without == whole_width + (84_992 - whole_width) // 4
+    assert costs.mlp_bytes_per_row(shape, element=2, tp=1) == 12 * 18_944
+    assert costs.mlp_bytes_per_row(shape, element=2, tp=4) == 3 * 18_944
 
 
 def test_more_ranks_than_key_value_heads_gather_q_k_v(shape: ModelShape) -> None:

@@ -55,10 +55,47 @@ def test_an_hour_of_video_on_8_gpus(recipe: Path, shape: ModelShape) -> None:
     assert sum(memory[name] for name in states) == pytest.approx(26.65e9, rel=2e-3)
     local = 933_648 // 2
     assert memory["kept activations (recompute keep_attention)"] == (2 * 2 * 3584 + 4 * 28) // 4 * local * 28
-    assert memory["one layer in backward"] == (312_320 // 4 + 4 * 3584) * local
+    assert memory["one layer in backward, without its MLP"] == (84_992 // 4 + 4 * 3584) * local
+    # 29 slices: ceil(466,824 / 16,384). A row takes 12 x 18944 / 4 bytes.
+    assert memory["its MLP in 29 slice(s)"] == 3 * 18_944 * 16_098
     assert memory["vision embeddings of a pack"] == 3600 * 256 * 3584 * 2 // 2
     assert memory["runtime: context, NCCL, sleeping sampler"] == RUNTIME_BYTES
     assert 100e9 < result.memory_total < 140 * GIB
+
+
+def test_settings_that_save_memory(recipe: Path, shape: ModelShape) -> None:
+    local, kept = 933_648 // 2, (2 * 2 * 3584 + 4 * 28) // 4
+    plain = planned(recipe, shape, overrides=("model.mlp_chunks=1",))
+    assert plain.memory["its MLP in 1 slice(s)"] == 3 * 18_944 * local
+    assert plain.host_activations == 0
+    away = planned(recipe, shape, overrides=("model.mlp_chunks=100", "model.offload_activations=true"))
+    assert away.memory["its MLP in 100 slice(s)"] == 3 * 18_944 * 4669
+    assert away.memory["kept activations (recompute keep_attention)"] == 2 * kept * local
+    assert away.host_activations == 28 * kept * local
+    assert plain.memory_total - away.memory_total == 26 * kept * local + 3 * 18_944 * (local - 4669)
+    assert away.flops == plain.flops
+    assert "offloaded activations, pinned host memory per process" in render(away)
+    assert "offloaded" not in render(plain)
+    evaluated = ("model.offload_activations=true", "eval.manifest=e.jsonl")
+    assert planned(recipe, shape, task="eval", overrides=evaluated).host_activations == 0
+    # Four packs of seven layers are under way in the first of four stages.
+    staged = (
+        "parallel.tp=2",
+        "parallel.cp=1",
+        "parallel.pp=4",
+        "model.recompute=full",
+        "model.offload_activations=true",
+    )
+    assert planned(recipe, shape, overrides=staged).host_activations == 4 * 7 * 3584 * 933_648
+    # Nothing else is computed again, so slices cost an MLP forward.
+    sliced, none = (
+        planned(recipe, shape, overrides=("model.recompute=none", f"model.mlp_chunks={chunks}")) for chunks in (4, 0)
+    )
+    more = sliced.flops["forward and backward"] - none.flops["forward and backward"]
+    assert more == 4 * 2 * 28 * 3 * 3584 * 18_944 * 933_648
+    assert "its MLP in 1 slice(s)" in none.memory
+    fewer = none.memory["kept activations (recompute none)"] - sliced.memory["kept activations (recompute none)"]
+    assert fewer == 28 * local * 2 * (3584 + 3 * 18_944) // 4
 
 
 def test_each_pipeline_stage_has_its_own_memory(recipe: Path, shape: ModelShape) -> None:

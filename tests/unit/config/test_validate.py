@@ -78,6 +78,12 @@ CASES: list[tuple[Task, list[str], list[str]]] = [
     ("sft", ["data.max_prompt_tokens=1048576"], ["lower data.max_prompt_tokens to 1046528"]),
     ("sft", ["model.train_tower=true"], ["model.train_tower=true makes stale; set video.cache_embeddings=false"]),
     ("sft", ["model.train_llm=false"], ["nothing would be trained"]),
+    ("sft", ["model.mlp_chunks=-1"], ["model.mlp_chunks=-1 must be at least 0"]),
+    (
+        "sft",
+        ["model.offload_activations=true", "model.recompute=none"],
+        ["model.recompute=none computes nothing again; set model.recompute=keep_attention or full"],
+    ),
     (
         "grpo",
         ["model.train_projector=true", "video.cache_embeddings=false", "grpo.updates_per_batch=2"],
