@@ -7,8 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from harness import DemoWorld
+from PIL import Image
 from tokenizers import AddedToken
 from transformers import (
     PreTrainedModel,
@@ -137,7 +139,7 @@ data: {{max_prompt_tokens: 900, max_response_tokens: 150, pack_tokens: 1300, dec
 rollout: {{engine: embedded, group_size: 4, batch_prompts: 2}}
 reward: {{weights: {{accuracy: 0.9, format: 0.1}}}}
 optimizer: {{lr: 3.0e-3, eps: 1.0e-4, clip_grad: 1.0}}
-sft: {{steps: 2, batch_size: 4}}
+sft: {{steps: 2, batch_size: 5}}
 grpo: {{steps: 2, batch_size: 4}}
 checkpoint: {{save_every: 0}}
 logger: {{tensorboard: false, samples_per_step: 1000}}
@@ -145,9 +147,14 @@ logger: {{tensorboard: false, samples_per_step: 1000}}
 
 
 def make_world(folder: Path, *, family: str) -> DemoWorld:
-    """Four questions per manifest about short videos, and a tiny checkpoint of the family."""
+    """Four questions per manifest about short videos, one more about two pictures, and a tiny checkpoint."""
     data = make_demo_data(folder / "data", num_train_sft=4, num_train_rl=4, num_heldout=1, questions_per_video=1)
     samples = read_manifest(data.train_sft, video_dir=None)
+    generator = np.random.default_rng(4)
+    for name, height in (("a.png", 40), ("b.png", 24)):
+        Image.fromarray(generator.integers(0, 256, (height, 32, 3), dtype=np.uint8)).save(data.train_sft.parent / name)
+    question = {"problem": "What is shown?", "answer": "noise", "reasoning": "look", "images": ["a.png", "b.png"]}
+    data.train_sft.write_text(f"{json.dumps(question)}\n{data.train_sft.read_text()}")
     texts = [THINKING_TEMPLATE, *(f"{sample.question} {sample.reasoning}" for sample in samples)]
     model = WRITERS[family](folder / "model", texts=texts)
     recipe = folder / "recipe.yaml"
