@@ -2,7 +2,7 @@
 
 One step of one group (frames x 257 tokens and 256 of text, G=8 responses of 512): vision encoding, forward, backward,
 optimizer. Seconds by phase and the peak of every GPU for each length of --frames, in ascending order; those behind the
-first that is out of memory are not run. A step of more than 20 s runs once, after a short one.
+first that is out of memory are not run. A step of more than 25 s runs once, after a short one.
 
     python benchmarks/longest.py [--frames 3600] [--gpus 4] [--tp 4] [--recompute keep_attention]
         [--overrides model.mlp_chunks=16 ..] [--max-seconds 500] [--tiny]

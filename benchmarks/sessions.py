@@ -25,12 +25,12 @@ OUT_OF_MEMORY = 17
 
 
 def passes(expected: float) -> int:
-    """Steps of a point of `expected` seconds: three and a warm-up, one and a warm-up, or one."""
-    return 4 if expected < 8 else 2 if expected < 20 else 1
+    """Steps of a point of `expected` seconds, the first of which warms up; 1: a short step does."""
+    return 4 if expected < 4 else 3 if expected < 10 else 2 if expected < 25 else 1
 
 
 def measure(bench: Bench, point: dict[str, Any], *, expected: float) -> dict[str, Any]:
-    """The median step of a point; expected: seconds a step may take.
+    """The median step of a point (the faster of two); expected: seconds a step may take.
 
     A long step is warmed up by a short one of the same mode: what it then makes for the first time, plans of attention
     kernels, is small beside it.
@@ -41,7 +41,7 @@ def measure(bench: Bench, point: dict[str, Any], *, expected: float) -> dict[str
     bench.step(bench.packs(case if count > 1 else short, mode=point["mode"]), **how)
     packs = bench.packs(case, mode=point["mode"])
     steps = [bench.step(packs, **how) for _ in range(max(1, count - 1))]
-    chosen = sorted(steps, key=lambda step: step["seconds"])[len(steps) // 2]
+    chosen = sorted(steps, key=lambda step: step["seconds"])[(len(steps) - 1) // 2]
     return {**chosen, "all_seconds": [step["seconds"] for step in steps]}
 
 
