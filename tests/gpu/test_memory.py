@@ -1,0 +1,190 @@
+"""Peak memory of a training step under the settings that save it, at 7B width; gradients stay what they are.
+
+`pytest -s` shows the table.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from megalong.records import Segment, TokenBatch
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+
+CONFIG = {
+    "model_type": "qwen2", "hidden_size": 3584, "num_hidden_layers": 4, "num_attention_heads": 28,
+    "num_key_value_heads": 4, "intermediate_size": 18_944, "vocab_size": 1024, "tie_word_embeddings": False,
+    "rope_theta": 1e6, "rms_norm_eps": 1e-6, "max_position_embeddings": 131_072,
+}  # fmt: skip
+TOKENS, RESPONSE, GROUP = 65_536, 512, 4
+SETTINGS = {
+    "none": ("none", 1, False),
+    "full": ("full", 1, False),
+    "keep_attention": ("keep_attention", 1, False),
+    "keep_attention, slices": ("keep_attention", 0, False),
+    "keep_attention, slices, offload": ("keep_attention", 0, True),
+    "full, slices, offload": ("full", 0, True),
+}
+"""Name -> model.recompute, mlp_chunks and offload_activations."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One training step: its loss, bytes at the peak beyond what lies there between steps, seconds, gradients' gaps."""
+
+    loss: float
+    peak: int
+    seconds: float
+    gaps: dict[str, float]  # by parameter, |difference to `none`| / |none|
+
+
+def make_pack() -> TokenBatch:
+    """A prompt and GROUP responses of random tokens."""
+    prompt = TOKENS - GROUP * RESPONSE
+    starts = [prompt + index * RESPONSE for index in range(GROUP)]
+    ids_T = torch.randint(0, CONFIG["vocab_size"], (TOKENS,), generator=torch.Generator().manual_seed(1))
+    positions = [torch.arange(prompt), *[prompt + torch.arange(RESPONSE)] * GROUP]
+    rows = [torch.cat((torch.tensor([prompt - 1]), start + torch.arange(RESPONSE - 1))) for start in starts]
+    return TokenBatch(
+        ids_T=ids_T,
+        positions_T=torch.cat(positions),
+        segments=(
+            Segment(start=0, length=prompt, parent=-1),
+            *(Segment(start=start, length=RESPONSE, parent=0) for start in starts),
+        ),
+        selections=(),
+        rows_R=torch.cat(rows),
+        targets_R=ids_T[prompt:],
+        response_R=torch.arange(GROUP).repeat_interleave(RESPONSE),
+    )
+
+
+def make_trainer(folder: Path, layout, setting: str):
+    from megalong.config.tree import Dtype, LayerSpec, ModelConfig, OptimizerConfig, Recompute
+    from megalong.engine.build import build_model
+    from megalong.engine.trainer import Trainer
+
+    recompute, mlp_chunks, offload = SETTINGS[setting]
+    config = ModelConfig(
+        family="qwen2", path=str(folder), dtype=Dtype.bfloat16, layer_spec=LayerSpec.te,
+        recompute=Recompute[recompute], mlp_chunks=mlp_chunks, offload_activations=offload,
+    )  # fmt: skip
+    model = build_model(config, layout, sequence_parallel=False, load=False)
+    generator = torch.Generator(layout.device).manual_seed(2)
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            param.normal_(0, 0.02, generator=generator)
+            if "norm" in name:
+                param.add_(1)
+    keep = config.recompute is Recompute.keep_attention
+    settings = OptimizerConfig(lr=0.0, weight_decay=0.0, clip_grad=0.0)  # every step starts from the same weights
+    return Trainer(model, layout, settings, total_steps=10, embeddings=lambda *_: None, keep_attention=keep)
+
+
+def nll(_: int, logprobs_R: Tensor, __: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    return -logprobs_R.mean(), {}
+
+
+@pytest.fixture(scope="module")
+def steps(layout, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Step]:
+    """The second step under every setting."""
+    folder = tmp_path_factory.mktemp("model")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    pack, reference, done = make_pack(), {}, {}
+    for setting in SETTINGS:
+        trainer = make_trainer(folder, layout, setting)
+        trainer.train_step([pack], nll, temperature=1.0)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        between, began = torch.cuda.memory_allocated(), time.perf_counter()
+        stats = trainer.train_step([pack], nll, temperature=1.0)
+        torch.cuda.synchronize()
+        seconds, peak = time.perf_counter() - began, torch.cuda.max_memory_allocated() - between
+        grads = {name: param.main_grad for name, param in trainer.trainable}
+        if not reference:
+            reference = {name: grad.clone() for name, grad in grads.items()}
+        gaps = {name: float((grads[name] - want).norm() / want.norm()) for name, want in reference.items()}
+        done[setting] = Step(loss=stats.loss, peak=peak, seconds=seconds, gaps=gaps)
+        del trainer, grads
+        gc.collect()
+        torch.cuda.empty_cache()
+    return done
+
+
+def test_memory_falls_with_every_setting(steps: dict[str, Step], capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [f"{CONFIG['num_hidden_layers']} layers of 7B width, {TOKENS:,} tokens; peak beyond weights and states"]
+    for setting, step in steps.items():
+        gap = max(step.gaps.values())
+        lines.append(f"{setting:<34} {step.peak / 2**30:6.2f} GiB {step.seconds:6.2f} s  gradients within {gap:.1e}")
+    with capsys.disabled():
+        sys.stdout.write("\n".join(["", *lines, ""]))
+    peak = {setting: step.peak for setting, step in steps.items()}
+    rows = TOKENS * 3584 * 2  # bytes of the rows, which is also what a layer's attention output takes
+    assert peak["keep_attention"] < peak["none"] - 2 * rows * 10
+    # Three of the four layers' outputs wait when the last layer's backward has its peak.
+    assert 2 * rows < peak["keep_attention"] - peak["full"] < 5 * rows
+    # 12 x 18,944 bytes of inner activations a row, for 16,384 of the 65,536 rows.
+    assert peak["keep_attention, slices"] < peak["keep_attention"] - 8 * 18_944 * (TOKENS - 16_384)
+    # Inputs and outputs of two of the four layers.
+    assert peak["keep_attention, slices, offload"] < peak["keep_attention, slices"] - 3 * rows
+    assert peak["full, slices, offload"] < peak["keep_attention, slices, offload"]
+
+
+@pytest.mark.parametrize("setting", [setting for setting in SETTINGS if setting != "none"])
+def test_gradients_agree_within_bfloat16(setting: str, steps: dict[str, Step]) -> None:
+    assert steps[setting].loss == pytest.approx(steps["none"].loss, rel=1e-3)
+    assert len(steps[setting].gaps) > 4 * 6
+    assert {name: gap for name, gap in steps[setting].gaps.items() if not gap < 2e-2} == {}
+
+
+def waves(rows: Tensor, layers: int) -> Tensor:
+    """Each layer saves its input, and is busy for some milliseconds."""
+    busy = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    for _ in range(layers):
+        for _ in range(20):
+            busy = busy @ busy
+        rows = (rows * 1.01).sin() + 0 * busy.nan_to_num()[0, 0]
+    return rows
+
+
+def peak_of(rows: Tensor, layers: int, context: AbstractContextManager[None]) -> tuple[Tensor, int]:
+    """Gradient of `waves` made inside the context, and bytes at the peak."""
+    leaf = rows.clone().requires_grad_()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with context:
+        out = waves(leaf, layers)
+    out.backward(rows)
+    torch.cuda.synchronize()
+    return leaf.grad, torch.cuda.max_memory_allocated() - before
+
+
+def test_offloaded_tensors_come_back_as_they_were() -> None:
+    from megalong.parallel.offload import CudaCopies, Offload
+
+    layers = 16
+    # Not a multiple of the blocks that the host memory is made of.
+    rows = torch.randn(70_001, 1, 512, device="cuda", dtype=torch.bfloat16)
+    want, whole = peak_of(rows, layers, nullcontext())
+    offload = Offload(CudaCopies(rows.device))
+    for _ in range(3):
+        inputs = offload.forward(lambda tensor: tensor.shape == rows.shape, layers=layers)
+        got, peak = peak_of(rows, layers, inputs)
+        assert torch.equal(got, want)
+    of_layer = rows.numel() * 2
+    assert whole > layers * of_layer
+    assert peak < (layers - 6) * of_layer
