@@ -109,6 +109,7 @@ class _Item:
             self.tensor, self.back = self.copies.to_device(self.blocks, self.like, self.out)
 
     def take(self) -> Tensor:
+        # Of a tensor that never left, the way out may still be under way: nobody reads what arrives.
         if self.back is not None:
             self.copies.wait(self.back)
         tensor, self.tensor, self.blocks = self.tensor, None, ()

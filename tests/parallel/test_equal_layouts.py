@@ -17,8 +17,8 @@ LAYOUTS = {
     "pp2": (2, ("parallel.pp=2",)),
     "tp2_pp2": (4, ("parallel.tp=2", "parallel.pp=2")),
     "pp2_dp2": (4, ("parallel.pp=2",)),
-    # Rows for heads, and attention outputs kept over the recomputation of the layers.
-    "cp2": (2, ("parallel.cp=2", "model.recompute=keep_attention")),
+    # Rows for heads, attention outputs kept over the recomputation of the layers, and MLPs in slices.
+    "cp2": (2, ("parallel.cp=2", "model.recompute=keep_attention", "model.mlp_chunks=3")),
     "cp2_ring": (2, ("parallel.cp=2", "parallel.cp_a2a=1")),
     "cp4": (4, ("parallel.cp=4",)),  # two rings of two
     "tp2_cp2_sp": (4, ("parallel.tp=2", "parallel.cp=2", "parallel.sequence_parallel=true")),

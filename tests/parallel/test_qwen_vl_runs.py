@@ -20,7 +20,8 @@ from megalong.sft import train_sft
 TASKS = {"sft": train_sft, "grpo": train_grpo}
 LAYOUTS = {
     "tp2_sp": ("parallel.tp=2", "parallel.sequence_parallel=true"),
-    "cp2": ("parallel.cp=2",),
+    # Deepstack behind layers that are computed again, with their MLPs in slices.
+    "cp2": ("parallel.cp=2", "model.recompute=keep_attention", "model.mlp_chunks=3"),
     "pp2": ("parallel.pp=2",),
 }
 
