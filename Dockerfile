@@ -5,7 +5,7 @@
 #     -v /path/to/checkpoints:/checkpoints -v /path/to/data:/data -v "$PWD/runs":/workspace/megalong/runs megalong \
 #     launch/grpo_7b_8xa100.sh /checkpoints/LongVILA-R1-7B /data/train.jsonl
 #
-# --ipc=host: NCCL and the decoder's workers talk through shared memory. memlock: pinned host buffers.
+# --ipc=host: NCCL talks through shared memory. memlock: pinned host buffers.
 # 26.03 is the last of these images with PyTorch 2.11, which vLLM 0.25 is written against.
 ARG BASE=nvcr.io/nvidia/pytorch:26.03-py3
 FROM ${BASE}

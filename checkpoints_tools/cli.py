@@ -65,7 +65,9 @@ def main(argv: list[str] | None = None) -> int:
     before = signal.signal(signal.SIGTERM, _stop)
     warnings.filterwarnings("ignore", module="megatron")
     from checkpoints_tools.errors import ConvertError
+    from checkpoints_tools.memory import keep_freed_memory
 
+    keep_freed_memory()
     try:
         code, result = _run(args)
     except ConvertError as error:

@@ -77,8 +77,7 @@ def hf_to_megatron(
             parts = [folder.read(folder.tensors[canonical(name)]) for name in place.entry.hf]
             tensor = place.entry.cut(parts, rank=0, size=1).to(dtypes[place.key]).contiguous()
             bar.update(tensor.nbytes)
-            # A memory-mapped tensor is read from disk when it is first used: do that here, ahead of its writing.
-            return tensor.clone() if tensor.data_ptr() == parts[0].data_ptr() else tensor
+            return tensor
 
         write_checkpoint(partial, blueprint.places, dtypes, make=make, common=common)
     return replace(done, seconds=round(time.monotonic() - began, 2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ class HfTensor:
     file: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
+    start: int = 0  # of its bytes in a safetensors file
 
     @property
     def num_bytes(self) -> int:
@@ -71,11 +73,22 @@ class HfFolder:
                 self.tensors[key] = tensor
 
     def read(self, tensor: HfTensor) -> Tensor:
-        """The tensor, memory-mapped: its pages are read when used and given back with it."""
+        """The tensor, in memory of its own (of a .bin file: mapped)."""
         if tensor.file.suffix == ".bin":
             return unpickled(tensor.file)[tensor.name].contiguous()
-        with open_safetensors(tensor.file) as shard:
-            return shard.get_tensor(tensor.name)
+        whole = torch.empty(tensor.shape, dtype=tensor.dtype)
+        # Read, not mapped: a page fault for every few kB of a cold file costs more than the copy.
+        rest = memoryview(whole.view(-1).view(torch.uint8).numpy())
+        with tensor.file.open("rb", buffering=0) as file:
+            file.seek(tensor.start)
+            while rest:
+                count = file.readinto(rest)
+                if not count:
+                    raise ConvertError(
+                        f"{tensor.file}: ends inside tensor {tensor.name!r}; it changed while it was read"
+                    )
+                rest = rest[count:]
+        return whole
 
     def is_weight_file(self, file: Path) -> bool:
         """Whether an export writes this file anew instead of copying it."""
@@ -184,6 +197,7 @@ def _file_tensors(file: Path, folder: str) -> list[HfTensor]:
             tensors.append(HfTensor(folder=folder, name=name, file=file, dtype=tensor.dtype, shape=shape))
         return tensors
     with open_safetensors(file) as shard:
+        starts = _starts(file)
         for name in shard.offset_keys():
             header = shard.get_slice(name)
             dtype = header.get_dtype()
@@ -196,6 +210,15 @@ def _file_tensors(file: Path, folder: str) -> list[HfTensor]:
                     file=file,
                     dtype=DTYPE_NAMES[dtype],
                     shape=tuple(header.get_shape()),
+                    start=starts[name],
                 )
             )
     return tensors
+
+
+def _starts(file: Path) -> dict[str, int]:
+    """Tensor name -> where its bytes begin; for a file that the safetensors library has found sound."""
+    with file.open("rb") as stream:
+        length = struct.unpack("<Q", stream.read(8))[0]
+        header = json.loads(stream.read(length))
+    return {name: 8 + length + value["data_offsets"][0] for name, value in header.items() if name != "__metadata__"}
