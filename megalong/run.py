@@ -253,6 +253,7 @@ def open_run(config: RunConfig, *, task: Task) -> Run:
         ),
         timer=PhaseTimer(torch.cuda.synchronize if layout.device.type == "cuda" else None),
         resumed=resumed,
+        step_before=trainer.step,
     )
     if layout.is_main:
         save_config(config, Path(config.logger.run_dir) / "config.yaml")

@@ -60,7 +60,8 @@ def pack_targets(run: Run, prompts: Sequence[Prompt]) -> tuple[list[TokenBatch],
         else:
             groups.append(GroupTokens(prompt=prompt, responses=(target,)))
     packs = plan_packs([group.length for group in groups], pack_tokens=config.pack_tokens)
-    return [pack_groups([groups[index] for index in pack]) for pack in packs], dropped
+    share = run.config.mr_sp.mode.name == "shared_prefix"
+    return [pack_groups([groups[index] for index in pack], share_videos=share) for pack in packs], dropped
 
 
 def token_mean_loss(run: Run, packs: Sequence[TokenBatch]) -> LossOf:

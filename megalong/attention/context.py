@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megalong_kernels.sequence_shard import PADDING
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -23,8 +24,6 @@ from megalong.attention.tree import AttentionPlan, encode_segments, plan_calls
 from megalong.parallel.layout import ContextGroups
 from megalong.parallel.split import shard_range
 from megalong.records import Segment
-
-PADDING = -1
 
 
 def shard_pack(segments: Sequence[Segment], context: ContextGroups, *, multiple: int) -> list[Tensor]:
@@ -122,11 +121,12 @@ class RingPlan:
     places: tuple[Tensor, ...]
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 def ring_plan(encoded: tuple[int, ...], rank: int, size: int, device: torch.device) -> RingPlan:
     """Plan of ring rank `rank`, tensors on `device`."""
     plans = [plan_calls(encoded, ring_rank=index, ring_size=size) for index in range(size)]
-    return RingPlan(plans[rank], tuple(_rows_of(plan).to(device) for plan in plans))
+    # A ring of one gathers nothing.
+    return RingPlan(plans[rank], tuple(_rows_of(plan).to(device) for plan in plans) if size > 1 else ())
 
 
 def _rows_of(plan: AttentionPlan) -> Tensor:

@@ -75,9 +75,8 @@ class _Batch:
         self.even = min(lengths) == self.longest
         self.first, self.last = ranges[0][0], ranges[-1][1]
         side_by_side = all(a[1] == b[0] for a, b in zip(ranges, ranges[1:], strict=False))
-        self.rows, self.places = _indexes(ranges, device)
-        if side_by_side:
-            self.rows = None
+        self.rows = None if side_by_side else _rows_of(ranges, device)
+        self.places = None if self.even else _places_of(ranges, device)
 
     def take(self, rows: Tensor) -> Tensor:
         """[1, H, t, ...] -> [count, H, longest, ...] of the ranges, zeros in the padding."""
@@ -110,13 +109,19 @@ class _Batch:
             target.index_add_(2, self.rows, self.give(batch).to(target.dtype))
 
 
-@lru_cache(maxsize=512)
-def _indexes(ranges: tuple[Range, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rows of the ranges one after another, and their places in the padded batch."""
+# The layers of a pass ask for the same ones: few are kept, since they lie on the device.
+@lru_cache(maxsize=32)
+def _rows_of(ranges: tuple[Range, ...], device: torch.device) -> Tensor:
+    """Rows of the ranges one after another."""
+    return torch.cat([torch.arange(first, last) for first, last in ranges]).to(device)
+
+
+@lru_cache(maxsize=32)
+def _places_of(ranges: tuple[Range, ...], device: torch.device) -> Tensor:
+    """Where those rows are in the padded batch."""
     longest = max(last - first for first, last in ranges)
-    rows = torch.cat([torch.arange(first, last) for first, last in ranges])
-    places = torch.cat([torch.arange(last - first) + i * longest for i, (first, last) in enumerate(ranges)])
-    return rows.to(device), places.to(device)
+    places = [torch.arange(last - first) + index * longest for index, (first, last) in enumerate(ranges)]
+    return torch.cat(places).to(device)
 
 
 def _cut(part: Tensor, span: Range) -> Tensor:

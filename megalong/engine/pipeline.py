@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from megalong.attention.shard import PackShard, shard_tokens
 from megalong.parallel.collectives import broadcast_object, gather_objects
 from megalong.parallel.layout import ParallelLayout
-from megalong.records import TokenBatch
+from megalong.records import MEDIA_TOKEN, TokenBatch
 
 Embeddings = Callable[..., Tensor | None]
 """VisionStage.embeddings."""
@@ -86,7 +86,7 @@ class PackRunner:
         if layout.replica_size == 1:
             return self.embeddings(selections)
         if layout.context.size > 1 and not self.sharded:
-            counts = [int((tokens.ids_T < 0).sum()) for tokens in turn.packs]
+            counts = [int((tokens.ids_T == MEDIA_TOKEN).sum()) for tokens in turn.packs]
             media = [torch.arange(count) + sum(counts[:i]) for i, count in enumerate(counts)]
             media += [torch.empty(0, dtype=torch.int64)] * (layout.context.size - len(media))
         else:

@@ -158,12 +158,15 @@ class PackGpt(GPTModel):
         text_MD = self.embedding.word_embeddings(pack.text_M.to(device)[None])[0]
         frames_nD = text_MD[:0] if embeds_nD is None else embeds_nD[:, : text_MD.shape[1]].to(text_MD.dtype)
         hidden = shard_rows(frames_nD, text_MD, pack.source_t.to(device))[:, None]
+        if torch.is_grad_enabled() and not hidden.requires_grad:
+            # A frozen LLM on a pack without videos: its layers are differentiated like those of every other pack.
+            hidden.requires_grad_()
         return scatter_to_sequence_parallel_region(hidden) if self.config.sequence_parallel else hidden
 
     def deepstack(self, pack: PackShard, embeds_nD: Tensor | None) -> Tensor | None:
         """[t (/tp with sequence parallel), levels, D]: what the first layers add, 0 where no vision token is.
 
-        None for a family without deepstack, and on a rank without vision tokens.
+        None for a family without deepstack, and for a pack without videos.
         """
         if embeds_nD is None or not self.num_deepstack:
             return None

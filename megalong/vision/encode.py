@@ -145,7 +145,10 @@ class VisionStage:
             wanted, returns = [everything] * size, [index == 0 for index in range(size)]
         if not self.settings.share_frames or size == 1:
             rows_nD = self._rows_alone(selections, wanted[rank])
-            return rows_nD if returns is None or returns[rank] else rows_nD.detach()
+            if returns is None or returns[rank]:
+                return rows_nD
+            # A leaf in their place: the ranks of a tensor-parallel group must have the same graph.
+            return rows_nD.detach().requires_grad_(rows_nD.requires_grad)
         local_ND = self._local_rows(selections)
         owner_N, place_N = self._homes(selections)
         plan = plan_exchange(owner_N, place_N, wanted, rank=rank, returns=returns)

@@ -23,6 +23,7 @@ LAYOUTS = {
     "cp4": (4, ("parallel.cp=4",)),  # two rings of two
     "tp2_cp2_sp": (4, ("parallel.tp=2", "parallel.cp=2", "parallel.sequence_parallel=true")),
     "cp2_pp2": (4, ("parallel.cp=2", "parallel.pp=2")),
+    "tp2_none": (2, ("parallel.tp=2", "mr_sp.mode=none")),
     "cp2_none": (2, ("parallel.cp=2", "mr_sp.mode=none")),
     "cp2_stage1": (2, ("parallel.cp=2", "mr_sp.mode=stage1")),
     "cp2_stage1+2": (2, ("parallel.cp=2", "mr_sp.mode=stage1+2")),
@@ -30,7 +31,7 @@ LAYOUTS = {
     "tp4_sp": (4, ("parallel.tp=4", "parallel.sequence_parallel=true")),
 }
 """Name -> number of processes and overrides."""
-REPEATING = {"cp2_none", "cp2_stage1", "cp2_stage1+2"}
+REPEATING = {"tp2_none", "cp2_none", "cp2_stage1", "cp2_stage1+2"}
 """Every response goes through the model behind a prompt of its own: more tokens, the same result."""
 REFERENCE_OF = {"sft_split": "sft", "grpo_split": "grpo"}
 """Variants that must equal another one: they only cut the batch differently."""
@@ -155,7 +156,7 @@ def test_a_layout_samples_the_rollouts_of_one_process(
     assert len(lengths) > 3
 
 
-@pytest.mark.parametrize("layout", sorted(LAYOUTS.keys() - {"cp2_none"}))
+@pytest.mark.parametrize("layout", sorted(LAYOUTS.keys() - {"tp2_none", "cp2_none"}))
 def test_frames_are_shared_out_over_a_replica(
     layout: str, alone: dict[str, Recorded], split: Callable[[str], Ranks]
 ) -> None:
