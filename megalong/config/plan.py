@@ -68,7 +68,7 @@ class Plan:
 
     task: Task
     config_text: str
-    note: str  # "" or where the model's sizes come from
+    note: str  # "" or where the model's sizes come from, and what is not planned
     layout: Layout
     lengths: Lengths
     batch_size: int
@@ -116,6 +116,10 @@ def plan(config: RunConfig, task: Task, shape: ModelShape, *, note: str = "") ->
     """Work out the plan of a configuration that `validate` accepts."""
     layout = _layout(config)
     lengths = _lengths(config, task, shape, dp=layout.dp)
+    mode = config.mr_sp.mode.name
+    if mode != "shared_prefix":
+        caveat = f"memory and FLOPs are those of mr_sp.mode=shared_prefix; mr_sp.mode={mode} needs more of both"
+        note = f"{note}; {caveat}" if note else caveat
     batch_size = {"sft": config.sft.batch_size, "grpo": config.grpo.batch_size, "eval": 1}[task]
     store = round(config.video.cache_gib * GIB) if shape.vision and config.video.cache_embeddings else 0
     stages = [_memory(config, task, shape, layout=layout, lengths=lengths, stage=stage) for stage in range(layout.pp)]

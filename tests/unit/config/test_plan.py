@@ -208,3 +208,10 @@ def test_text_holds_every_part(recipe: Path, shape: ModelShape) -> None:
         "on 141 GB (H200) fits 139 GiB",
     ):
         assert expected in lines, expected
+
+
+def test_modes_that_share_less_are_said_not_to_be_planned(recipe: Path, shape: ModelShape) -> None:
+    assert planned(recipe, shape).note == ""
+    note = planned(recipe, shape, overrides=("mr_sp.mode=stage1+2",)).note
+    assert note == "memory and FLOPs are those of mr_sp.mode=shared_prefix; mr_sp.mode=stage1+2 needs more of both"
+    assert f"# note\n{note}" in render(planned(recipe, shape, overrides=("mr_sp.mode=stage1+2",)))
