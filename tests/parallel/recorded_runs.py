@@ -58,14 +58,19 @@ class Recorded:
 
 
 def record_all(
-    demo: DemoWorld, folder: Path, parallel: Sequence[str], rollouts: dict[str, list[list[ScoredGroup]]]
+    demo: DemoWorld,
+    folder: Path,
+    parallel: Sequence[str],
+    rollouts: dict[str, list[list[ScoredGroup]]],
+    names: Sequence[str],
 ) -> dict[str, Recorded]:
-    """Every variant under one layout. `rollouts` of a variant replace what a GRPO run samples itself."""
+    """The named variants under one layout. `rollouts` of a variant replace what a GRPO run samples itself."""
     done = {}
     # Groups are made once: every one of them keeps threads, and there are dozens.
     layouts = mock.patch.object(run, "make_layout", lru_cache(run.make_layout))
     layouts.start()
-    for name, (task, overrides) in {**VARIANTS, **EXACT}.items():
+    for name in names:
+        task, overrides = {**VARIANTS, **EXACT}[name]
         overrides = [override.format(tied=demo.tied) for override in overrides]
         config = demo.config(folder / name, *overrides, *parallel, task=task)
         recorded = Recorded()
