@@ -166,28 +166,18 @@ def _context_groups(world_size: int, *, a2a_size: int) -> ContextGroups:
     group = parallel_state.get_context_parallel_group()
     mine = dist.get_process_group_ranks(group)
     rank, size = mine.index(dist.get_rank()), len(mine)
-    if a2a_size in (1, size):  # one of the two factors is the group itself
-        return ContextGroups(
-            size=size,
-            rank=rank,
-            a2a_size=a2a_size,
-            ring_size=size // a2a_size,
-            ring_rank=rank // a2a_size,
-            group=group,
-            a2a=group,
-            ring=group,
-        )
-    everyone: list[list[int]] = [[]] * world_size
-    dist.all_gather_object(everyone, mine)
-    a2a = ring = None
-    for ranks in sorted({tuple(ranks) for ranks in everyone}):
-        rows = [ranks[at : at + a2a_size] for at in range(0, len(ranks), a2a_size)]
-        for members in rows:
-            created = dist.new_group(list(members))
-            a2a = created if dist.get_rank() in members else a2a
-        for members in zip(*rows, strict=True):
-            created = dist.new_group(list(members))
-            ring = created if dist.get_rank() in members else ring
+    a2a = ring = group  # when one of the two factors is the group itself, the other has one rank and is never used
+    if a2a_size not in (1, size):
+        everyone: list[list[int]] = [[]] * world_size
+        dist.all_gather_object(everyone, mine)
+        for ranks in sorted({tuple(ranks) for ranks in everyone}):
+            rows = [ranks[at : at + a2a_size] for at in range(0, len(ranks), a2a_size)]
+            for members in rows:
+                created = dist.new_group(list(members))
+                a2a = created if dist.get_rank() in members else a2a
+            for members in zip(*rows, strict=True):
+                created = dist.new_group(list(members))
+                ring = created if dist.get_rank() in members else ring
     return ContextGroups(
         size=size,
         rank=rank,
