@@ -192,7 +192,7 @@ def _memory(
 ) -> dict[str, int]:
     """Bytes on a process of a pipeline stage. S = tokens of a pack / cp; activations are an upper estimate.
 
-    weights 2 B (bfloat16) or 4 B per parameter of the rank; the reference policy the same again;
+    weights 2 B (bfloat16) or 4 B per parameter of the rank; the reference policy again those that are trained;
     gradients 4 B; float32 master and both moments 12 B (8 B when the weights are float32 themselves)
     of the parameters this rank owns, dealt whole over dp * cp ranks; the tower and projector whole
     on every rank; kept activations for every layer of the stage and S, as many times as packs are under way in the
@@ -240,9 +240,9 @@ def _weight_memory(
         ]
     if task == "eval":
         return memory
-    if task == "grpo" and config.grpo.kl_coef > 0:
-        memory["reference policy weights"] = element * on_rank
     params = sum(part for _, part in trained)
+    if task == "grpo" and config.grpo.kl_coef > 0:
+        memory["reference policy weights"] = element * params
     largest = max(size for size, part in trained if part)
     owned = costs.optimizer_params_per_rank(params, shards=layout.dp * layout.cp, largest=largest)
     memory["gradients (float32)"] = 4 * params

@@ -101,21 +101,21 @@ class Trainer:
         return [of_pack["logprobs_R"] for of_pack in self.runner.run(packs, finish, backward=False)]
 
     def keep_reference(self) -> None:
-        """Remember the current LLM weights as the reference policy (design: frozen reference of GRPO's KL)."""
-        self._reference = {name: param.detach().clone() for name, param in self._llm_parameters()}
+        """Remember the current weights as the reference policy of GRPO's KL: tower and projector where trained."""
+        self._reference = {name: param.detach().clone() for name, param in self.trainable}
 
     @contextmanager
     def reference_weights(self) -> Iterator[None]:
-        """Run the model with the reference policy's weights inside this context."""
+        """Run the model, its vision side included, with the reference policy's weights inside this context."""
         if not self._reference:
             raise ValueError("no reference policy: call keep_reference() before training")
-        current = {name: param.data for name, param in self._llm_parameters()}
+        current = {name: param.data for name, param in self.trainable}
         try:
-            for name, param in self._llm_parameters():
+            for name, param in self.trainable:
                 param.data = self._reference[name]
             yield
         finally:
-            for name, param in self._llm_parameters():
+            for name, param in self.trainable:
                 param.data = current[name]
 
     def train_step(self, packs: Sequence[TokenBatch], loss_of: LossOf, *, temperature: float) -> StepStats:
@@ -203,9 +203,6 @@ class Trainer:
                 "skipped because these were not finite or every sample was dropped; lower optimizer.lr, look at these "
                 "steps' rewards and data (samples.jsonl, dropped.jsonl), and resume from the last checkpoint"
             )
-
-    def _llm_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
-        return [(name, param) for name, param in self.model.named_parameters() if name.startswith("llm.")]
 
 
 def counted_names(table: Sequence[Entry], layout: ParallelLayout) -> frozenset[str]:

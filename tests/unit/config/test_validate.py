@@ -115,6 +115,8 @@ CASES: list[tuple[Task, list[str], list[str]]] = [
     ("sft", ["data.train=???"], ["data.train has no value; sft needs a manifest"]),
     ("sft", ["optimizer.lr=.inf"], ["optimizer.lr=inf must be more than 0"]),
     ("sft", ["parallel.tp=0"], ["parallel.tp=0 must be at least 1"]),
+    ("sft", ["video.frame_cache_gib=0"], ["video.frame_cache_gib=0 must be more than 0"]),
+    ("eval", ["video.max_frame_pixels=-1"], ["video.max_frame_pixels=-1 must be at least 0"]),
 ]
 
 
