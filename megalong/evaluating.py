@@ -58,6 +58,7 @@ def evaluate_policy(run: Run, samples: Sequence[Sample], *, name: str, step: int
     bar = tqdm(total=len(mine), desc=name, disable=not layout.is_main, unit="question", leave=False)
     for at in range(0, len(mine), settings.batch_prompts):
         batch = mine[at : at + settings.batch_prompts]
+        run.vision.release()
         prompts, unusable = plan_prompts(run, batch)
         prompts, unreadable = make_ready(run, prompts)
         embeds = run.vision.embeddings_of(prompts, run.sampler.owners(len(prompts)))

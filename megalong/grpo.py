@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections import Counter
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -18,7 +19,7 @@ from megalong.objectives.advantages import group_advantages, has_spread
 from megalong.objectives.aggregation import row_weights
 from megalong.objectives.policy_loss import PolicyLossSettings, policy_loss
 from megalong.parallel.collectives import gather_objects, sum_over
-from megalong.records import Dropped, PolicyBatch, ScoredGroup, StepStats
+from megalong.records import Dropped, PolicyBatch, Prompt, ScoredGroup, StepStats
 from megalong.rewards.score import check_weights, score_groups
 from megalong.rollout.engine import Sampling
 from megalong.run import PromptBatches, Run, open_run, read_samples
@@ -84,14 +85,17 @@ def sample_groups(run: Run, batches: PromptBatches, *, step: int) -> tuple[list[
     the global batch is full. Raises RuntimeError when grpo.dynamic_sampling_max_batches batches gave no usable group.
     """
     grpo = run.config.grpo
-    kept, dropped = sample_batch(run, batches, step=step)
+    seen: Counter[str] = Counter()  # samples that this step has had, over all replicas
+    kept, dropped = sample_batch(run, batches, step=step, seen=seen)
     if not grpo.dynamic_sampling:
         return kept, dropped
     kept, dropped = only_with_spread(kept, dropped)
     rounds = [0] * len(kept)  # which batch of this step each kept group came from
     sampled = 1
     while count_everywhere(run, kept) < grpo.batch_size and sampled < grpo.dynamic_sampling_max_batches:
-        more, lost = only_with_spread(*sample_batch(run, batches, step=step, refill=sampled))
+        # Embeddings of the groups that are left out may make room for the next batch's.
+        run.vision.release(keep=[item for scored in kept for item in scored.group.prompt.selections])
+        more, lost = only_with_spread(*sample_batch(run, batches, step=step, seen=seen))
         rounds += [sampled] * len(more)
         kept, dropped, sampled = [*kept, *more], [*dropped, *lost], sampled + 1
     if count_everywhere(run, kept) == 0:
@@ -104,9 +108,9 @@ def sample_groups(run: Run, batches: PromptBatches, *, step: int) -> tuple[list[
 
 
 def sample_batch(
-    run: Run, batches: PromptBatches, *, step: int, refill: int = 0
+    run: Run, batches: PromptBatches, *, step: int, seen: Counter[str]
 ) -> tuple[list[ScoredGroup], list[Dropped]]:
-    """One batch of prompts, G responses each, scored."""
+    """One batch of prompts, G responses each, scored. `seen` counts what the step has had before, and this batch."""
     config = run.config
     with run.timer("data"):
         prompts, dropped = next(batches)
@@ -119,7 +123,8 @@ def sample_batch(
             top_p=config.rollout.top_p,
             top_k=config.rollout.top_k,
         )
-        groups = run.sampler.sample(prompts, embeds, sampling=sampling, step=step, refill=refill)
+        repeats = count_repeats(run, prompts, seen)
+        groups = run.sampler.sample(prompts, embeds, sampling=sampling, step=step, repeats=repeats)
     with run.timer("reward"):
         scored = score_groups(
             groups,
@@ -128,6 +133,21 @@ def sample_batch(
             max_response_tokens=config.data.max_response_tokens,
         )
     return scored, dropped
+
+
+def count_repeats(run: Run, prompts: Sequence[Prompt], seen: Counter[str]) -> list[int]:
+    """How many times the step has had each prompt's sample before, in the order of the global batch. Adds to `seen`.
+
+    A batch that runs from one epoch into the next, or is longer than the data, has a sample twice.
+    """
+    repeats = []
+    everywhere = gather_objects([prompt.sample.sample_id for prompt in prompts], group=run.layout.dp)
+    for rank, names in enumerate(everywhere):
+        for name in names:
+            if rank == run.layout.dp_rank:
+                repeats.append(seen[name])
+            seen[name] += 1
+    return repeats
 
 
 def only_with_spread(

@@ -79,6 +79,7 @@ class Run:
         try:
             while self.trainer.step < total and not self._stop_anywhere():
                 self.step_before = self.trainer.step
+                self.vision.release()
                 yield self.trainer.step + 1
                 bar.update(self.trainer.step - self.step_before)
         finally:

@@ -14,12 +14,12 @@ from megalong.records import Prompt, RolloutGroup, WeightBucket
 from megalong.rollout.engine import Request, RolloutEngine, Sampled, Sampling
 
 
-def response_seeds(sample_id: str, *, seed: int, step: int, refill: int, group_size: int) -> tuple[int, ...]:
+def response_seeds(sample_id: str, *, seed: int, step: int, repeat: int, group_size: int) -> tuple[int, ...]:
     """A seed per response that depends on the run's seed, the step and the sample, and not on the layout.
 
-    refill: how many times this step has sampled before; a sample that comes again gets other responses.
+    repeat: how many times this step has had the sample before; one that comes again gets other responses.
     """
-    first = refill * group_size
+    first = repeat * group_size
     return tuple(zlib.crc32(f"{seed}/{step}/{sample_id}/{first + index}".encode()) for index in range(group_size))
 
 
@@ -44,12 +44,14 @@ class GroupSampler:
         *,
         sampling: Sampling,
         step: int,
-        refill: int = 0,
+        repeats: Sequence[int] | None = None,
     ) -> list[RolloutGroup]:
         """One group per prompt, in order, equal on every rank of the replica.
 
-        embeds: [N, D'] of each prompt that this rank owns (owners); the others' are not read.
+        embeds: [N, D'] of each prompt that this rank owns (owners); the others' are not read. repeats: how many times
+        this step, on any replica, has had each prompt's sample before; by default no sample comes twice.
         """
+        repeats = repeats or [0] * len(prompts)
         first, last = shard_range(len(prompts), self.layout.replica_rank, self.layout.replica_size)
         requests = [
             Request(
@@ -61,11 +63,13 @@ class GroupSampler:
                     prompt.sample.sample_id,
                     seed=self.seed,
                     step=step,
-                    refill=refill,
+                    repeat=repeat,
                     group_size=sampling.group_size,
                 ),
             )
-            for prompt, embeds_ND in zip(prompts[first:last], embeds[first:last], strict=True)
+            for prompt, embeds_ND, repeat in zip(
+                prompts[first:last], embeds[first:last], repeats[first:last], strict=True
+            )
         ]
         mine = self.engine.generate(requests, sampling=sampling) if requests else []
         everyone = [group for part in gather_objects(mine, group=self.layout.replica) for group in part]

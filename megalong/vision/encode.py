@@ -86,8 +86,7 @@ class VisionStage:
 
     def prefetch(self, selections: Sequence[FrameSelection]) -> None:
         """Start decoding this rank's share of the videos that are not in a store yet."""
-        for selection in selections:
-            key = self.key(selection)
+        for key, selection in self._by_content(selections).items():
             if key in self.frames or key in self._running or self._has_embeds(selection):
                 continue
             first, last = self._share(selection)
@@ -96,31 +95,34 @@ class VisionStage:
     def prepare(self, samples: Sequence[Sample], selections: dict[str, FrameSelection]) -> list[Dropped]:
         """Decode (and, for a frozen tower, encode) what the samples need and is not in a store.
 
-        Afterwards embeddings() serves every sample that is not in the returned list.
+        Afterwards embeddings() serves every sample that is not in the returned list, until release().
         """
-        wanted = list({path: selections[path] for sample in samples for path in sample.videos}.values())
-        keys = frozenset(self.key(selection) for selection in wanted)
-        self.frames.pin(keys)
-        self.embeds.pin(frozenset(self.embed_key(selection) for selection in wanted))
-        self.prefetch(wanted)
-        reasons: dict[str, str] = {}
-        for selection in wanted:
-            key = self.key(selection)
+        wanted = self._by_content([selections[path] for sample in samples for path in sample.videos])
+        self.frames.pin(wanted)
+        self.embeds.pin(self.embed_key(selection) for selection in wanted.values())
+        self.prefetch(list(wanted.values()))
+        reasons: dict[str, str] = {}  # by content
+        for key in wanted:
             if key not in self._running:
                 continue
             try:
                 frames_FHWC = self._running.pop(key).result()
             except DecodeError as error:
-                reasons[selection.path] = error.reason
+                reasons[key] = error.reason
                 continue
             self.frames.put(key, frames_FHWC, num_bytes=frames_FHWC.nbytes)
         for part in gather_objects(reasons, group=self.layout.replica):
             reasons.update(part)
         if self.settings.frozen:
-            self._encode_into_store(
-                [item for item in wanted if item.path not in reasons and not self._has_embeds(item)]
-            )
-        return _drops(samples, reasons)
+            readable = [selection for key, selection in wanted.items() if key not in reasons]
+            self._encode_into_store([item for item in readable if not self._has_embeds(item)])
+        bad = {path: key for path, item in selections.items() if (key := self.key(item)) in reasons}
+        return _drops(samples, {path: reasons[key] for path, key in bad.items()})
+
+    def release(self, *, keep: Sequence[FrameSelection] = ()) -> None:
+        """The step is over: what prepare() made ready for it, but for `keep`, may make room for other videos."""
+        self.frames.release(keep={self.key(selection) for selection in keep})
+        self.embeds.release(keep={self.embed_key(selection) for selection in keep})
 
     def embeddings(
         self,
@@ -196,6 +198,10 @@ class VisionStage:
         """Key of embeddings: the frames' key, and the weights and dtype of tower and projector."""
         return f"{self.key(selection)}/{self._weights_digest}"
 
+    def _by_content(self, selections: Sequence[FrameSelection]) -> dict[str, FrameSelection]:
+        """One selection for each content key: several paths may name the same content."""
+        return {self.key(selection): selection for selection in selections}
+
     def _has_embeds(self, selection: FrameSelection) -> bool:
         return self.settings.frozen and self.embed_key(selection) in self.embeds
 
@@ -246,8 +252,8 @@ class VisionStage:
         size = self.layout.replica_size
         owners, places, held = [], [], [0] * size
         for selection in selections:
-            shares = {rank: self._share(selection, rank=rank) for rank in range(size)}
-            for rank in sorted(shares, key=lambda rank: shares[rank]):
+            shares = self._shares(selection)
+            for rank in sorted(range(size), key=lambda rank: shares[rank]):
                 count = self._rows(selection, shares[rank])
                 owners.append(torch.full((count,), rank))
                 places.append(torch.arange(count) + held[rank])
@@ -291,19 +297,22 @@ class VisionStage:
         first, last = frames
         return (last - first) // self.videos.frames_per_step * self.videos.tokens_per_step(selection)
 
-    def _share(self, selection: FrameSelection, *, rank: int | None = None) -> tuple[int, int]:
-        """Frames [first, last) of the selection that a rank of the replica decodes and encodes: whole tower steps.
+    def _share(self, selection: FrameSelection) -> tuple[int, int]:
+        """Frames [first, last) of the selection that this rank decodes and encodes."""
+        return self._shares(selection)[self.layout.replica_rank]
 
-        Depends on the video alone, so decoded frames stay useful when batches differ; starts at a rank that
-        the path picks, so that remainders do not all land on rank 0.
+    def _shares(self, selection: FrameSelection) -> list[tuple[int, int]]:
+        """Frames [first, last) that each rank of the replica decodes and encodes: whole tower steps.
+
+        Depends on the content alone, so decoded frames stay useful when batches and paths differ; starts at a rank that
+        the content picks, so that remainders do not all land on rank 0.
         """
         size, step = self.layout.replica_size, self.videos.frames_per_step
         if not self.settings.share_frames:
-            return 0, len(selection.frames)
-        rank = self.layout.replica_rank if rank is None else rank
-        turn = zlib.crc32(selection.path.encode()) % size
-        first, last = shard_range(len(selection.frames) // step, (rank + turn) % size, size)
-        return first * step, last * step
+            return [(0, len(selection.frames))] * size
+        turn = zlib.crc32(self.key(selection).encode()) % size
+        parts = [shard_range(len(selection.frames) // step, (rank + turn) % size, size) for rank in range(size)]
+        return [(first * step, last * step) for first, last in parts]
 
 
 def _decode(selection: FrameSelection, first: int, last: int) -> np.ndarray:

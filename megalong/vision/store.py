@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import OrderedDict
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Generic, TypeVar
 
@@ -17,7 +18,7 @@ _SAMPLE_BYTES = 1 << 20
 class ByteStore(Generic[Item]):
     """Least-recently-used store bounded by bytes; an item larger than the budget is refused, loudly.
 
-    `pinned` keys of the current batch are never evicted: a batch that does not fit is an error, not a slow loop.
+    Pinned keys, those of the step in progress, are never evicted: a step that does not fit is an error, no slow loop.
     """
 
     def __init__(self, *, budget_bytes: int, setting: str) -> None:
@@ -26,7 +27,7 @@ class ByteStore(Generic[Item]):
         self.bytes_used = 0
         self.num_evicted = 0
         self._items: OrderedDict[str, tuple[Item, int]] = OrderedDict()
-        self._pinned: frozenset[str] = frozenset()
+        self._pinned: set[str] = set()
 
     def __contains__(self, key: str) -> bool:
         return key in self._items
@@ -34,19 +35,23 @@ class ByteStore(Generic[Item]):
     def __len__(self) -> int:
         return len(self._items)
 
-    def pin(self, keys: frozenset[str]) -> None:
-        """Keep these keys until the next call; everything else may be evicted."""
-        self._pinned = keys
+    def pin(self, keys: Iterable[str]) -> None:
+        """Keep these keys, too, until release()."""
+        self._pinned.update(keys)
+
+    def release(self, *, keep: Iterable[str] = ()) -> None:
+        """Pinned keys but those in `keep` may be evicted from now on."""
+        self._pinned.intersection_update(keep)
 
     def put(self, key: str, item: Item, *, num_bytes: int) -> None:
         """Store an item under a key that is not there yet. Raises ValueError when pinned items leave no room."""
         if key in self._items:
             raise ValueError(f"{key} is in the store already; an entry is never replaced")
-        pinned = sum(size for other, (_, size) in self._items.items() if other in self._pinned)
+        pinned = self._pinned_bytes()
         if pinned + num_bytes > self.budget_bytes:
             raise ValueError(
-                f"{num_bytes / 2**30:.3f} GiB do not fit beside the {pinned / 2**30:.3f} GiB of the current "
-                f"batch: raise {self.setting} (now {self.budget_bytes / 2**30:.3f}) or lower the batch size"
+                f"{num_bytes / 2**30:.3f} GiB do not fit beside the {pinned / 2**30:.3f} GiB that the step in progress "
+                f"needs: raise {self.setting} (now {self.budget_bytes / 2**30:.3f}) or lower the batch size"
             )
         evictable = iter([other for other in self._items if other not in self._pinned])
         while self.bytes_used + num_bytes > self.budget_bytes:
@@ -54,6 +59,9 @@ class ByteStore(Generic[Item]):
             self.num_evicted += 1
         self._items[key] = (item, num_bytes)
         self.bytes_used += num_bytes
+
+    def _pinned_bytes(self) -> int:
+        return sum(size for key, (_, size) in self._items.items() if key in self._pinned)
 
     def get(self, key: str) -> Item:
         """The item of a key. Raises KeyError when it is not there: nothing else is ever handed out."""
@@ -74,7 +82,11 @@ def selection_key(selection: FrameSelection) -> str:
     """Content key of decoded frames: the file, the frames and the resolution (design contract 4)."""
     stat = os.stat(selection.path)
     content = _file_digest(selection.path, stat.st_size, stat.st_mtime_ns)
-    parts = (content, selection.frames, selection.height, selection.width)
+    return _digest((content, selection.frames, selection.height, selection.width))
+
+
+@lru_cache(maxsize=4096)
+def _digest(parts: tuple) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -189,15 +190,21 @@ class Sampler:
 
     def __init__(self, mixed: set[str]) -> None:
         self.mixed = mixed
-        self.refills: list[int] = []
+        self.repeats: list[list[int]] = []
 
     def owners(self, num_prompts: int) -> list[int]:
         return [0] * num_prompts
 
     def sample(
-        self, prompts: Sequence[Prompt], embeds: Sequence[Tensor | None], *, sampling: object, step: int, refill: int
+        self,
+        prompts: Sequence[Prompt],
+        embeds: Sequence[Tensor | None],
+        *,
+        sampling: object,
+        step: int,
+        repeats: list[int],
     ) -> list[RolloutGroup]:
-        self.refills.append(refill)
+        self.repeats.append(repeats)
         return [
             group(item.sample.sample_id, [RIGHT if item.sample.sample_id in self.mixed else WRONG, WRONG])
             for item in prompts
@@ -210,7 +217,9 @@ def sample_groups(
     sampler, batches = Sampler(mixed), Batches()
     run = fake_run(
         layout, config=config(batch_size=2, **settings), sampler=sampler,
-        vision=SimpleNamespace(embeddings_of=lambda prompts, owners: [None] * len(prompts)),
+        vision=SimpleNamespace(
+            embeddings_of=lambda prompts, owners: [None] * len(prompts), release=lambda *, keep: None
+        ),
     )  # fmt: skip
     return *grpo.sample_groups(run, batches, step=4), sampler, batches
 
@@ -219,14 +228,14 @@ def test_without_dynamic_sampling_flat_groups_stay(layout: object) -> None:
     kept, dropped, sampler, _ = sample_groups(layout, {"p1"})
     assert names(kept) == ["p0", "p1"]
     assert dropped == []
-    assert sampler.refills == [0]
+    assert sampler.repeats == [[0, 0]]
     assert kept[1].rewards_G.tolist() == pytest.approx([1.0, 0.1])
 
 
 def test_dynamic_sampling_refills_until_the_batch_is_full(layout: object) -> None:
     kept, dropped, sampler, batches = sample_groups(layout, {"p1", "p4", "p5"}, dynamic_sampling=True)
     assert names(kept) == ["p1", "p4"]
-    assert sampler.refills == [0, 1, 2]
+    assert sampler.repeats == [[0, 0]] * 3
     assert batches.handed_out == 6
     assert [(drop.sample_id, drop.reason.split()[0]) for drop in dropped] == [
         ("p0", "all"), ("p2", "all"), ("p3", "all"), ("p5", "the"),
@@ -236,7 +245,7 @@ def test_dynamic_sampling_refills_until_the_batch_is_full(layout: object) -> Non
 def test_dynamic_sampling_stops_at_its_limit_with_what_it_has(layout: object) -> None:
     kept, _, sampler, _ = sample_groups(layout, {"p1"}, dynamic_sampling=True, dynamic_sampling_max_batches=3)
     assert names(kept) == ["p1"]
-    assert sampler.refills == [0, 1, 2]
+    assert sampler.repeats == [[0, 0]] * 3
 
 
 def test_dynamic_sampling_without_a_usable_group_is_an_error(layout: object) -> None:
@@ -244,6 +253,18 @@ def test_dynamic_sampling_without_a_usable_group_is_an_error(layout: object) -> 
         RuntimeError, match=r"step 4: 3 batches of 2 prompts gave no group.*grpo\.dynamic_sampling=false"
     ):
         sample_groups(layout, set(), dynamic_sampling=True, dynamic_sampling_max_batches=3)
+
+
+@pytest.mark.parametrize(("rank", "want"), [(0, [[0, 0, 1], [3]]), (1, [[2, 0], [1, 4]])])
+def test_repeats_are_counted_over_the_step_in_the_order_of_the_global_batch(
+    layout: object, monkeypatch: pytest.MonkeyPatch, rank: int, want: list[list[int]]
+) -> None:
+    batches = [["aba", "ac"], ["a", "ba"]]  # two batches on two replicas
+    run = fake_run(SimpleNamespace(dp=None, dp_rank=rank))
+    seen: Counter[str] = Counter()
+    for batch, expected in zip(batches, want, strict=True):
+        monkeypatch.setattr(grpo, "gather_objects", lambda item, group, batch=batch: [list(part) for part in batch])
+        assert grpo.count_repeats(run, [prompt(name) for name in batch[rank]], seen) == expected
 
 
 # ---- from rewards to packs and losses
@@ -407,11 +428,12 @@ def test_prompt_batches_save_the_place_of_what_was_handed_out(layout: object, mo
 
 def test_run_steps_stop_after_the_step_in_progress_on_sigterm(layout: object) -> None:
     trainer = SimpleNamespace(step=3)
+    seen: list[int] = []
+    released: list[int] = []
     run = run_module.Run(
-        config=RunConfig(), layout=layout, trainer=trainer, vision=None, builder=None, sampler=None, logger=None,
-        timer=None, resumed={},
+        config=RunConfig(), layout=layout, trainer=trainer, builder=None, sampler=None, logger=None, timer=None,
+        vision=SimpleNamespace(release=lambda: released.append(len(seen))), resumed={},
     )  # fmt: skip
-    seen = []
     before = signal.getsignal(signal.SIGTERM)
     for step in run.steps(9):
         seen.append(step)
@@ -419,6 +441,7 @@ def test_run_steps_stop_after_the_step_in_progress_on_sigterm(layout: object) ->
         if step == 5:
             os.kill(os.getpid(), signal.SIGTERM)
     assert seen == [4, 5]
+    assert released == [0, 1], "each step starts without the videos of the one before"
     assert signal.getsignal(signal.SIGTERM) is before
 
 

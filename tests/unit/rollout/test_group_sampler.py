@@ -40,16 +40,16 @@ def prompt(name: str) -> Prompt:
     return Prompt(sample=sample, ids_P=(1, 2, 3), selections=selections, positions_P=torch.arange(3), next_position=3)
 
 
-def test_seeds_differ_by_run_step_sample_response_and_refill() -> None:
+def test_seeds_differ_by_run_step_sample_response_and_repeat() -> None:
     seeds = [
-        *response_seeds("a", seed=1, step=1, refill=0, group_size=8),
-        *response_seeds("a", seed=1, step=1, refill=1, group_size=8),
-        *response_seeds("b", seed=1, step=1, refill=0, group_size=8),
-        *response_seeds("a", seed=1, step=2, refill=0, group_size=8),
-        *response_seeds("a", seed=2, step=1, refill=0, group_size=8),
+        *response_seeds("a", seed=1, step=1, repeat=0, group_size=8),
+        *response_seeds("a", seed=1, step=1, repeat=1, group_size=8),
+        *response_seeds("b", seed=1, step=1, repeat=0, group_size=8),
+        *response_seeds("a", seed=1, step=2, repeat=0, group_size=8),
+        *response_seeds("a", seed=2, step=1, repeat=0, group_size=8),
     ]
     assert len(set(seeds)) == 40
-    assert seeds[:8] == list(response_seeds("a", seed=1, step=1, refill=0, group_size=8))
+    assert seeds[:8] == list(response_seeds("a", seed=1, step=1, repeat=0, group_size=8))
 
 
 def test_groups_are_in_the_order_of_the_prompts(layout: object) -> None:
@@ -58,13 +58,24 @@ def test_groups_are_in_the_order_of_the_prompts(layout: object) -> None:
     groups = sampler.sample([prompt("b"), prompt("a")], [None, None], sampling=SAMPLING, step=5)
     assert [group.prompt.sample.sample_id for group in groups] == ["b", "a"]
     for group in groups:
-        seeds = response_seeds(group.prompt.sample.sample_id, seed=9, step=5, refill=0, group_size=3)
+        seeds = response_seeds(group.prompt.sample.sample_id, seed=9, step=5, repeat=0, group_size=3)
         assert group.response_ids == tuple((seed, 3) for seed in seeds)
         assert group.texts == tuple(f"text {seed}" for seed in seeds)
         assert group.truncated == tuple(seed % 2 == 0 for seed in seeds)
         assert group.logprobs == ((-1.0, -2.0),) * 3
         assert group.weights_version == 4
     assert sampler.sample([], [], sampling=SAMPLING, step=5) == []
+
+
+def test_a_sample_that_comes_twice_gets_other_responses(layout: object) -> None:
+    sampler = GroupSampler(EchoEngine(), layout, decode=str, seed=9)
+    groups = sampler.sample(
+        [prompt("a"), prompt("b"), prompt("a")], [None] * 3, sampling=SAMPLING, step=1, repeats=[2, 0, 3]
+    )
+    for item, repeat in zip(groups, (2, 0, 3), strict=True):
+        seeds = response_seeds(item.prompt.sample.sample_id, seed=9, step=1, repeat=repeat, group_size=3)
+        assert item.response_ids == tuple((seed, 3) for seed in seeds)
+    assert len({ids for item in groups for ids in item.response_ids}) == 9
 
 
 def test_version_follows_the_weights(layout: object) -> None:

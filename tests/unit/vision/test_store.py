@@ -41,16 +41,19 @@ def test_pinned_items_stay_and_no_room_beside_them_is_an_error() -> None:
     kept = store()
     kept.put("a", "A", num_bytes=5)
     kept.put("b", "B", num_bytes=4)
-    kept.pin(frozenset({"a"}))
+    kept.pin({"a"})
     kept.put("c", "C", num_bytes=5)
     assert ("a" in kept, "b" in kept, "c" in kept) == (True, False, True)
-    kept.pin(frozenset({"a", "c"}))
+    kept.pin({"c"})  # and still a
     with pytest.raises(ValueError, match=r"raise video\.cache_gib \(now 0\.000\) or lower the batch size"):
         kept.put("d", "D", num_bytes=1)
     assert (kept.get("a"), kept.get("c"), kept.bytes_used) == ("A", "C", 10)
-    kept.pin(frozenset())
+    kept.release(keep={"c"})
     kept.put("d", "D", num_bytes=1)
-    assert "d" in kept
+    assert ("a" in kept, "c" in kept, "d" in kept) == (False, True, True)
+    kept.release()
+    kept.put("e", "E", num_bytes=10)
+    assert ("c" in kept, "e" in kept) == (False, True)
 
 
 def test_an_item_over_the_budget_is_refused_and_nothing_is_thrown_out_for_it() -> None:

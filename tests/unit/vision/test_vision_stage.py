@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from megalong.config.tree import FrameSampling
-from megalong.data.video import decode_frames, select_frames
+from megalong.data.video import DecodeError, decode_frames, select_frames
 from megalong.models.longvila.layout import SquareFrames
 from megalong.records import Dropped, FrameSelection, Sample
 from megalong.vision import encode as module
@@ -284,10 +285,55 @@ def test_a_batch_larger_than_the_frame_budget_names_its_setting(make: object, vi
 def test_embeddings_over_their_budget_name_their_setting(make: object, videos: dict[str, str]) -> None:
     stage = make(embed_store_bytes=7 * TOKENS * WIDTH * 4)
     ready(stage, [sample("1", videos["a"])])
+    stage.release()
     ready(stage, [sample("1", videos["b"])])
     assert (len(stage.embeds), stage.embeds.num_evicted) == (1, 1)
+    stage.release()
     with pytest.raises(ValueError, match=r"raise video\.cache_gib"):
         ready(stage, [sample("1", videos["a"], videos["b"])])
+
+
+def test_a_step_of_several_batches_keeps_what_it_needs(make: object, videos: dict[str, str]) -> None:
+    """Dynamic sampling: a, then b beside it, then c when b is left out. Room for two."""
+    stage = make(embed_store_bytes=2 * 7 * TOKENS * WIDTH * 4)
+    chosen = {}
+    for name in "ab":
+        selections, _ = ready(stage, [sample(name, videos[name])])
+        chosen[name] = selections[videos[name]]
+    with pytest.raises(ValueError, match=r"that the step in progress needs: raise video\.cache_gib"):
+        ready(stage, [sample("c", videos["c"])])
+    stage.release(keep=[chosen["a"]])
+    selections, _ = ready(stage, [sample("c", videos["c"])])
+    assert stage.embeddings([chosen["a"], selections[videos["c"]]]).shape == (2 * 7 * TOKENS, WIDTH)
+    with pytest.raises(KeyError):
+        stage.embeddings([chosen["b"]])
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_two_names_of_one_content_are_one_video(
+    make: object, videos: dict[str, str], decoded: list[str], tmp_path: Path, frozen: bool
+) -> None:
+    copy = shutil.copy(videos["a"], tmp_path / "copy.mp4")
+    stage = make(frozen=frozen)
+    batch = [sample("1", videos["a"]), sample("2", str(copy)), sample("3", str(copy), videos["a"])]
+    selections, dropped = ready(stage, batch)
+    assert dropped == []
+    assert (len(selections), len(decoded)) == (2, 1)
+    both = stage.embeddings([selections[videos["a"]], selections[str(copy)]])
+    assert torch.equal(*both.chunk(2))
+
+
+def test_both_names_of_a_broken_content_drop_their_samples(
+    make: object, videos: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = str(shutil.copy(videos["a"], tmp_path / "copy.mp4"))
+
+    def broken(selection: FrameSelection, **_: int) -> object:
+        raise DecodeError(selection.path, "torn")
+
+    monkeypatch.setattr(module, "decode_frames", broken)
+    _, dropped = ready(make(), [sample("1", videos["a"]), sample("2", copy), sample("3")])
+    assert [(drop.sample_id, drop.reason.split(": ")[0]) for drop in dropped] == [("1", videos["a"]), ("2", copy)]
 
 
 class PairTower(nn.Module):
