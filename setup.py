@@ -32,7 +32,7 @@ setup(
     extras_require={
         "gpu": ["transformer-engine[pytorch]", "vllm>=0.25,<0.26", "nvidia-dali-cuda130"],
         "wandb": ["wandb"],
-        "test": ["pytest", "pytest-timeout", "hypothesis", "pillow", "ruff"],
+        "test": ["pytest", "pytest-timeout", "hypothesis", "pillow", "ruff", "wandb"],
     },
     entry_points={
         "console_scripts": [
