@@ -38,7 +38,7 @@ stage() {
 }
 
 run rm -rf "$OUT/sft" "$OUT/grpo"
-stage data run "$PYTHON" -m megalong make-demo-data --out "$OUT" --seed "$SEED"
+stage data run "$PYTHON" -m megalong make-demo-data launch/recipes/demo_data.yaml "folder=$OUT" "seed=$SEED"
 stage sft torchrun_local "$PROCESSES" sft launch/recipes/demo_sft.yaml "${COMMON[@]}" \
   "data.train=$OUT/data/train_sft.jsonl" "logger.run_dir=$OUT/sft" "$@"
 stage grpo torchrun_local "$PROCESSES" grpo launch/recipes/demo_grpo.yaml "${COMMON[@]}" \

@@ -11,6 +11,7 @@ RECIPE_VERBS = {
     "sft": "chain-of-thought supervised fine-tuning",
     "grpo": "group-relative policy optimisation on video questions",
     "eval": "accuracy on a manifest (eval.manifest)",
+    "make-demo-data": "draw the demo's videos and manifests and make its tiny model",
     "plan": "print the resolved config, layout, tokens per prompt and memory per GPU; needs no GPU",
 }
 
@@ -20,13 +21,13 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True)
     for name, text in RECIPE_VERBS.items():
         verb = verbs.add_parser(name, help=text, description=text)
-        verb.add_argument("recipe", type=Path, help="YAML recipe, for example launch/recipes/grpo_7b_512f.yaml")
-        verb.add_argument("overrides", nargs="*", help="a.b=c, for example grpo.steps=200 parallel.tp=4")
+        demo = name == "make-demo-data"
+        example = "demo_data.yaml" if demo else "grpo_7b_512f.yaml"
+        verb.add_argument("recipe", type=Path, help=f"YAML recipe, for example launch/recipes/{example}")
+        example = "seed=2 questions.train_rl=100" if demo else "grpo.steps=200 parallel.tp=4"
+        verb.add_argument("overrides", nargs="*", help=f"a.b=c, for example {example}")
         if name == "plan":
             verb.add_argument("--task", choices=("sft", "grpo", "eval"), default="grpo")
-    demo = verbs.add_parser("make-demo-data", help="draw the demo's videos and manifests and make its tiny model")
-    demo.add_argument("--out", type=Path, required=True, help="folder; gets data/ and model/")
-    demo.add_argument("--seed", type=int, default=1)
     report = verbs.add_parser("report", help="summary.json, table and picture of a demo folder")
     report.add_argument("folder", type=Path)
     return parser
@@ -40,14 +41,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.verb in RECIPE_VERBS:
             return _run_recipe(args)
-        if args.verb == "make-demo-data":
-            from megalong.demo import make_demo
+        from megalong.report import summary_table, write_summary
 
-            make_demo(args.out, seed=args.seed)
-        else:
-            from megalong.report import summary_table, write_summary
-
-            print(summary_table(write_summary(args.folder)))  # noqa: T201
+        print(summary_table(write_summary(args.folder)))  # noqa: T201
     except Exception as error:
         if not _is_user_error(error):
             raise
@@ -63,6 +59,14 @@ def _is_user_error(error: Exception) -> bool:
 
 
 def _run_recipe(args: argparse.Namespace) -> int:
+    if args.verb == "make-demo-data":
+        from megalong.config.demo_data import load_demo_data
+
+        config = load_demo_data(args.recipe, args.overrides)
+        from megalong.demo import make_demo
+
+        make_demo(config)
+        return 0
     from megalong.config.load import load_config
 
     config = load_config(args.recipe, args.overrides)

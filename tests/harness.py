@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megalong.attention.shard import PackShard
+from megalong.config.demo_data import DemoDataConfig, DemoQuestionsConfig
 from megalong.config.load import load_config
 from megalong.config.tree import RunConfig
 from megalong.data.demo_videos import make_demo_data
@@ -77,7 +78,10 @@ class DemoWorld:
 
 def make_demo_world(folder: Path) -> DemoWorld:
     """Eight questions per manifest about short videos, and a checkpoint whose vocabulary is odd."""
-    data = make_demo_data(folder / "data", num_train_sft=8, num_train_rl=8, num_heldout=1, questions_per_video=1)
+    data = make_demo_data(
+        folder / "data",
+        DemoDataConfig(questions=DemoQuestionsConfig(train_sft=8, train_rl=8, heldout=1, per_video=1)),
+    )
     samples = read_manifest(data.train_sft, video_dir=None)
     texts = [THINKING_TEMPLATE, *(f"{sample.question} {sample.reasoning}" for sample in samples)]
     model = make_demo_checkpoint(folder / "model", texts=texts, size=SIZE)

@@ -20,6 +20,7 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
+from megalong.config.demo_data import DemoDataConfig, DemoQuestionsConfig
 from megalong.data.demo_videos import make_demo_data
 from megalong.data.manifest import read_manifest
 from megalong.data.sequence import THINKING_TEMPLATE
@@ -148,7 +149,10 @@ logger: {{tensorboard: false, samples_per_step: 1000}}
 
 def make_world(folder: Path, *, family: str) -> DemoWorld:
     """Four questions per manifest about short videos, one more about two pictures, and a tiny checkpoint."""
-    data = make_demo_data(folder / "data", num_train_sft=4, num_train_rl=4, num_heldout=1, questions_per_video=1)
+    data = make_demo_data(
+        folder / "data",
+        DemoDataConfig(questions=DemoQuestionsConfig(train_sft=4, train_rl=4, heldout=1, per_video=1)),
+    )
     samples = read_manifest(data.train_sft, video_dir=None)
     generator = np.random.default_rng(4)
     for name, height in (("a.png", 40), ("b.png", 24)):

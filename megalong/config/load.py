@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -25,29 +25,37 @@ from megalong.config.tree import RunConfig
 BASE_KEY = "base"
 REQUIRED_BY_EVERY_TASK = ("model.path", "logger.run_dir")
 
+Tree = TypeVar("Tree")
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Merge the defaults, the recipe's parents, the recipe and the overrides; the result is read-only.
+    """The configuration of a run; see load_recipe. `data.train` may still be missing: `validate` knows which task
+    needs it."""
+    return load_recipe(RunConfig, path, overrides, required=REQUIRED_BY_EVERY_TASK)
+
+
+def load_recipe(tree: type[Tree], path: str | Path, overrides: Sequence[str], *, required: Sequence[str]) -> Tree:
+    """Merge the defaults of `tree`, the recipe's parents, the recipe and the overrides; the result is read-only.
 
     path: a YAML file; its optional top-level key `base` names a parent file, relative to it.
     overrides: `section.key=value` strings; the value is read as YAML (`null`, `1e-6`, `{a: 1}`).
+    required: keys without a default that must have a value.
     A mapping given for a free-form field (`reward.weights`) replaces the one before it.
-    Returns an omegaconf DictConfig typed as RunConfig: attribute access as on the dataclass, and an
-    error on every write. `data.train` may still be missing: `validate` knows which task needs it.
+    Returns an omegaconf DictConfig typed as `tree`: attribute access as on the dataclass, and an error on every write.
     Raises ConfigError naming the file or override, the key and what was expected.
     """
-    config = OmegaConf.structured(RunConfig)
+    config = OmegaConf.structured(tree)
     for file in _recipe_chain(Path(path)):
         _merge(config, _read_yaml(file), source=str(file))
     for override in overrides:
         key, value = _parse_override(override)
         _set_leaves(config, key, value, source=f"override '{override}'")
     _resolve(config, source=str(path))
-    missing = [key for key in REQUIRED_BY_EVERY_TASK if OmegaConf.is_missing(*_parent_and_name(config, key))]
+    missing = [key for key in required if OmegaConf.is_missing(*_parent_and_name(config, key))]
     if missing:
         raise ConfigError([f"{path}: {key} has no value; set it in the recipe or add {key}=..." for key in missing])
     OmegaConf.set_readonly(config, True)
-    return cast(RunConfig, config)
+    return cast(Tree, config)
 
 
 def save_config(config: RunConfig, path: str | Path) -> None:
@@ -64,9 +72,9 @@ def config_yaml(config: RunConfig) -> str:
     return OmegaConf.to_yaml(cast(Any, config), resolve=True)
 
 
-def known_keys() -> tuple[str, ...]:
+def known_keys(tree: type = RunConfig) -> tuple[str, ...]:
     """Dotted names of all leaves of the tree, in order; a free-form mapping counts as one leaf."""
-    return tuple(_leaf_keys(RunConfig, prefix=""))
+    return tuple(_leaf_keys(tree, prefix=""))
 
 
 def _leaf_keys(node: type, *, prefix: str) -> Iterator[str]:
@@ -124,7 +132,7 @@ def _merge(config: DictConfig, values: dict[str, Any], *, source: str) -> None:
 
 def _set_leaves(config: DictConfig, key: str, value: Any, *, source: str) -> None:
     """Set `key`, or every leaf under it when it names a section."""
-    node = _type_at(key, source=source)
+    node = _type_at(OmegaConf.get_type(config), key, source=source)
     if not is_dataclass(node):
         _set_leaf(config, key, value, source=source)
         return
@@ -134,14 +142,14 @@ def _set_leaves(config: DictConfig, key: str, value: Any, *, source: str) -> Non
         _set_leaves(config, f"{key}.{name}", child, source=source)
 
 
-def _type_at(key: str, *, source: str) -> Any:
+def _type_at(tree: type, key: str, *, source: str) -> Any:
     """The annotated type of a dotted key. Raises ConfigError with the nearest key that exists."""
-    node: Any = RunConfig
+    node: Any = tree
     for name in key.split("."):
         if is_dataclass(node):
             hints = typing.get_type_hints(node)
             if name not in hints:
-                raise ConfigError(f"{source}: unknown key {key}; did you mean {_nearest_key(key)}?")
+                raise ConfigError(f"{source}: unknown key {key}; did you mean {_nearest_key(tree, key)}?")
             node = hints[name]
         elif typing.get_origin(node) is dict:
             node = typing.get_args(node)[1]
@@ -150,9 +158,10 @@ def _type_at(key: str, *, source: str) -> Any:
     return node
 
 
-def _nearest_key(key: str) -> str:
+def _nearest_key(tree: type, key: str) -> str:
     """The known key or section that looks most like `key`; the last name weighs more than the section."""
-    candidates = [*known_keys(), *sorted({known.rpartition(".")[0] for known in known_keys()} - {""})]
+    leaves = known_keys(tree)
+    candidates = [*leaves, *sorted({known.rpartition(".")[0] for known in leaves} - {""})]
     section, _, name = key.rpartition(".")
     section_weight = 0.35 if section else 0.05  # a bare name says little about the section it belongs to
 
@@ -169,7 +178,7 @@ def _set_leaf(config: DictConfig, key: str, value: Any, *, source: str) -> None:
     try:
         OmegaConf.update(config, key, value, merge=False)
     except OmegaConfBaseException as error:
-        expected = _describe(_type_at(key, source=source))
+        expected = _describe(_type_at(OmegaConf.get_type(config), key, source=source))
         raise ConfigError(f"{source}: {key} must be {expected}, got {value!r}") from error
 
 

@@ -16,6 +16,8 @@ from pathlib import Path
 import av
 import numpy as np
 
+from megalong.config.demo_data import DemoDataConfig, DemoVideosConfig
+from megalong.config.errors import ConfigError
 from megalong.data.demo_render import FRAME_SIZE, render
 from megalong.data.demo_tasks import ASK, CATEGORIES, DRAW, Question, Scenario
 
@@ -53,46 +55,39 @@ class DemoData:
     videos: Path
 
 
-def make_demo_data(
-    out_dir: Path,
-    *,
-    num_train_sft: int = 3200,
-    num_train_rl: int = 1440,
-    num_heldout: int = 200,
-    seed: int = 1,
-    questions_per_video: int = 2,
-    workers: int = 2,
-) -> DemoData:
-    """Write videos and manifests; the same arguments give the same files.
+def make_demo_data(out_dir: Path, config: DemoDataConfig) -> DemoData:
+    """Write videos and manifests; the same settings give the same files.
 
-    num_*: questions (manifest lines) per split, categories in turn; each video carries `questions_per_video`
-    of them. No scenario is shown by two videos, so held-out videos share nothing with training ones.
-    workers: processes that draw and encode.
+    Categories come in turn. No scenario is shown by two videos, so held-out videos share nothing with training ones.
+    Raises ConfigError, before anything is written, when more videos are asked for than there are scenarios.
     """
-    if min(num_train_sft, num_train_rl, num_heldout, questions_per_video, workers) < 1:
-        raise ValueError("num_train_sft, num_train_rl, num_heldout, questions_per_video and workers must be >= 1")
-    out_dir = Path(out_dir)
-    (out_dir / "videos").mkdir(parents=True, exist_ok=True)
-    rng = random.Random(seed)
+    rng = random.Random(config.seed)
     used: set[Scenario] = set()
     todo: list[Video] = []
-    paths = {}
-    for split, count in (("train_sft", num_train_sft), ("train_rl", num_train_rl), ("heldout", num_heldout)):
-        videos = draw_videos(split, -(-count // questions_per_video), rng=rng, used=used)
-        lines = ask_questions(split, videos, per_video=questions_per_video, rng=rng)[:count]
+    manifests = {}
+    per_video = config.questions.per_video
+    for split in ("train_sft", "train_rl", "heldout"):
+        count = getattr(config.questions, split)
+        videos = draw_videos(split, -(-count // per_video), lengths=config.videos, rng=rng, used=used)
+        lines = ask_questions(split, videos, per_video=per_video, rng=rng)[:count]
         if split != "train_sft":
             lines = [{**line, "reasoning": ""} for line in lines]
-        paths[split] = out_dir / f"{split}.jsonl"
-        paths[split].write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        manifests[split] = "".join(json.dumps(line) + "\n" for line in lines)
         todo += videos
-    folder = out_dir / "videos"
-    with ProcessPoolExecutor(max_workers=workers) as pool:
+    folder = Path(out_dir) / "videos"
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {split: folder.parent / f"{split}.jsonl" for split in manifests}
+    for split, text in manifests.items():
+        paths[split].write_text(text, encoding="utf-8")
+    with ProcessPoolExecutor(max_workers=config.workers) as pool:
         for _ in pool.map(write_video, todo, [folder] * len(todo), chunksize=8):
             pass
     return DemoData(videos=folder, **paths)
 
 
-def draw_videos(split: str, count: int, *, rng: random.Random, used: set[Scenario]) -> list[Video]:
+def draw_videos(
+    split: str, count: int, *, lengths: DemoVideosConfig, rng: random.Random, used: set[Scenario]
+) -> list[Video]:
     """`count` videos with scenarios not in `used` (which grows by them), categories in turn."""
     videos = []
     decks: dict[str, list[int]] = {category: [] for category in CATEGORIES}
@@ -105,7 +100,7 @@ def draw_videos(split: str, count: int, *, rng: random.Random, used: set[Scenari
                 name=f"{split}_{index:05d}_{category}.mp4",
                 category=category,
                 scenario=draw_new(category, option=decks[category].pop(), rng=rng, used=used),
-                seconds=rng.randint(30, 60),
+                seconds=rng.randint(lengths.min_seconds, lengths.max_seconds),
                 backdrop=(rng.randint(115, 140), rng.randint(115, 140), rng.randint(115, 140)),
             )
         )
@@ -120,7 +115,10 @@ def draw_new(category: str, *, option: int, rng: random.Random, used: set[Scenar
         if scenario not in used and first.answer == first.options[option]:
             used.add(scenario)
             return scenario
-    raise ValueError(f"no unused {category} scenario left after {MAX_DRAWS} draws; ask for fewer demo videos")
+    raise ConfigError(
+        f"no unused {category} scenario left after {MAX_DRAWS} draws; ask for fewer questions.train_sft, "
+        "questions.train_rl or questions.heldout, or for more questions.per_video"
+    )
 
 
 def ask_questions(split: str, videos: list[Video], *, per_video: int, rng: random.Random) -> list[dict]:

@@ -103,6 +103,24 @@ def test_configuration_errors(
     assert not (recipe.parent / "run").exists(), "nothing is written before the configuration is known to be right"
 
 
+def test_make_demo_data_takes_a_recipe_and_overrides(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tmp_path / "data.yaml"
+    recipe.write_text("questions: {train_sft: 8, train_rl: 4, heldout: 2}\n")
+    made: list[tuple[str, int, int]] = []
+    monkeypatch.setattr(
+        "megalong.demo.make_demo", lambda config: made.append((config.folder, config.seed, config.questions.train_rl))
+    )
+    folder = tmp_path / "demo"
+    assert main(["make-demo-data", str(recipe), f"folder={folder}", "seed=7", "questions.train_rl=3"]) == 0
+    assert made == [(str(folder), 7, 3)]
+    assert "folder has no value" in failure(capsys, "make-demo-data", str(recipe))
+    line = failure(capsys, "make-demo-data", str(recipe), f"folder={folder}", "video.min_seconds=3")
+    assert "unknown key video.min_seconds; did you mean videos.min_seconds?" in line
+    assert not folder.exists()
+
+
 def test_several_problems_are_listed_together(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["grpo", str(recipe), "grpo.steps=0", "rollout.temperature=-1"]) == 2
     lines = capsys.readouterr().err.splitlines()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import random
@@ -12,11 +13,14 @@ import av
 import numpy as np
 import pytest
 
+from megalong.config.demo_data import DemoDataConfig, DemoQuestionsConfig, DemoVideosConfig
+from megalong.config.errors import ConfigError
 from megalong.data.demo_render import CELL, FRAME_SIZE, RGB, render
-from megalong.data.demo_tasks import ASK, CATEGORIES, COLOURS, CORNERS, DRAW, Goal, Plot, Spatial, Temporal
+from megalong.data.demo_tasks import ASK, CATEGORIES, COLOURS, CORNERS, DRAW, Goal, Plot, Scenario, Spatial, Temporal
 from megalong.data.demo_videos import (
     LETTERS,
     DemoData,
+    Video,
     ask_questions,
     draw_frame,
     draw_new,
@@ -24,13 +28,21 @@ from megalong.data.demo_videos import (
     make_demo_data,
 )
 
-COUNTS = {"num_train_sft": 8, "num_train_rl": 8, "num_heldout": 8, "questions_per_video": 2, "workers": 1}
 BACKDROP = (128, 128, 128)
+
+
+def demo_data(seed: int, **questions: int) -> DemoDataConfig:
+    counts = {"train_sft": 8, "train_rl": 8, "heldout": 8, "per_video": 2, **questions}
+    return DemoDataConfig(seed=seed, workers=1, questions=DemoQuestionsConfig(**counts))
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> DemoData:
-    return make_demo_data(tmp_path_factory.mktemp("demo"), seed=3, **COUNTS)
+    return make_demo_data(tmp_path_factory.mktemp("demo"), demo_data(3))
+
+
+def drawn(split: str, count: int, *, rng: random.Random, used: set[Scenario]) -> list[Video]:
+    return draw_videos(split, count, lengths=DemoVideosConfig(), rng=rng, used=used)
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -70,9 +82,9 @@ def scenarios(category: str, count: int) -> list:
 
 
 def test_same_seed_same_bytes_other_seed_other_videos(data: DemoData, tmp_path: Path) -> None:
-    again = make_demo_data(tmp_path / "again", seed=3, **COUNTS)
+    again = make_demo_data(tmp_path / "again", dataclasses.replace(demo_data(3), workers=2))
     assert hashes(again.videos.parent) == hashes(data.videos.parent)
-    other = make_demo_data(tmp_path / "other", seed=4, **COUNTS)
+    other = make_demo_data(tmp_path / "other", demo_data(4))
     assert not set(hashes(other.videos).values()) & set(hashes(data.videos).values())
 
 
@@ -102,8 +114,8 @@ def test_videos_are_h264_of_30_to_180_seconds(data: DemoData) -> None:
 
 
 def test_encoded_frames_show_what_was_drawn(tmp_path: Path) -> None:
-    make_demo_data(tmp_path, seed=5, num_train_sft=4, num_train_rl=1, num_heldout=1, questions_per_video=1, workers=1)
-    for video in draw_videos("train_sft", 4, rng=random.Random(5), used=set()):
+    make_demo_data(tmp_path, demo_data(5, train_sft=4, train_rl=1, heldout=1, per_video=1))
+    for video in drawn("train_sft", 4, rng=random.Random(5), used=set()):
         with av.open(str(tmp_path / "videos" / video.name)) as container:
             decoded = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
         for index in (0, len(decoded) // 3, len(decoded) - 1):
@@ -113,16 +125,16 @@ def test_encoded_frames_show_what_was_drawn(tmp_path: Path) -> None:
 
 def test_no_scenario_and_no_opening_frame_is_in_two_splits() -> None:
     rng, used = random.Random(1), set()
-    splits = {split: draw_videos(split, 60, rng=rng, used=used) for split in ("train_sft", "train_rl", "heldout")}
-    drawn = [video.scenario for videos in splits.values() for video in videos]
-    assert len(set(drawn)) == len(drawn) == len(used) == 180
+    splits = {split: drawn(split, 60, rng=rng, used=used) for split in ("train_sft", "train_rl", "heldout")}
+    shown = [video.scenario for videos in splits.values() for video in videos]
+    assert len(set(shown)) == len(shown) == len(used) == 180
     train = {draw_frame(video, 0).tobytes() for split in ("train_sft", "train_rl") for video in splits[split]}
     assert not train & {draw_frame(video, 0).tobytes() for video in splits["heldout"]}
 
 
 def test_letters_are_balanced_in_every_category() -> None:
     rng, used = random.Random(2), set()
-    lines = ask_questions("train_rl", draw_videos("train_rl", 400, rng=rng, used=used), per_video=2, rng=rng)
+    lines = ask_questions("train_rl", drawn("train_rl", 400, rng=rng, used=used), per_video=2, rng=rng)
     for category in CATEGORIES:
         asked = [line for line in lines if line["category"] == category and line["problem_type"] == "multiple choice"]
         counts = Counter(line["answer"].removeprefix("<answer>").removesuffix("</answer>") for line in asked)
@@ -134,7 +146,7 @@ def test_letters_are_balanced_in_every_category() -> None:
 def test_options_say_nothing_without_the_video() -> None:
     rng, used = random.Random(2), set()
     answers: dict[str, set[str]] = {}
-    lines = ask_questions("train_rl", draw_videos("train_rl", 400, rng=rng, used=used), per_video=2, rng=rng)
+    lines = ask_questions("train_rl", drawn("train_rl", 400, rng=rng, used=used), per_video=2, rng=rng)
     for line in lines:
         if line["problem_type"] == "multiple choice":
             answers.setdefault(line["problem"], set()).add(line["answer"])
@@ -144,7 +156,7 @@ def test_options_say_nothing_without_the_video() -> None:
 
 def test_a_letter_names_the_option_that_the_reasoning_concludes() -> None:
     rng, used = random.Random(6), set()
-    lines = ask_questions("train_rl", draw_videos("train_rl", 80, rng=rng, used=used), per_video=2, rng=rng)
+    lines = ask_questions("train_rl", drawn("train_rl", 80, rng=rng, used=used), per_video=2, rng=rng)
     for line in lines:
         if line["problem_type"] != "multiple choice":
             continue
@@ -218,13 +230,15 @@ def test_running_out_of_scenarios_is_an_error() -> None:
     rng, used = random.Random(0), set()
     for _ in range(24 * 3 * 4):  # target orders x shapes x glances that have the agent go to one corner
         draw_new("goal", option=0, rng=rng, used=used)
-    with pytest.raises(ValueError, match="no unused goal scenario left after 10000 draws; ask for fewer demo videos"):
+    message = "no unused goal scenario left after 10000 draws; ask for fewer questions.train_sft"
+    with pytest.raises(ConfigError, match=message):
         draw_new("goal", option=0, rng=rng, used=used)
 
 
-def test_counts_below_one_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="must be >= 1"):
-        make_demo_data(tmp_path, **{**COUNTS, "num_heldout": 0})
+def test_too_many_videos_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no unused goal scenario left"):
+        make_demo_data(tmp_path / "data", demo_data(1, heldout=8000, per_video=1))
+    assert not (tmp_path / "data").exists()
 
 
 def test_a_moment_outside_the_story_is_refused() -> None:

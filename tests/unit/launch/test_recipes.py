@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from megalong.config.demo_data import load_demo_data
 from megalong.config.load import load_config, save_config
 from megalong.config.longvila_shape import read_longvila_shape
 from megalong.config.model_shape import ModelShape
@@ -16,7 +17,8 @@ from megalong.models.longvila.demo_checkpoint import make_demo_checkpoint
 
 ROOT = Path(__file__).parents[3]
 RECIPES = ROOT / "launch" / "recipes"
-NAMES = sorted(path.name for path in RECIPES.glob("*.yaml"))
+DEMO_DATA = "demo_data.yaml"
+NAMES = sorted(path.name for path in RECIPES.glob("*.yaml") if path.name != DEMO_DATA)
 SEVEN_B = [name for name in NAMES if "7b" in name]
 DEMO = [name for name in NAMES if name.startswith("demo")]
 
@@ -36,6 +38,15 @@ def test_every_recipe_is_covered() -> None:
         SEVEN_B
     )
     assert set(DEMO) == {"demo_sft.yaml", "demo_grpo.yaml"}
+
+
+def test_demo_data_is_what_the_training_stages_read() -> None:
+    data = load_demo_data(RECIPES / DEMO_DATA)
+    sft, grpo = (load_config(RECIPES / f"demo_{stage}.yaml") for stage in ("sft", "grpo"))
+    assert sft.model.path == grpo.model.path == f"{data.folder}/model"
+    assert sft.data.train == f"{data.folder}/data/train_sft.jsonl"
+    assert grpo.data.train == f"{data.folder}/data/train_rl.jsonl"
+    assert sft.eval.manifest == grpo.eval.manifest == f"{data.folder}/data/heldout.jsonl"
 
 
 @pytest.mark.parametrize("name", SEVEN_B)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from megalong.config.demo_data import load_demo_data
 from megalong.config.load import load_config
 
 ROOT = Path(__file__).parents[3]
@@ -124,7 +125,9 @@ def test_demo_runs_four_commands_with_one_seed_and_folder() -> None:
     words = [command for command in commands(done) if command[0] != "=="]
     remove, data, sft, grpo, report = words
     assert remove == ["rm", "-rf", "/tmp/elsewhere/sft", "/tmp/elsewhere/grpo"]
-    assert data == ["py", "-m", "megalong", "make-demo-data", "--out", "/tmp/elsewhere", "--seed", "5"]
+    assert data[:4] == ["py", "-m", "megalong", "make-demo-data"]
+    made = load_demo_data(ROOT / data[4], data[5:])
+    assert (made.folder, made.seed) == ("/tmp/elsewhere", 5)
     assert report == ["py", "-m", "megalong", "report", "/tmp/elsewhere"]
     for task, command in (("sft", sft), ("grpo", grpo)):
         assert command[:8] == [*TORCHRUN, "--standalone", "--nproc-per-node", "2", "-m", "megalong"]
