@@ -142,21 +142,27 @@ def group(builder: SequenceBuilder, videos: Sequence[Video], lens: Sequence[int]
 
 def make_trainer(
     folder: Path, layout: ParallelLayout, videos: Sequence[Video], *, family: str,
-    recompute: Recompute = Recompute.none,
+    recompute: Recompute = Recompute.none, sequence_parallel: bool = False, lr: float = 1e-6,
 ) -> Trainer:  # fmt: skip
     config = ModelConfig(
         family=family, path=str(folder), dtype=Dtype.float32, recompute=recompute, train_projector=True,
         train_tower=True,
     )  # fmt: skip
-    model = build_model(config, layout, sequence_parallel=False)
+    model = build_model(config, layout, sequence_parallel=sequence_parallel)
     frames = {video.name: video.pixels() for video in videos}
 
-    def embeddings(chosen: Sequence[FrameSelection], wanted: Sequence[Tensor] | None = None, **_: object) -> Tensor:
-        """Every rank encodes all frames itself and takes the rows it needs."""
+    def embeddings(
+        chosen: Sequence[FrameSelection], wanted: Sequence[Tensor] | None = None, *,
+        returns: Sequence[bool] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Every rank encodes all frames itself and takes the rows it needs; some give their gradient back."""
         whole_ND = torch.cat([model.vision(frames[item.path]).flatten(0, 1) for item in chosen])
-        return whole_ND if wanted is None else whole_ND[wanted[layout.replica_rank]]
+        if wanted is None:
+            return whole_ND
+        rows_ND = whole_ND[wanted[layout.replica_rank]]
+        return rows_ND if returns[layout.replica_rank] else rows_ND.detach().requires_grad_()
 
-    return Trainer(model, layout, OptimizerConfig(), total_steps=1, embeddings=embeddings)
+    return Trainer(model, layout, OptimizerConfig(lr=lr), total_steps=1, embeddings=embeddings)
 
 
 Pack = list[tuple[list[Video], list[int]]]

@@ -197,11 +197,11 @@ class Oracle:
 def build_case(
     tokens_per_frame: int, image: int, *, frames_per_step: int = 1
 ) -> tuple[list[list[GroupTokens]], dict[str, Tensor]]:
-    """Two packs: text only, one frame (step), several frames, two videos, and a padding-free mix of group sizes."""
+    """Three packs: text only, one frame (step), several frames, 64 frames, two videos, and ragged group sizes."""
     generator = torch.Generator().manual_seed(11)
     frames = {
         name: torch.randint(0, 256, (count, image, image, 3), dtype=torch.uint8, generator=generator)
-        for name, count in (("a", frames_per_step), ("b", 4 * frames_per_step), ("c", 2 * frames_per_step))
+        for name, count in (("a", frames_per_step), ("b", 4 * frames_per_step), ("c", 2 * frames_per_step), ("d", 64))
     }
     builder = SequenceBuilder(
         encode=lambda text: [ord(character) % (VOCAB - 2) + 2 for character in text[-9:]],
@@ -233,6 +233,7 @@ def build_case(
     packs = [
         [group("text", (), (3, 1, 6)), group("one frame", ("a",), (5,))],
         [group("frames", ("b",), (2, 40, 1)), group("two videos", ("c", "b"), (4, 4)), group("more text", (), (1,))],
+        [group("64 frames", ("d",), (2, 7)), group("one frame", ("a",), (3,))],
     ]
     return packs, frames
 

@@ -1,4 +1,4 @@
-"""A pipeline of stages against transformers: log-probabilities and the LLM's gradients, tied and untied."""
+"""LongVILA on several ranks against transformers: log-probabilities and every gradient, tied and untied."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ VARIANTS = {
     "recomputed": Variant(layers=4, tied=True, kv_heads=4, recompute=Recompute.full),
 }
 LAYOUTS = {
+    "tp2": (2, {"tp": 2, "pp": 1}, False),
+    "tp2_sp": (2, {"tp": 2, "pp": 1}, True),
     "pp2": (2, {"tp": 1, "pp": 2}, False),
     "pp4": (4, {"tp": 1, "pp": 4}, False),  # two stages with neither the embedding nor the head
     "tp2_pp2_sp": (4, {"tp": 2, "pp": 2}, True),
@@ -53,14 +55,17 @@ def score_all(folders: dict[str, Path], split: dict[str, int], sequence_parallel
 
 def score(folder: Path, variant: Variant, layout: ParallelLayout, *, sequence_parallel: bool) -> Scored:
     """Log-probabilities, then a train step of the same packs under the weighted sum that the oracle is given."""
-    config = ModelConfig(path=str(folder), dtype=Dtype.float32, recompute=variant.recompute)
+    config = ModelConfig(
+        path=str(folder), dtype=Dtype.float32, recompute=variant.recompute, train_projector=True, train_tower=True
+    )
     model = build_model(config, layout, sequence_parallel=sequence_parallel)
     packs, frames = build_case(model.spec.vision.embeds_per_step, variant.image)
 
     def embeddings(chosen: Sequence[FrameSelection], wanted: Sequence[Tensor], *, returns: Sequence[bool]) -> Tensor:
-        """Every rank encodes all frames itself and takes the rows it needs."""
+        """Every rank encodes all frames itself and takes the rows it needs; some give their gradient back."""
         whole_ND = torch.cat([model.vision(frames[s.path]).flatten(0, 1) for s in chosen])
-        return whole_ND[wanted[layout.replica_rank]]
+        rows_ND = whole_ND[wanted[layout.replica_rank]]
+        return rows_ND if returns[layout.replica_rank] else rows_ND.detach().requires_grad_()
 
     trainer = Trainer(model, layout, OptimizerConfig(), total_steps=1, embeddings=embeddings)
     batches = [pack_groups(pack) for pack in packs]
@@ -77,7 +82,7 @@ def score(folder: Path, variant: Variant, layout: ParallelLayout, *, sequence_pa
         loss=stats.loss,
         entropy=stats.metrics["entropy"],
         grad_norm=stats.grad_norm,
-        gradients={name: gradient for name, gradient in gradients.items() if name.startswith("llm/")},
+        gradients=gradients,
     )
 
 
@@ -94,7 +99,7 @@ def expect(folder: Path, variant: Variant) -> Scored:
         pairs = []
         for group in pack:
             videos = [oracle.encode(frames[item.path]).flatten(0, 1) for item in group.prompt.selections]
-            embeds_ND = torch.cat(videos).detach() if videos else None
+            embeds_ND = torch.cat(videos) if videos else None
             for response in group.responses:
                 pairs.append(oracle.logprobs(group.prompt.ids_P, response, embeds_ND, temperature=variant.temperature))
         logprobs_R, entropy_R = (torch.cat(parts) for parts in zip(*pairs, strict=True))
@@ -102,11 +107,11 @@ def expect(folder: Path, variant: Variant) -> Scored:
         logprobs.append(logprobs_R.detach())
         entropies.append(entropy_R.detach())
     loss.backward()
-    gradients = {name: gradient for name, gradient in oracle.gradients().items() if name.startswith("llm/")}
+    gradients = {name: gradient for name, gradient in oracle.gradients().items() if gradient is not None}
     norm = torch.stack([gradient.double().square().sum() for gradient in gradients.values()]).sum().sqrt()
     return Scored(
         logprobs=logprobs,
-        loss=float(loss),
+        loss=float(loss.detach()),
         entropy=float(torch.cat(entropies).mean()),
         grad_norm=float(norm),
         gradients=gradients,
@@ -124,7 +129,7 @@ def expected(folders: dict[str, Path]) -> dict[str, Scored]:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_stages_equal_transformers(
+def test_ranks_equal_transformers(
     name: str, folders: dict[str, Path], expected: dict[str, Scored], tmp_path: Path
 ) -> None:
     size, split, sequence_parallel = LAYOUTS[name]
@@ -137,5 +142,8 @@ def test_stages_equal_transformers(
             assert got.grad_norm == pytest.approx(want.grad_norm, rel=TOLERANCE)
             assert got.gradients.keys() == want.gradients.keys()
             for tensor, gradient in got.gradients.items():
-                error = (gradient - want.gradients[tensor]).abs().max() / want.gradients[tensor].abs().max()
+                # See compare_gradients in test_longvila: a key bias of the tower has no gradient but rounding.
+                is_noise = tensor.startswith("vision_tower/") and tensor.endswith("k_proj.bias")
+                scale = want.gradients[tensor.replace("k_proj", "q_proj") if is_noise else tensor].abs().max()
+                error = (gradient - want.gradients[tensor]).abs().max() / scale
                 assert error < TOLERANCE, f"{variant}: gradient of {tensor} is off by {error:.1e}"
