@@ -235,6 +235,7 @@ def open_run(config: RunConfig, *, task: Task) -> Run:
         vision=vision,
         builder=SequenceBuilder(
             encode=tokens.encode,
+            encode_markup=tokens.encode_markup,
             eos_id=tokens.eos_id,
             videos=videos,
             system_prompt=tokens.system_prompt,

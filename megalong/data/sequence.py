@@ -1,4 +1,4 @@
-"""The one sequence builder (design contract 1): token ids of a prompt and of an SFT target.
+"""The one sequence builder: token ids of a prompt and of an SFT target.
 
 Rollout, old, reference and policy log-probabilities, SFT and evaluation all start from what is built here.
 """
@@ -30,7 +30,8 @@ TEXT_THINKING_TEMPLATE = THINKING_TEMPLATE.replace(" based on the given video", 
 class SequenceBuilder:
     """Turns samples into token ids and positions for one tokenizer and one video layout."""
 
-    encode: Callable[[str], list[int]]  # text -> ids, special tokens in the text recognised, none added
+    encode: Callable[[str], list[int]]  # of the sample's own text: no special token can come of it
+    encode_markup: Callable[[str], list[int]]  # of the chat format, special tokens recognised, none added
     eos_id: int  # ends an assistant turn
     videos: VideoLayout | None  # None: a family without vision, positions 0, 1, 2, ..
     system_prompt: str  # "": no system turn
@@ -49,10 +50,11 @@ class SequenceBuilder:
         if selections and self.videos is None:
             raise ValueError(f"{sample.sample_id}: has videos, and this model family has no vision; see model.family")
         system = f"<|im_start|>system\n{self.system_prompt}<|im_end|>\n" if self.system_prompt else ""
-        ids = [*self.encode(f"{system}<|im_start|>user\n")]
+        ids = [*self.encode_markup(f"{system}<|im_start|>user\n")]
         for selection in selections:
             ids += self.videos.video_ids(selection)
-        ids += self.encode(f"{self.user_text(sample)}<|im_end|>\n<|im_start|>assistant\n")
+        ids += self.encode(self.user_text(sample))
+        ids += self.encode_markup("<|im_end|>\n<|im_start|>assistant\n")
         if self.videos is None:
             positions_P, next_position = torch.arange(len(ids)), len(ids)
         else:

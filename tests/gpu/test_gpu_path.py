@@ -54,7 +54,12 @@ def make_pack(trainer, checkpoint: Path):
     tokens = family.read_tokens(checkpoint)
     videos = family.vision.layout(trainer.model.spec, tokens, VideoConfig())
     builder = SequenceBuilder(
-        encode=tokens.encode, eos_id=tokens.eos_id, videos=videos, system_prompt=tokens.system_prompt, thinking=True
+        encode=tokens.encode,
+        encode_markup=tokens.encode_markup,
+        eos_id=tokens.eos_id,
+        videos=videos,
+        system_prompt=tokens.system_prompt,
+        thinking=True,
     )
     sample = Sample(
         sample_id="a", question="which box is red? A. left B. right", answer="B", videos=("v",),

@@ -125,7 +125,12 @@ def make_builder(folder: Path, family: str) -> SequenceBuilder:
     tokens = entry.read_tokens(folder)
     layout = entry.vision.layout(entry.read_spec(folder), tokens, VideoConfig())
     return SequenceBuilder(
-        encode=tokens.encode, eos_id=tokens.eos_id, videos=layout, system_prompt=tokens.system_prompt, thinking=False
+        encode=tokens.encode,
+        encode_markup=tokens.encode_markup,
+        eos_id=tokens.eos_id,
+        videos=layout,
+        system_prompt=tokens.system_prompt,
+        thinking=False,
     )
 
 

@@ -203,9 +203,12 @@ def build_case(
         name: torch.randint(0, 256, (count, image, image, 3), dtype=torch.uint8, generator=generator)
         for name, count in (("a", frames_per_step), ("b", 4 * frames_per_step), ("c", 2 * frames_per_step), ("d", 64))
     }
+
+    def encode(text: str) -> list[int]:
+        return [ord(character) % (VOCAB - 2) + 2 for character in text[-9:]]
+
     builder = SequenceBuilder(
-        encode=lambda text: [ord(character) % (VOCAB - 2) + 2 for character in text[-9:]],
-        eos_id=0,
+        encode=encode, encode_markup=encode, eos_id=0,
         videos=SquareFrames(
             size=image, tokens_per_frame=tokens_per_frame, newline_id=1, frames_per_step=frames_per_step
         ),

@@ -49,6 +49,6 @@ def test_every_step_has_its_time_in_words(folder: Path) -> None:
     tokens = FAMILIES[FAMILY].read_tokens(folder)
     ids = make_builder(folder, FAMILY).videos.video_ids(ODD.selection)
     assert ids.count(MEDIA_TOKEN) == 3 * 2 * 3
-    marks = tokens.encode("<|vision_start|>") + [MEDIA_TOKEN] * 6 + tokens.encode("<|vision_end|>")
+    marks = tokens.encode_markup("<|vision_start|>") + [MEDIA_TOKEN] * 6 + tokens.encode_markup("<|vision_end|>")
     times = [f"<{seconds:.1f} seconds>" for seconds in (0.05, 0.25, 0.4)]
     assert ids == [token for text in times for token in (*tokens.encode(text), *marks)]

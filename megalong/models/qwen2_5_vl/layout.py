@@ -83,7 +83,7 @@ def fit_image(height: int, width: int, *, rule: PixelRule, block: int) -> tuple[
 
 def marker_id(tokens: ChatTokens, marker: str, *, path: str) -> int:
     """Id of a marker. Raises CheckpointError when the tokenizer does not make one token of it."""
-    ids = tokens.encode(marker)
+    ids = tokens.encode_markup(marker)
     if len(ids) != 1:
         raise CheckpointError(f"{path}: {marker!r} must be one token, this tokenizer gives {ids}")
     return ids[0]

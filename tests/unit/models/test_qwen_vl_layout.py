@@ -90,7 +90,7 @@ def test_video_max_frame_pixels_lowers_the_processor_s_limits(tmp_path: Path) ->
 def test_a_tokenizer_without_the_markers_is_refused(tmp_path: Path) -> None:
     for family, write in tiny_vl.WRITERS.items():
         entry, folder = FAMILIES[family], write(tmp_path / family)
-        tokens = replace(entry.read_tokens(folder), encode=lambda text: list(text.encode()))
+        tokens = replace(entry.read_tokens(folder), encode_markup=lambda text: list(text.encode()))
         with pytest.raises(CheckpointError, match=r"'<\|vision_start\|>' must be one token"):
             entry.vision.layout(entry.read_spec(folder), tokens, VideoConfig())
 
