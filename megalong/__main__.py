@@ -34,7 +34,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb. Errors in the config, a manifest or a checkpoint end with one message and exit code 2."""
+    """Run one verb.
+
+    What the user gave (config, manifest, checkpoint) ends it with one message and exit code 2, the machine (memory,
+    other ranks) with one message and 1, a stuck phase with its stacks and 3; any other error keeps its traceback.
+    """
     args = build_parser().parse_args(argv)
     # megatron-core says once per module that it falls back to torch's own kernels, as meant on a CPU.
     warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*not installed", category=UserWarning)
@@ -45,17 +49,21 @@ def main(argv: list[str] | None = None) -> int:
 
         print(summary_table(write_summary(args.folder)))  # noqa: T201
     except Exception as error:
-        if not _is_user_error(error):
+        if not _is_complete(error):
             raise
         print(f"megalong {args.verb}: {error}", file=sys.stderr)  # noqa: T201
-        return 2
+        return 1 if _is(error, "RunFailedError") else 2
     return 0
 
 
-def _is_user_error(error: Exception) -> bool:
-    """Errors about what the user gave, whose message says what to change; all others keep their traceback."""
-    names = {"ConfigError", "ManifestError", "CheckpointError"}
-    return any(kind.__name__ in names for kind in type(error).__mro__) or isinstance(error, FileNotFoundError)
+def _is_complete(error: Exception) -> bool:
+    """Errors whose message says what to change; all others keep their traceback."""
+    return _is(error, "ConfigError", "ManifestError", "CheckpointError", "RunFailedError", "FileNotFoundError")
+
+
+def _is(error: Exception, *names: str) -> bool:
+    """By name, because the modules that define them are heavy."""
+    return any(kind.__name__ in names for kind in type(error).__mro__)
 
 
 def _run_recipe(args: argparse.Namespace) -> int:
@@ -78,11 +86,17 @@ def _run_recipe(args: argparse.Namespace) -> int:
         validate(config, task=args.task, world_size=planned_processes(config), model=shape)
         print(render(plan(config, args.task, shape, note=note)))  # noqa: T201
         return 0
+    import torch
+
     from megalong.evaluating import evaluate
+    from megalong.failures import failures_reported
     from megalong.grpo import train_grpo
+    from megalong.metrics import PhaseTimer
     from megalong.sft import train_sft
 
-    {"sft": train_sft, "grpo": train_grpo, "eval": evaluate}[args.verb](config)
+    timer = PhaseTimer(torch.cuda.synchronize if torch.cuda.is_available() else None)
+    with failures_reported(config, timer):
+        {"sft": train_sft, "grpo": train_grpo, "eval": evaluate}[args.verb](config, timer)
     return 0
 
 

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from megalong.config.tree import RunConfig
 from megalong.evaluate.score import EvalReport, evaluate_responses, score_response
+from megalong.metrics import PhaseTimer
 from megalong.parallel.collectives import gather_objects
 from megalong.parallel.split import shard_range
 from megalong.records import RolloutGroup, Sample
@@ -18,10 +19,10 @@ from megalong.rollout.engine import Sampling
 from megalong.run import Run, make_ready, open_run, plan_prompts, read_samples
 
 
-def evaluate(config: RunConfig) -> EvalReport:
+def evaluate(config: RunConfig, timer: PhaseTimer | None = None) -> EvalReport:
     """`megalong eval`: score the weights of model.path (or model.init_from) on eval.manifest."""
     samples = eval_samples(config)
-    run = open_run(config, task="eval")
+    run = open_run(config, task="eval", timer=timer or PhaseTimer())
     report = evaluate_policy(run, samples, name="eval", step=0)
     run.close()
     return report
@@ -58,11 +59,12 @@ def evaluate_policy(run: Run, samples: Sequence[Sample], *, name: str, step: int
     bar = tqdm(total=len(mine), desc=name, disable=not layout.is_main, unit="question", leave=False)
     for at in range(0, len(mine), settings.batch_prompts):
         batch = mine[at : at + settings.batch_prompts]
-        run.vision.release()
-        prompts, unusable = plan_prompts(run, batch)
-        prompts, unreadable = make_ready(run, prompts)
-        embeds = run.vision.embeddings_of(prompts, run.sampler.owners(len(prompts)))
-        groups: list[RolloutGroup] = run.sampler.sample(prompts, embeds, sampling=sampling, step=step)
+        with run.timer.during("eval"):
+            run.vision.release()
+            prompts, unusable = plan_prompts(run, batch)
+            prompts, unreadable = make_ready(run, prompts)
+            embeds = run.vision.embeddings_of(prompts, run.sampler.owners(len(prompts)))
+            groups: list[RolloutGroup] = run.sampler.sample(prompts, embeds, sampling=sampling, step=step)
         texts.update({group.prompt.sample.sample_id: group.texts for group in groups})
         dropped += [*unusable, *unreadable]
         bar.update(len(batch))

@@ -14,7 +14,7 @@ from megalong.config.tree import RunConfig
 from megalong.data.packing import pack_rollouts
 from megalong.engine.trainer import LossOf, merge_sums
 from megalong.evaluating import eval_samples, evaluate_if_due
-from megalong.metrics import end_table, plot_rewards
+from megalong.metrics import PhaseTimer, end_table, plot_rewards
 from megalong.objectives.advantages import group_advantages, has_spread
 from megalong.objectives.aggregation import row_weights
 from megalong.objectives.policy_loss import PolicyLossSettings, policy_loss
@@ -26,13 +26,13 @@ from megalong.run import PromptBatches, Run, open_run, read_samples
 from megalong.sft import log_step
 
 
-def train_grpo(config: RunConfig) -> None:
+def train_grpo(config: RunConfig, timer: PhaseTimer | None = None) -> None:
     """`megalong grpo`: reinforcement learning on data.train with verifiable rewards."""
     check_weights(config.reward.weights)
     settings = loss_settings(config)
     samples = read_samples(config, manifest=config.data.train, video_dir=config.data.video_dir, thinking_targets=False)
     held_out = eval_samples(config) if config.eval.manifest else []
-    run = open_run(config, task="grpo")
+    run = open_run(config, task="grpo", timer=timer or PhaseTimer())
     batches = PromptBatches(run, samples, batch_size=config.grpo.batch_size)
     total = config.grpo.steps * config.grpo.updates_per_batch
     run.sync_weights()

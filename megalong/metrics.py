@@ -138,23 +138,35 @@ class RunLogger:
 
 
 class PhaseTimer:
-    """Wall-clock seconds by phase; a phase that runs several times adds up.
+    """Wall-clock seconds by phase; a phase that runs several times adds up. Also what the process is doing now.
 
     synchronize: called at both ends of a phase (torch.cuda.synchronize on a GPU, where work is still
-    queued when a phase's Python is over).
+    queued when a phase's Python is over), but not after an error: queued work may wait for a rank that is gone.
     """
 
     def __init__(self, synchronize: Callable[[], None] | None = None) -> None:
         self._synchronize = synchronize
         self.seconds: dict[str, float] = {}
+        self.phase = "between phases"  # the one in progress, or the one that an error ended
+        self.since = time.monotonic()  # when `phase` last changed
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        start = self._now()
-        try:
-            yield
-        finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + self._now() - start
+        with self.during(phase):
+            start = self._now()
+            end = time.perf_counter
+            try:
+                yield
+                end = self._now
+            finally:
+                self.seconds[phase] = self.seconds.get(phase, 0.0) + end() - start
+
+    @contextmanager
+    def during(self, phase: str) -> Iterator[None]:
+        """Name a phase that is not timed: for the watchdog and for messages about errors."""
+        outer, self.phase, self.since = self.phase, phase, time.monotonic()
+        yield
+        self.phase, self.since = outer, time.monotonic()  # not after an error: its message names the phase
 
     def take(self) -> dict[str, float]:
         """The metrics `seconds/<phase>` since the last call; starts again from zero."""

@@ -93,12 +93,13 @@ class Run:
 
     def save(self, batches: PromptBatches) -> Path:
         """Checkpoint under <run_dir>/checkpoints (collective)."""
-        return save_checkpoint(
-            checkpoint_folder(self.config),
-            self.trainer,
-            extra={"sampler": batches.position},
-            keep=self.config.checkpoint.keep,
-        )
+        with self.timer.during("checkpoint"):
+            return save_checkpoint(
+                checkpoint_folder(self.config),
+                self.trainer,
+                extra={"sampler": batches.position},
+                keep=self.config.checkpoint.keep,
+            )
 
     def save_if_due(self, batches: PromptBatches) -> None:
         if self.is_due(self.config.checkpoint.save_every):
@@ -199,8 +200,13 @@ def read_samples(config: RunConfig, *, manifest: str, video_dir: str | None, thi
     return samples
 
 
-def open_run(config: RunConfig, *, task: Task) -> Run:
+def open_run(config: RunConfig, *, task: Task, timer: PhaseTimer) -> Run:
     """Check the configuration, join the other processes, build the model, load or resume (collective)."""
+    with timer.during("start"):
+        return _start(config, task=task, timer=timer)
+
+
+def _start(config: RunConfig, *, task: Task, timer: PhaseTimer) -> Run:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     shape = read_model_shape(config.model.path, family=config.model.family, video=config.video)
     validate(config, task=task, world_size=world_size, model=shape)
@@ -253,7 +259,7 @@ def open_run(config: RunConfig, *, task: Task) -> Run:
             is_main=layout.is_main,
             resume_step=trainer.step,
         ),
-        timer=PhaseTimer(torch.cuda.synchronize if layout.device.type == "cuda" else None),
+        timer=timer,
         resumed=resumed,
         step_before=trainer.step,
     )
@@ -279,11 +285,13 @@ def resume_point(config: RunConfig) -> Path | None:
     """The checkpoint the run continues from; None at a fresh start.
 
     Raises CheckpointError when the run folder holds checkpoints that the run is told not to continue from: they would
-    pass for its own, and be the ones that a later restart picks up.
+    pass for its own, and be the ones that a later restart picks up. Where torchrun starts the processes again, they
+    are its own: the first start has looked.
     """
     folder = checkpoint_folder(config)
     checkpoints = complete_checkpoints(folder)
-    if checkpoints and not config.checkpoint.resume:
+    first_start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    if checkpoints and first_start and not config.checkpoint.resume:
         raise CheckpointError(
             f"checkpoint.resume=false, but {folder} holds {checkpoints[-1].name} of an earlier run; delete {folder} to "
             "start over, choose another logger.run_dir, or set checkpoint.resume=true to continue"

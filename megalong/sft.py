@@ -11,7 +11,7 @@ from megalong.config.tree import Aggregation, RunConfig
 from megalong.data.packing import GroupTokens, pack_groups, plan_packs
 from megalong.engine.trainer import LossOf
 from megalong.evaluating import eval_samples, evaluate_if_due
-from megalong.metrics import end_table
+from megalong.metrics import PhaseTimer, end_table
 from megalong.objectives.aggregation import row_weights
 from megalong.objectives.sft_loss import sft_loss
 from megalong.parallel.collectives import sum_over
@@ -19,11 +19,11 @@ from megalong.records import Dropped, Prompt, StepStats, TokenBatch
 from megalong.run import PromptBatches, Run, open_run, read_samples
 
 
-def train_sft(config: RunConfig) -> None:
+def train_sft(config: RunConfig, timer: PhaseTimer | None = None) -> None:
     """`megalong sft`: learn the assistant turns of data.train."""
     samples = read_samples(config, manifest=config.data.train, video_dir=config.data.video_dir, thinking_targets=True)
     held_out = eval_samples(config) if config.eval.manifest else []
-    run = open_run(config, task="sft")
+    run = open_run(config, task="sft", timer=timer or PhaseTimer())
     batches = PromptBatches(run, samples, batch_size=config.sft.batch_size)
     total = config.sft.steps
     if held_out:

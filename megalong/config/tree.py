@@ -120,7 +120,9 @@ class ParallelConfig:
     """Of the cp ranks, how many trade rows for heads; the others gather keys. 0: as many as key-value heads allow."""
     sequence_parallel: bool = False
     """Shard activations between tensor-parallel regions along the sequence (needs tp > 1)."""
-    timeout_minutes: int = 30
+    timeout_minutes: float = 30
+    """A phase (start, data, rollout, train, checkpoint, a batch of an evaluation ..) that lasts longer is stuck: the
+    process writes its stacks and ends. Collectives wait 5 minutes more. 0: no limit."""
 
 
 @dataclass

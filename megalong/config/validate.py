@@ -83,7 +83,7 @@ _BOUNDS: tuple[_Bound, ...] = (
     _Bound("parallel.tp", 1),
     _Bound("parallel.cp", 1),
     _Bound("parallel.pp", 1),
-    _Bound("parallel.timeout_minutes", 1),
+    _Bound("parallel.timeout_minutes", 0),
     _Bound("video.num_frames", 1),
     _Bound("video.fps", 0, above=True),
     _Bound("video.max_frames", 1),

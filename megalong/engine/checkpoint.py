@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megalong.engine.trainer import Trainer
 from megalong.models.errors import CheckpointError
@@ -31,7 +32,8 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 def save_checkpoint(folder: Path, trainer: Trainer, *, extra: dict[str, Any], keep: int) -> Path:
     """Write step_<n> under `folder` (collective) and delete all but the `keep` newest complete ones.
 
-    A kill at any moment leaves the older checkpoints as they were and at most a *.partial folder.
+    A kill at any moment leaves the older checkpoints as they were and at most a *.partial folder; so does a disk that
+    is full, which raises CheckpointError.
     """
     final = folder / f"step_{trainer.step:08d}"
     partial = folder / f"{final.name}.partial"
@@ -43,7 +45,10 @@ def save_checkpoint(folder: Path, trainer: Trainer, *, extra: dict[str, Any], ke
     dist.barrier()
     if final.exists():
         return final
-    dist_checkpointing.save(_sharded_state(trainer, extra), str(partial))
+    try:
+        dist_checkpointing.save(_sharded_state(trainer, extra), str(partial))
+    except (OSError, RuntimeError, CheckpointException) as error:
+        raise CheckpointError(_not_written(partial, error)) from error
     dist.barrier()
     if trainer.layout.is_main:
         _flush(partial)
@@ -87,6 +92,19 @@ def _load(sharded: dict[str, Any], path: Path) -> dict[str, Any]:
         return dist_checkpointing.load(sharded, str(path))
     except (OSError, RuntimeError, KeyError, dist_checkpointing.core.CheckpointingException) as error:
         raise CheckpointError(f"{path}: cannot be loaded into this model ({type(error).__name__}: {error})") from error
+
+
+def _not_written(partial: Path, error: BaseException) -> str:
+    """What failed where: CheckpointException, which is no Exception, knows the errors of all ranks."""
+    failures = error.failures if isinstance(error, CheckpointException) else {}
+    causes = [f"rank {rank}: {type(cause).__name__}: {cause}" for rank, (cause, _) in failures.items()]
+    text = "; ".join(causes) or f"{type(error).__name__}: {error}".splitlines()[0]
+    free = shutil.disk_usage(partial).free / (1 << 30)
+    return (
+        f"{partial}: cannot be written ({text}); {free:.1f} GiB are free on that disk. "
+        "Older checkpoints are as they were: free space, lower checkpoint.keep or choose another logger.run_dir, "
+        "and start again to continue"
+    )
 
 
 def _load_model(trainer: Trainer, state: dict[str, Any]) -> None:

@@ -13,6 +13,10 @@ from torch.distributed import ProcessGroup
 
 from megalong.parallel.cpu import enable_megatron_on_cpu
 
+MORE_MINUTES = 5.0
+"""How much longer than a phase a collective may last: a rank that is stuck says so itself before the others give up."""
+MINUTES_OF_A_YEAR = 365 * 24 * 60.0
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ContextGroups:
@@ -72,7 +76,7 @@ class ParallelLayout:
         return self.pp_rank == self.pp_size - 1
 
 
-def start_process_group(*, timeout_minutes: int) -> torch.device:
+def start_process_group(*, timeout: datetime.timedelta) -> torch.device:
     """Join the process group torchrun (or srun) describes in the environment; alone without one.
 
     NCCL with one GPU per local rank when CUDA is there, gloo on the CPU otherwise.
@@ -89,10 +93,7 @@ def start_process_group(*, timeout_minutes: int) -> torch.device:
     else:
         enable_megatron_on_cpu()
     if not dist.is_initialized():
-        options = {
-            "backend": "nccl" if use_gpu else "gloo",
-            "timeout": datetime.timedelta(minutes=timeout_minutes),
-        }
+        options = {"backend": "nccl" if use_gpu else "gloo", "timeout": timeout}
         if "RANK" in os.environ:
             dist.init_process_group(**options)
         else:
@@ -100,15 +101,20 @@ def start_process_group(*, timeout_minutes: int) -> torch.device:
     return torch.device("cuda", local_rank) if use_gpu else torch.device("cpu")
 
 
-def make_layout(*, tp: int, cp: int, pp: int, seed: int, cp_a2a: int = 1, timeout_minutes: int = 30) -> ParallelLayout:
+def make_layout(
+    *, tp: int, cp: int, pp: int, seed: int, cp_a2a: int = 1, timeout_minutes: float = 30
+) -> ParallelLayout:
     """Start the process group if needed, split it into TP x CP x PP x DP groups, seed megatron's RNG.
 
     cp_a2a: how many ranks of a context-parallel group trade rows for heads; the others gather keys (ContextGroups).
+    timeout_minutes: how long a phase may last; collectives of all groups wait MORE_MINUTES longer. 0: no limit.
     Raises ValueError when the world size is not a multiple of tp * cp * pp, or cp not one of cp_a2a.
     """
     if cp % cp_a2a:
         raise ValueError(f"parallel.cp={cp} is not a multiple of parallel.cp_a2a={cp_a2a}")
-    device = start_process_group(timeout_minutes=timeout_minutes)
+    minutes = timeout_minutes + MORE_MINUTES if timeout_minutes else MINUTES_OF_A_YEAR
+    timeout = datetime.timedelta(minutes=minutes)
+    device = start_process_group(timeout=timeout)
     world_size, rank = dist.get_world_size(), dist.get_rank()
     if world_size % (tp * cp * pp):
         raise ValueError(
@@ -120,11 +126,12 @@ def make_layout(*, tp: int, cp: int, pp: int, seed: int, cp_a2a: int = 1, timeou
         pipeline_model_parallel_size=pp,
         context_parallel_size=cp,
         create_gloo_process_groups=False,
+        distributed_timeout_minutes=minutes,
     )
     if device.type == "cuda":
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
     dp_rank = parallel_state.get_data_parallel_rank(with_context_parallel=False)
-    replica = _replica_group(dp_rank, world_size)
+    replica = _replica_group(dp_rank, world_size, timeout=timeout)
     return ParallelLayout(
         rank=rank,
         world_size=world_size,
@@ -139,7 +146,7 @@ def make_layout(*, tp: int, cp: int, pp: int, seed: int, cp_a2a: int = 1, timeou
         replica_size=tp * cp * pp,
         places=_places(replica),
         tp=parallel_state.get_tensor_model_parallel_group(),
-        context=_context_groups(world_size, a2a_size=cp_a2a),
+        context=_context_groups(world_size, a2a_size=cp_a2a, timeout=timeout),
         pp=parallel_state.get_pipeline_model_parallel_group(),
         model=parallel_state.get_model_parallel_group(),
         tied=parallel_state.get_embedding_group(check_initialized=False),
@@ -161,7 +168,7 @@ def _places(replica: ProcessGroup) -> tuple[tuple[int, int, int], ...]:
     return tuple(places)
 
 
-def _context_groups(world_size: int, *, a2a_size: int) -> ContextGroups:
+def _context_groups(world_size: int, *, a2a_size: int, timeout: datetime.timedelta) -> ContextGroups:
     """Split this rank's context-parallel group; every rank creates every group, as NCCL requires."""
     group = parallel_state.get_context_parallel_group()
     mine = dist.get_process_group_ranks(group)
@@ -173,10 +180,10 @@ def _context_groups(world_size: int, *, a2a_size: int) -> ContextGroups:
         for ranks in sorted({tuple(ranks) for ranks in everyone}):
             rows = [ranks[at : at + a2a_size] for at in range(0, len(ranks), a2a_size)]
             for members in rows:
-                created = dist.new_group(list(members))
+                created = dist.new_group(list(members), timeout=timeout)
                 a2a = created if dist.get_rank() in members else a2a
             for members in zip(*rows, strict=True):
-                created = dist.new_group(list(members))
+                created = dist.new_group(list(members), timeout=timeout)
                 ring = created if dist.get_rank() in members else ring
     return ContextGroups(
         size=size,
@@ -190,13 +197,13 @@ def _context_groups(world_size: int, *, a2a_size: int) -> ContextGroups:
     )
 
 
-def _replica_group(dp_rank: int, world_size: int) -> ProcessGroup:
+def _replica_group(dp_rank: int, world_size: int, *, timeout: datetime.timedelta) -> ProcessGroup:
     """The group of all ranks with this rank's dp_rank; every rank creates every group, as NCCL requires."""
     dp_ranks: list[int] = [0] * world_size
     dist.all_gather_object(dp_ranks, dp_rank)
     mine = None
     for replica in sorted(set(dp_ranks)):
-        group = dist.new_group([rank for rank, owner in enumerate(dp_ranks) if owner == replica])
+        group = dist.new_group([rank for rank, owner in enumerate(dp_ranks) if owner == replica], timeout=timeout)
         if replica == dp_rank:
             mine = group
     return mine

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import signal
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
+import torch
+import torch.distributed as dist
 from harness import DemoWorld
 from megatron.core import dist_checkpointing, parallel_state
 from torch import Tensor
 
 from megalong import run, sft
+from megalong.__main__ import main
 from megalong.engine import checkpoint
 from megalong.engine.trainer import LossOf, TooManySkippedStepsError, Trainer
 from megalong.grpo import train_grpo
@@ -27,11 +34,8 @@ CRASHED = 17
 
 def train(demo: DemoWorld, run_dir: Path, task: str, overrides: tuple[str, ...], *faults: str) -> None:
     """Run a task to its end, or to where a fault ends it. `faults`: names of functions below and `@step`."""
-    with ExitStack() as broken:
-        for fault in faults:
-            name, _, step = fault.partition("@")
-            broken.enter_context(FAULTS[name](int(step or 0)))
-        (train_sft if task == "sft" else train_grpo)(demo.config(run_dir, *overrides, task=task))
+    run_task = train_sft if task == "sft" else train_grpo
+    with_faults(lambda: run_task(demo.config(run_dir, *overrides, task=task)), *faults)
 
 
 @dataclass(kw_only=True)
@@ -41,6 +45,22 @@ class Watched:
     stats: list[StepStats] = field(default_factory=list)
     weights: list[int] = field(default_factory=list)
     error: str = ""
+
+
+def command_line(demo: DemoWorld, run_dir: Path, task: str, overrides: tuple[str, ...], *faults: str) -> None:
+    """The same as a command; ends this process with the exit code."""
+    argv = [task, str(demo.recipe), *demo.overrides(run_dir, task=task), *overrides]
+    code = with_faults(lambda: main(argv), *faults)
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def with_faults(action: Callable[[], Any], *faults: str) -> Any:
+    with ExitStack() as broken:
+        for fault in faults:
+            name, _, step = fault.partition("@")
+            broken.enter_context(FAULTS[name](int(step or 0)))
+        return action()
 
 
 def train_and_watch(demo: DemoWorld, run_dir: Path, overrides: tuple[str, ...], *faults: str) -> Watched:
@@ -89,6 +109,53 @@ def crash_in_step(step: int) -> object:
 
 def sigterm_in_step(step: int) -> object:
     return between_backward_and_update(step, lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+
+def kill_last_rank_in_step(step: int) -> object:
+    """As the kernel does it when the host is out of memory; where torchrun restarts the processes, only at first."""
+
+    def kill() -> None:
+        if _is_last_rank() and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return between_backward_and_update(step, kill)
+
+
+def hang_last_rank_in_step(step: int) -> object:
+    return between_backward_and_update(step, lambda: _is_last_rank() and hang())
+
+
+def hang() -> None:
+    time.sleep(600)
+
+
+def gpu_out_of_memory_in_step(step: int) -> object:
+    """On the last rank, as the caching allocator says it."""
+
+    def fail() -> None:
+        if _is_last_rank():
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity")
+
+    return between_backward_and_update(step, fail)
+
+
+def host_out_of_memory_in_step(step: int) -> object:
+    """On the last rank, more than any machine has."""
+    return between_backward_and_update(step, lambda: _is_last_rank() and torch.empty(1 << 50))
+
+
+def disk_full_in_step(step: int) -> object:
+    """From then on the last rank can write no file of more than 4 KiB."""
+
+    def fill() -> None:
+        if _is_last_rank():
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+
+    return between_backward_and_update(step, fill)
+
+
+def _is_last_rank() -> bool:
+    return dist.get_rank() == dist.get_world_size() - 1
 
 
 def crash_before_writing(step: int) -> object:
@@ -171,6 +238,11 @@ FAULTS = {
     for function in (
         crash_in_step,
         sigterm_in_step,
+        kill_last_rank_in_step,
+        hang_last_rank_in_step,
+        gpu_out_of_memory_in_step,
+        host_out_of_memory_in_step,
+        disk_full_in_step,
         crash_before_writing,
         crash_half_written,
         crash_before_naming,

@@ -20,6 +20,7 @@ from megalong import evaluating, grpo, sft
 from megalong import run as run_module
 from megalong.config.tree import AdvantageKind, Aggregation, LearningRateSchedule, OptimizerConfig, RunConfig
 from megalong.engine.trainer import learning_rate, merge_sums
+from megalong.metrics import PhaseTimer
 from megalong.models.errors import CheckpointError
 from megalong.records import Dropped, Prompt, RolloutGroup, Sample, ScoredGroup, StepStats
 
@@ -59,13 +60,8 @@ def names(items: Sequence[ScoredGroup]) -> list[str]:
     return [item.group.prompt.sample.sample_id for item in items]
 
 
-@contextmanager
-def no_timer(_: str) -> Iterator[None]:
-    yield
-
-
 def fake_run(layout: object, *, config: RunConfig | None = None, **parts: object) -> SimpleNamespace:
-    return SimpleNamespace(layout=layout, config=config or RunConfig(), timer=no_timer, **parts)
+    return SimpleNamespace(layout=layout, config=config or RunConfig(), timer=PhaseTimer(), **parts)
 
 
 def config(**grpo_settings: object) -> RunConfig:

@@ -1,0 +1,80 @@
+"""A run that cannot go on says on each rank, in one message, where and why, and ends; nothing hangs in silence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from faulty_runs import command_line
+from harness import DemoWorld, World
+
+from megalong.engine.checkpoint import complete_checkpoints
+
+SFT = ("sft.steps=4",)
+
+
+def fail(demo: DemoWorld, folder: Path, *faults: str, overrides: tuple[str, ...] = SFT) -> tuple[list[int], list[str]]:
+    """Exit code, and what megalong wrote at its end, of each of two data-parallel ranks."""
+    world = World(2, command_line, demo, folder / "run", "sft", overrides, *faults, folder=folder)
+    codes = world.exit_codes()
+    return codes, [(folder / f"rank{rank}.log").read_text() for rank in range(2)]
+
+
+def message(log: str) -> str:
+    """The only message of a rank, which has no traceback."""
+    assert "Traceback" not in log
+    (line,) = [line for line in log.splitlines() if line.startswith("megalong")]
+    return line
+
+
+def test_the_others_of_a_killed_rank_say_so_and_end(demo: DemoWorld, tmp_path: Path) -> None:
+    codes, logs = fail(demo, tmp_path, "kill_last_rank_in_step@2")
+    assert codes == [1, -9]
+    assert message(logs[0]).startswith(
+        "megalong sft: rank 0, phase 'train': another rank ended or does not answer; the first error above"
+    )
+    assert "Connection closed by peer" in message(logs[0])
+
+
+def test_a_rank_that_hangs_ends_with_its_stacks(demo: DemoWorld, tmp_path: Path) -> None:
+    codes, logs = fail(demo, tmp_path, "hang_last_rank_in_step@2", overrides=(*SFT, "parallel.timeout_minutes=0.2"))
+    assert codes[1] == 3
+    assert codes[0] in (1, 3)  # its own time is up at the same moment
+    line = next(line for line in logs[1].splitlines() if line.startswith("megalong"))
+    assert line.startswith("megalong: rank 1: phase 'train' has lasted 1")
+    assert "parallel.timeout_minutes=0.2 counts as stuck" in line
+    stacks = (tmp_path / "run" / "stuck_rank1.txt").read_text()
+    assert stacks.startswith("phase 'train' for 1")
+    assert "in hang\n" in stacks
+    assert "in train_step\n" in stacks
+    assert "in hang\n" in logs[1]
+
+
+@pytest.mark.parametrize(
+    ("fault", "parts"),
+    [
+        (
+            "gpu_out_of_memory_in_step@2",
+            ("the GPU is out of memory", "Tried to allocate 2.50 GiB", "lower data.pack_tokens=1100",
+             "model.recompute=full (now none)", "parallel.tp=1, cp=1, pp=1"),
+        ),
+        ("host_out_of_memory_in_step@2", ("out of host memory", "video.cache_gib=0.1", "data.pack_tokens=1100")),
+    ],
+)  # fmt: skip
+def test_out_of_memory_says_what_to_change(fault: str, parts: tuple[str, ...], demo: DemoWorld, tmp_path: Path) -> None:
+    codes, logs = fail(demo, tmp_path, fault)
+    assert codes == [1, 1]
+    assert message(logs[1]).startswith("megalong sft: rank 1, phase 'train': ")
+    assert [part for part in parts if part not in message(logs[1])] == []
+    assert "rank 0, phase 'train': another rank ended" in message(logs[0])
+
+
+def test_a_full_disk_leaves_the_older_checkpoint(demo: DemoWorld, tmp_path: Path) -> None:
+    codes, logs = fail(demo, tmp_path, "disk_full_in_step@3", overrides=(*SFT, "checkpoint.save_every=2"))
+    assert codes == [2, 2]
+    partial = tmp_path / "run" / "checkpoints" / "step_00000004.partial"
+    for log in logs:
+        assert message(log).startswith(f"megalong sft: {partial}: cannot be written (")
+        assert "GiB are free on that disk. Older checkpoints are as they were" in message(log)
+    assert "rank 1: RuntimeError: Worker failure" in message(logs[0])
+    assert [path.name for path in complete_checkpoints(partial.parent)] == ["step_00000002"]
