@@ -216,7 +216,7 @@ def pack_attention(
     query: [1, Q, t, d], the plan's rows and then any padding (whose output and gradients are zero); key, value:
     [1, K, T, d], whole pack; Q a multiple of K; heads are this rank's share. kernel: a name of
     attention.kernels.KERNELS or `auto`. Returns [1, Q, t, d]. Equal to running each path from a root to a leaf as a
-    sequence of its own, with gradients added up (design contract 5).
+    sequence of its own, with gradients added up.
     """
     if key.shape[2] != plan.num_keys or query.shape[2] < plan.num_rows:
         raise ValueError(

@@ -19,7 +19,7 @@ def pack_attention_reference(
     """Every row sees its segment causally and all rows of its segment's ancestors.
 
     query_TQd: [T, Q, d], key_TKd and value_TKd: [T, K, d], any float dtype, Q a multiple of K. Returns [T, Q, d], same
-    dtype. Equal to running each path from a root to a leaf as a sequence of its own (design contract 5).
+    dtype. Equal to running each path from a root to a leaf as a sequence of its own.
     """
     query, key, value = (tensor.transpose(0, 1)[None] for tensor in (query_TQd, key_TKd, value_TKd))
     mask = visible(segments, device=query_TQd.device)

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from megalong.parallel.layout import ParallelLayout
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+NORM_CHUNK = 1 << 22
+"""Elements of a gradient that its norm reads at a time: a float64 copy of a whole embedding would take gigabytes."""
 
 
 def assign_owners(sizes: Sequence[int], num_ranks: int) -> list[int]:
@@ -84,7 +86,8 @@ class ShardedAdamW:
         squares = torch.zeros((), dtype=torch.float64, device=self.layout.device)
         for name, param in self.named:
             # 0 * inf is NaN: a copy that went bad on this rank alone shows too.
-            squares += param.main_grad.double().square().sum() * float(name in self.counted)
+            for part in param.main_grad.flatten().split(NORM_CHUNK):
+                squares += part.double().square().sum() * float(name in self.counted)
         if dist.get_world_size(self.layout.model) > 1:
             dist.all_reduce(squares, group=self.layout.model)
         return squares.sqrt().item()

@@ -1,6 +1,6 @@
 """Weight tables: one declarative list per family maps Megatron's tensors to Hugging Face's, in both directions.
 
-The same table serves the initial load, weight sync to the sampler, and export (design contract 7). An entry
+The same table serves the initial load, weight sync to the sampler, and export. An entry
 knows how its Hugging Face tensors are cut over tensor-parallel ranks and how the cuts are put together again.
 """
 

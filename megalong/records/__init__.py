@@ -68,7 +68,7 @@ class Clip:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
-    """A sample as token ids: what contract 1 (one sequence builder) produces."""
+    """A sample as token ids, as the one sequence builder (data.sequence) makes it."""
 
     sample: Sample
     ids_P: tuple[int, ...]  # MEDIA_TOKEN where a vision embedding goes
@@ -119,9 +119,8 @@ class Segment:
 class TokenBatch:
     """One pack of groups (a micro-batch): the shared prefix is stored and computed once.
 
-    Positions restart after the prefix for every response; response i sees its prefix and itself
-    (design contract 5). A plain sequence is a group of one response. All tensors: CPU,
-    replicated over the replica's ranks; the engine shards them.
+    Positions restart after the prefix for every response; response i sees its prefix and itself. A plain sequence is a
+    group of one response. All tensors: CPU, replicated over the replica's ranks; the engine shards them.
     """
 
     ids_T: Tensor  # [T] int64; MEDIA_TOKEN where a vision embedding goes

@@ -79,7 +79,7 @@ class ByteStore(Generic[Item]):
 
 
 def selection_key(selection: FrameSelection) -> str:
-    """Content key of decoded frames: the file, the frames and the resolution (design contract 4)."""
+    """Content key of decoded frames: the file, the frames and the resolution."""
     stat = os.stat(selection.path)
     content = _file_digest(selection.path, stat.st_size, stat.st_mtime_ns)
     return _digest((content, selection.frames, selection.height, selection.width))

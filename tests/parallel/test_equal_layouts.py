@@ -1,4 +1,4 @@
-"""Losses, gradients, weights and rollouts do not depend on how a run is split over processes (design contract 2)."""
+"""Losses, gradients, weights and rollouts do not depend on how a run is split over processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A pack gives what separate root-to-leaf sequences give (design contract 5): any tree, any cut over a ring."""
+"""A pack gives what separate root-to-leaf sequences give: any tree, any cut over a ring."""
 
 from __future__ import annotations
 

@@ -198,7 +198,7 @@ def test_logprobs_are_of_the_tempered_distribution(world: World, plain: Plain, t
 
 
 def test_sampler_and_trainer_agree(world: World, layout: object) -> None:
-    """Design contract 1: the same ids, positions, embeddings and weights on both sides of the loop."""
+    """The same ids, positions, embeddings and weights on both sides of the loop."""
     requests = ragged_requests(seeds=(4, 5, 6))
     groups = world.engine().generate(requests, sampling=RANDOM)
     sample = Sample(
