@@ -115,6 +115,11 @@ class Run:
         self.logger.dropped(everywhere)
         return len(everywhere)
 
+    def count_decoded_elsewhere(self) -> int:
+        """Video files of all replicas so far that the chosen decoder refused, so that PyAV decoded them."""
+        parts = gather_objects(list(self.vision.decoded_elsewhere), group=self.layout.dp)
+        return len({path for part in parts for path in part})
+
     def close(self) -> None:
         self.vision.close()
         self.logger.close()
@@ -323,6 +328,7 @@ def vision_settings(config: RunConfig) -> VisionSettings:
         embed_store_bytes=int(video.cache_gib * GIB),
         frame_store_bytes=int(video.frame_cache_gib * GIB),
         decode_workers=config.data.decode_workers,
+        decoder=video.decoder,
     )
 
 

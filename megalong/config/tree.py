@@ -52,6 +52,13 @@ class FrameSampling(Enum):
     fps = "fps"
 
 
+class VideoDecoder(Enum):
+    auto = "auto"  # on a GPU the fastest that is installed, else pyav
+    pyav = "pyav"
+    dali = "dali"  # DALI on the GPU's NVDEC engines
+    nvcodec = "nvcodec"  # PyNvVideoCodec on the GPU's NVDEC engines
+
+
 class LearningRateSchedule(Enum):
     constant = "constant"
     linear = "linear"
@@ -142,6 +149,8 @@ class VideoConfig:
     """...and at most this many, then spread uniformly."""
     max_frame_pixels: int = 0
     """Most pixels of a frame, for families whose frames keep their shape; 0: what the checkpoint's processor says."""
+    decoder: VideoDecoder = VideoDecoder.auto
+    """What decodes; a file that the GPU does not take is decoded by PyAV, logged and counted."""
     tower_batch_frames: int = 64
     """Frames per forward of the vision tower."""
     cache_embeddings: bool = True

@@ -25,7 +25,7 @@ from megalong.data.video_index import DecodeError, Orientation, VideoIndex, lowe
 from megalong.data.video_layout import VideoLayout
 from megalong.records import Clip, FrameSelection
 
-__all__ = ["DecodeError", "Orientation", "VideoIndex", "decode_frames", "probe", "select_frames"]
+__all__ = ["DecodeError", "Orientation", "VideoIndex", "decode_frames", "probe", "select_frames", "wanted_frames"]
 
 # Timestamps are rationals kept as floats; a frame this close to a wanted time (s x fps) is on time.
 _ON_TIME = 1e-6
@@ -82,15 +82,12 @@ def decode_frames(selection: FrameSelection, *, first: int = 0, last: int | None
     cannot be decoded, or when the file is not the one the selection was made from.
     """
     last = len(selection.frames) if last is None else last
-    if not 0 <= first <= last <= len(selection.frames):
-        raise ValueError(f"{selection.path}: [{first}, {last}) is not a range of {len(selection.frames)} frames")
     height, width = selection.height, selection.width
-    if min(height, width) < 1:
-        raise ValueError(f"{selection.path}: size is {height} x {width} pixels, expected at least 1 x 1")
+    _check_range(selection, first=first, last=last)
     frames_FHWC = np.empty((last - first, height, width, 3), dtype=np.uint8)
     if first < last:
         index = probe(selection.path)
-        wanted = list(dict.fromkeys(_checked_frames(selection, index)[first:last]))
+        wanted = wanted_frames(selection, index, first=first, last=last)
         reformatter = VideoReformatter()  # keeps its conversion context from frame to frame
         with opened(index.path) as (container, stream):
             stream.codec_context.thread_count = threads
@@ -100,6 +97,24 @@ def decode_frames(selection: FrameSelection, *, first: int = 0, last: int | None
                 frames_FHWC[place] = _turn(_resize(rgb_HWC, stored), index.orientation)
         frames_FHWC[len(wanted) :] = frames_FHWC[len(wanted) - 1]
     return Clip(selection=selection, first=first, frames_FHWC=frames_FHWC)
+
+
+def wanted_frames(selection: FrameSelection, index: VideoIndex, *, first: int, last: int) -> list[int]:
+    """Indexes of the distinct frames among [first, last) of a selection, ascending.
+
+    Raises DecodeError when the file is not the one the selection was made from.
+    """
+    _check_range(selection, first=first, last=last)
+    return list(dict.fromkeys(_checked_frames(selection, index)[first:last]))
+
+
+def _check_range(selection: FrameSelection, *, first: int, last: int) -> None:
+    if not 0 <= first <= last <= len(selection.frames):
+        raise ValueError(f"{selection.path}: [{first}, {last}) is not a range of {len(selection.frames)} frames")
+    if min(selection.height, selection.width) < 1:
+        raise ValueError(
+            f"{selection.path}: size is {selection.height} x {selection.width} pixels, expected at least 1 x 1"
+        )
 
 
 def _frames_at_rate(seconds_F: np.ndarray, fps: float) -> np.ndarray:

@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from megalong.data.video import DecodeError, VideoIndex, decode_frames, probe
+from megalong.config.tree import VideoDecoder
+from megalong.data.video import DecodeError, VideoIndex, probe
+from megalong.data.video_decoder import open_decoder
 from megalong.data.video_layout import VideoLayout
 from megalong.parallel.collectives import gather_objects
 from megalong.parallel.exchange import exchange_rows, plan_exchange
@@ -31,6 +33,7 @@ class VisionSettings:
     embed_store_bytes: int
     frame_store_bytes: int
     decode_workers: int
+    decoder: VideoDecoder = VideoDecoder.auto
 
 
 class VisionStage:
@@ -53,6 +56,8 @@ class VisionStage:
         )
         self.embeds: ByteStore[Tensor] = ByteStore(budget_bytes=settings.embed_store_bytes, setting="video.cache_gib")
         self.frames_encoded = 0  # by this rank, since the start
+        self.decoder = open_decoder(settings.decoder, layout.device)
+        self.decoded_elsewhere: dict[str, str] = {}  # files of the replica that its decoder refused -> why
         self._pool = ThreadPoolExecutor(max_workers=settings.decode_workers, thread_name_prefix="decode")
         self._running: dict[str, Future[np.ndarray]] = {}
         self._indexed: dict[str, FrameSelection | str] = {}  # path -> its frames, or why it cannot be read
@@ -90,7 +95,7 @@ class VisionStage:
             if key in self.frames or key in self._running or self._has_embeds(selection):
                 continue
             first, last = self._share(selection)
-            self._running[key] = self._pool.submit(_decode, selection, first, last)
+            self._running[key] = self._pool.submit(self._decode, selection, first, last)
 
     def prepare(self, samples: Sequence[Sample], selections: dict[str, FrameSelection]) -> list[Dropped]:
         """Decode (and, for a frozen tower, encode) what the samples need and is not in a store.
@@ -111,8 +116,9 @@ class VisionStage:
                 reasons[key] = error.reason
                 continue
             self.frames.put(key, frames_FHWC, num_bytes=frames_FHWC.nbytes)
-        for part in gather_objects(reasons, group=self.layout.replica):
-            reasons.update(part)
+        for bad, elsewhere in gather_objects((reasons, self.decoder.fallbacks), group=self.layout.replica):
+            reasons.update(bad)
+            self.decoded_elsewhere.update(elsewhere)
         if self.settings.frozen:
             readable = [selection for key, selection in wanted.items() if key not in reasons]
             self._encode_into_store([item for item in readable if not self._has_embeds(item)])
@@ -189,6 +195,7 @@ class VisionStage:
     def close(self) -> None:
         """Stop the decoding threads."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self.decoder.close()
 
     def key(self, selection: FrameSelection) -> str:
         """Key of decoded frames: file, frames, resolution."""
@@ -272,7 +279,8 @@ class VisionStage:
         pieces: dict[int, Tensor] = {}
         for indexes in by_size.values():
             clips = [self.frames.get(self.key(selections[index])) for index in indexes]
-            frames_FHWC = torch.from_numpy(np.concatenate(clips)).to(self.layout.device)
+            on_device = [torch.from_numpy(clip).to(self.layout.device, non_blocking=True) for clip in clips]
+            frames_FHWC = torch.cat(on_device)
             rows_ND = self._run_tower(frames_FHWC).flatten(0, 1)
             self.frames_encoded += len(frames_FHWC)
             counts = [self._rows(selections[index], (0, len(clip))) for index, clip in zip(indexes, clips, strict=True)]
@@ -291,6 +299,9 @@ class VisionStage:
         step = self.videos.frames_per_step
         batch = max(step, self.settings.tower_batch_frames // step * step)
         return torch.cat([self.encoder(part) for part in frames_FHWC.split(batch)])
+
+    def _decode(self, selection: FrameSelection, first: int, last: int) -> np.ndarray:
+        return self.decoder.decode(selection, first=first, last=last).frames_FHWC
 
     def _rows(self, selection: FrameSelection, frames: tuple[int, int]) -> int:
         """Embeddings of frames [first, last) of the selection."""
@@ -313,10 +324,6 @@ class VisionStage:
         turn = zlib.crc32(self.key(selection).encode()) % size
         parts = [shard_range(len(selection.frames) // step, (rank + turn) % size, size) for rank in range(size)]
         return [(first * step, last * step) for first, last in parts]
-
-
-def _decode(selection: FrameSelection, first: int, last: int) -> np.ndarray:
-    return decode_frames(selection, first=first, last=last).frames_FHWC
 
 
 def _drops(samples: Sequence[Sample], reasons: dict[str, str]) -> list[Dropped]:

@@ -34,6 +34,7 @@ HOMES = {
     "megalong_kernels": {"attention", "models", "objectives"},
     "av": {"data"},
     "nvidia": {"data"},
+    "PyNvVideoCodec": {"data"},
     "tensorboard": {"metrics.py"},
     "torch.utils.tensorboard": {"metrics.py"},
     "wandb": {"metrics.py"},

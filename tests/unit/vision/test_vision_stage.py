@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from megalong.config.tree import FrameSampling
+from megalong.data import video_decoder
 from megalong.data.video import DecodeError, decode_frames, select_frames
 from megalong.models.longvila.layout import SquareFrames
 from megalong.records import Dropped, FrameSelection, Sample
-from megalong.vision import encode as module
 from megalong.vision.encode import VisionSettings, VisionStage
 
 SIZE, TOKENS, WIDTH = 8, 2, 5
@@ -83,7 +83,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         calls.append(Path(selection.path).stem)
         return decode_frames(selection, **arguments)
 
-    monkeypatch.setattr(module, "decode_frames", counted)
+    monkeypatch.setattr(video_decoder, "decode_frames", counted)
     return calls
 
 
@@ -331,7 +331,7 @@ def test_both_names_of_a_broken_content_drop_their_samples(
     def broken(selection: FrameSelection, **_: int) -> object:
         raise DecodeError(selection.path, "torn")
 
-    monkeypatch.setattr(module, "decode_frames", broken)
+    monkeypatch.setattr(video_decoder, "decode_frames", broken)
     _, dropped = ready(make(), [sample("1", videos["a"]), sample("2", copy), sample("3")])
     assert [(drop.sample_id, drop.reason.split(": ")[0]) for drop in dropped] == [("1", videos["a"]), ("2", copy)]
 

@@ -1,0 +1,62 @@
+"""DALI on NVDEC: a segment is remuxed into a file in memory, of which DALI returns the wanted frames as RGB."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from nvidia.dali import fn, pipeline_def, types
+from torch import Tensor
+
+from megalong.data.video_index import VideoIndex
+from megalong.data.video_pixels import recolour
+from megalong.data.video_segments import Coding, RefusedError, Segment, as_matroska, read_segment
+
+_CHUNK = 4  # frames that are turned into floats at a time
+
+
+class DaliDecoder:
+    """One decoding stream of one device; for one thread. device: None decodes on the CPU (VP8, VP9)."""
+
+    def __init__(self, device: int | None) -> None:
+        self._pipeline = _decode_pipeline(
+            batch_size=1, num_threads=1, device_id=device, prefetch_queue_depth=1, exec_dynamic=True,
+            target="cpu" if device is None else "mixed",
+        )  # fmt: skip
+        self._pipeline.build()
+
+    def decode(self, index: VideoIndex, segment: Segment, coding: Coding) -> Iterator[tuple[int, Tensor]]:
+        """Yield (place in the segment, [F, 3, H, W] float32 RGB in 0..255), all frames of the segment, in order.
+
+        Raises RefusedError when DALI does, and when what it returns is not what was asked for. The decoder must not be
+        used again then.
+        """
+        file, ticks = read_segment(index, segment, as_matroska)
+        place_of = {tick: place for place, tick in enumerate(ticks)}
+        wanted = [place_of[int(tick)] for tick in index.ticks_F[list(segment.frames)]]
+        self._pipeline.feed_input("file", [np.frombuffer(file, np.uint8)])
+        self._pipeline.feed_input("frames", [np.array(wanted, np.int32)])
+        try:
+            (output,) = self._pipeline.run()
+            frames_FHWC = torch.from_dlpack(output[0])
+        except RuntimeError as error:
+            raise RefusedError(f"DALI: {_cause(error)}") from error
+        expected = (len(wanted), coding.height, coding.width, 3)
+        if tuple(frames_FHWC.shape) != expected:
+            raise RefusedError(f"DALI returned pictures of shape {tuple(frames_FHWC.shape)}, expected {expected}")
+        for place in range(0, len(wanted), _CHUNK):
+            yield place, recolour(frames_FHWC[place : place + _CHUNK].permute(0, 3, 1, 2).float(), coding)
+
+
+@pipeline_def
+def _decode_pipeline(target: str) -> object:
+    file = fn.external_source(name="file", dtype=types.UINT8, ndim=1)
+    frames = fn.external_source(name="frames", dtype=types.INT32, ndim=1)
+    return fn.decoders.video(file, frames=frames, device=target, affine=False)
+
+
+def _cause(error: RuntimeError) -> str:
+    """DALI's own reason in a message that also names the operator, the pipeline's definition and a stack."""
+    lines = [line.strip() for line in str(error).rpartition("encountered:")[2].splitlines() if line.strip()]
+    return lines[0][:300] if lines else "unknown error"

@@ -1,0 +1,174 @@
+"""Decoding a file on the NVDEC engines of a GPU: its segments side by side, PyAV for the files that are refused."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megalong.config.errors import ConfigError
+from megalong.config.tree import VideoDecoder
+from megalong.data.video import decode_frames, wanted_frames
+from megalong.data.video_index import VideoIndex, probe
+from megalong.data.video_pixels import resized
+from megalong.data.video_segments import Coding, RefusedError, Segment, plan_segments, read_coding
+from megalong.records import Clip, FrameSelection
+
+logger = logging.getLogger(__name__)
+
+STREAMS = 14
+"""Decoding streams per GPU: two for each NVDEC engine of an H200."""
+_SEGMENT_BYTES = 128 << 20  # pictures of a segment at full size that may be in memory at once
+_PACKAGES = {VideoDecoder.dali: "nvidia.dali", VideoDecoder.nvcodec: "PyNvVideoCodec"}
+
+
+class SegmentDecoder(Protocol):
+    def decode(self, index: VideoIndex, segment: Segment, coding: Coding) -> Iterator[tuple[int, Tensor]]:
+        """Yield (place in the segment, [F, 3, H, W] float RGB in 0..255) until each frame was there once."""
+        ...
+
+
+class FrameDecoder(Protocol):
+    """What makes Clips of selections. `fallbacks`: files that another decoder than the chosen one had to take, why."""
+
+    fallbacks: dict[str, str]
+
+    def decode(self, selection: FrameSelection, *, first: int, last: int) -> Clip: ...
+
+    def close(self) -> None: ...
+
+
+class CpuFrameDecoder:
+    """PyAV, one thread per call."""
+
+    def __init__(self) -> None:
+        self.fallbacks: dict[str, str] = {}
+
+    def decode(self, selection: FrameSelection, *, first: int, last: int) -> Clip:
+        return decode_frames(selection, first=first, last=last)
+
+    def close(self) -> None:
+        """There is nothing to stop."""
+
+
+class GpuFrameDecoder:
+    """Decodes with `streams` decoders of one GPU; frames of all calls share them. Thread-safe.
+
+    The frames are those of `decode_frames`, in page-locked host memory. A file that the GPU path refuses goes to PyAV,
+    which also has the last word on damaged ones; each such file is logged and in `fallbacks`.
+    """
+
+    def __init__(self, device: torch.device, make: Callable[[], SegmentDecoder], *, streams: int = STREAMS) -> None:
+        self.device, self.streams, self.fallbacks = device, streams, {}
+        self._make = make
+        self._pool = ThreadPoolExecutor(max_workers=streams, thread_name_prefix="nvdec")
+        self._mine = threading.local()
+
+    def decode(self, selection: FrameSelection, *, first: int, last: int) -> Clip:
+        """As `decode_frames`; raises DecodeError."""
+        if first == last:
+            return decode_frames(selection, first=first, last=last)
+        try:
+            frames_FHWC = self._decode(selection, first, last)
+        except RefusedError as refusal:
+            if selection.path not in self.fallbacks:
+                self.fallbacks[selection.path] = str(refusal)
+                logger.warning("%s: decoded on the CPU, the GPU does not take it: %s", selection.path, refusal)
+            return decode_frames(selection, first=first, last=last)
+        return Clip(selection=selection, first=first, frames_FHWC=frames_FHWC.numpy())
+
+    def close(self) -> None:
+        """Stop the decoding threads."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _decode(self, selection: FrameSelection, first: int, last: int) -> Tensor:
+        """[last - first, height, width, 3] uint8."""
+        index = probe(selection.path)
+        wanted = wanted_frames(selection, index, first=first, last=last)
+        coding = read_coding(index)
+        most_frames = max(1, _SEGMENT_BYTES // (coding.width * coding.height * 3))
+        aim = min(most_frames, math.ceil(len(wanted) / (2 * self.streams)))
+        segments = plan_segments(index, wanted, aim=aim, most_frames=most_frames)
+        frames_FHWC = torch.empty(
+            (last - first, selection.height, selection.width, 3),
+            dtype=torch.uint8,
+            pin_memory=self.device.type == "cuda",
+        )
+        running: list[Future[None]] = [
+            self._pool.submit(self._decode_segment, index, segment, coding, frames_FHWC[segment.first :])
+            for segment in segments
+        ]
+        try:
+            for future in running:
+                future.result()
+        finally:
+            for future in running:
+                future.cancel()
+        frames_FHWC[len(wanted) :] = frames_FHWC[len(wanted) - 1]
+        return frames_FHWC
+
+    def _decode_segment(self, index: VideoIndex, segment: Segment, coding: Coding, into_FHWC: Tensor) -> None:
+        height, width = into_FHWC.shape[1:3]
+        decoder, stream = self._decoder()
+        try:
+            with torch.cuda.stream(stream):
+                for place, rgb_FCHW in decoder.decode(index, segment, coding):
+                    small_FHWC = resized(rgb_FCHW, height=height, width=width, orientation=index.orientation)
+                    into_FHWC[place : place + len(small_FHWC)].copy_(small_FHWC, non_blocking=True)
+                if stream is not None:
+                    stream.synchronize()
+        except BaseException:
+            self._mine.decoder = None  # its state is not known any more
+            raise
+
+    def _decoder(self) -> tuple[SegmentDecoder, torch.cuda.Stream | None]:
+        """This thread's decoder and CUDA stream."""
+        mine = self._mine
+        if not hasattr(mine, "stream"):
+            on_gpu = self.device.type == "cuda"
+            if on_gpu:
+                torch.cuda.set_device(self.device)
+            mine.stream, mine.decoder = torch.cuda.Stream(self.device) if on_gpu else None, None
+        if mine.decoder is None:
+            with torch.cuda.stream(mine.stream):
+                mine.decoder = self._make()
+        return mine.decoder, mine.stream
+
+
+def open_decoder(kind: VideoDecoder, device: torch.device) -> FrameDecoder:
+    """The decoder of video.decoder for a device. Raises ConfigError when it needs a GPU or a package there is not."""
+    on_gpu = device.type == "cuda"
+    if kind is VideoDecoder.auto:
+        installed = [kind for kind in _PACKAGES if _is_installed(_PACKAGES[kind])]
+        if on_gpu and not installed:
+            logger.warning("videos are decoded on the CPU: none of %s is installed", ", ".join(_PACKAGES.values()))
+        kind = installed[0] if on_gpu and installed else VideoDecoder.pyav
+    if kind is VideoDecoder.pyav:
+        return CpuFrameDecoder()
+    if not on_gpu:
+        raise ConfigError([f"video.decoder={kind.name} needs a GPU, this process has none; set it to auto or pyav"])
+    if not _is_installed(_PACKAGES[kind]):
+        raise ConfigError(
+            [f"video.decoder={kind.name} needs {_PACKAGES[kind]}, which is not installed; install it, or set auto"]
+        )
+    number = torch.cuda.current_device() if device.index is None else device.index
+    if kind is VideoDecoder.dali:
+        make = import_module("megalong.data.video_dali").DaliDecoder
+    else:
+        make = import_module("megalong.data.video_nvcodec").NvCodecDecoder
+    return GpuFrameDecoder(device, lambda: make(number))
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ModuleNotFoundError:
+        return False
