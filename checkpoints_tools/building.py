@@ -5,11 +5,12 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from checkpoints_tools.errors import ConvertError
+from checkpoints_tools.signals import held_back
 
 
 def check_target(out: Path, *, num_bytes: int) -> None:
@@ -23,32 +24,35 @@ def check_target(out: Path, *, num_bytes: int) -> None:
 
 
 @contextmanager
-def building(out: Path) -> Iterator[Path]:
-    """Yield `<out>.partial`, renamed to `out` at the end. Any exception, Ctrl-C included, removes it instead.
+def building(out: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
+    """Yield `<out>.partial`, renamed to `out` at the end, and a function to call between two pieces of work.
 
-    What a killed run left is removed first. Raises ConvertError when another process is writing there, and for every
-    OSError inside (a full disk, a file that goes away).
+    Any exception removes the folder instead. Ctrl-C and SIGTERM make the function raise KeyboardInterrupt, or the end
+    of the body do; whatever comes later comes too late. What a killed run left is removed first. Raises ConvertError
+    when another process is writing there, and for every OSError inside (a full disk, a file that goes away).
     """
     partial = out.with_name(out.name + ".partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    if partial.exists():
-        os.close(_locked(partial))
-        shutil.rmtree(partial)
-    partial.mkdir()
-    lock = _locked(partial)
-    try:
-        yield partial
-        _flush(partial)
-        partial.rename(out)
-        _flush_one(out.parent)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError):
-            where = f"{error.filename}: " if error.filename else ""
-            raise ConvertError(f"--out {out}: {where}{error.strerror or error}; nothing was left there") from error
-        raise
-    finally:
-        os.close(lock)
+    with held_back() as stop_if_asked:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        if partial.exists():
+            os.close(_locked(partial))
+            shutil.rmtree(partial)
+        partial.mkdir()
+        lock = _locked(partial)
+        try:
+            yield partial, stop_if_asked
+            stop_if_asked()
+            _flush(partial, stop_if_asked)
+            partial.rename(out)
+            _flush_one(out.parent)
+        except BaseException as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, OSError):
+                where = f"{error.filename}: " if error.filename else ""
+                raise ConvertError(f"--out {out}: {where}{error.strerror or error}; nothing was left there") from error
+            raise
+        finally:
+            os.close(lock)
 
 
 def _locked(folder: Path) -> int:
@@ -61,9 +65,10 @@ def _locked(folder: Path) -> int:
     return descriptor
 
 
-def _flush(folder: Path) -> None:
+def _flush(folder: Path, stop_if_asked: Callable[[], None]) -> None:
     for path in [folder, *folder.rglob("*")]:
         _flush_one(path)
+        stop_if_asked()
 
 
 def _flush_one(path: Path) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from checkpoints_tools.signals import handled_by
 
 DTYPES = ("bf16", "float32", "keep")
 
@@ -61,23 +62,29 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if getattr(args, "shard_gb", None) is not None and args.shard_gb <= 0:
         parser.error(f"--shard-gb {args.shard_gb}: expected a positive number")
-    # Clean-up runs on exceptions, so a polite kill becomes one.
-    before = signal.signal(signal.SIGTERM, _stop)
     warnings.filterwarnings("ignore", module="megatron")
     from checkpoints_tools.errors import ConvertError
     from checkpoints_tools.memory import keep_freed_memory
 
     keep_freed_memory()
+    asked: list[int] = []
+
+    def stop(number: int, _: object) -> None:
+        asked.append(number)
+        raise KeyboardInterrupt
+
     try:
-        code, result = _run(args)
+        with handled_by(stop):
+            code, result = _run(args)
     except ConvertError as error:
         print(f"megalong-convert {args.verb}: {error}", file=sys.stderr)  # noqa: T201
         return 2
-    except KeyboardInterrupt:
+    except BaseException as error:
+        # A module that is interrupted while it is imported may turn the exception into another.
+        if not asked and not isinstance(error, KeyboardInterrupt):
+            raise
         print(f"megalong-convert {args.verb}: interrupted, nothing was written", file=sys.stderr)  # noqa: T201
         return 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
     print(json.dumps(result, indent=2) if args.json else _as_text(result))  # noqa: T201
     return code
 
@@ -117,10 +124,6 @@ def _as_text(result: dict[str, Any]) -> str:
         else:
             lines.append(f"{name}: {value}")
     return "\n".join(lines)
-
-
-def _stop(*_: object) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -71,9 +71,10 @@ def hf_to_megatron(
     if dry_run:
         return done
     common = {"family": blueprint.family, "checked_layout": layout}
-    with building(out) as partial, _bar(total, "hf-to-megatron") as bar:
+    with building(out) as (partial, stop_if_asked), _bar(total, "hf-to-megatron") as bar:
 
         def make(place: Place) -> Tensor:
+            stop_if_asked()
             parts = [folder.read(folder.tensors[canonical(name)]) for name in place.entry.hf]
             tensor = place.entry.cut(parts, rank=0, size=1).to(dtypes[place.key]).contiguous()
             bar.update(tensor.nbytes)
@@ -111,8 +112,13 @@ def megatron_to_hf(
     check_target(out, num_bytes=plan.num_bytes + sum(file.stat().st_size for file in plan.copied))
     if dry_run:
         return done
-    with building(out) as partial, _bar(plan.num_bytes, "megatron-to-hf") as bar:
-        write_export(plan, partial, progress=bar.update)
+    with building(out) as (partial, stop_if_asked), _bar(plan.num_bytes, "megatron-to-hf") as bar:
+
+        def progress(num_bytes: int) -> None:
+            stop_if_asked()
+            bar.update(num_bytes)
+
+        write_export(plan, partial, progress=progress)
     return replace(done, seconds=round(time.monotonic() - began, 2))
 
 

@@ -60,9 +60,6 @@ def _describe_hf(path: Path, checksum: bool, *, allow_pickle: bool) -> Descripti
 
 def _describe_megatron(path: Path, checksum: bool) -> Description:
     folder = MegatronFolder(path)
-    parts = {key.split(".")[1] for key in folder.tensors if key.startswith("vision.")}
-    # A checkpoint of training does not say its family; some have the same parts.
-    family = " or ".join(name for name, files in FILES.items() if files.vision_parts == parts) or "unknown"
     rows = {key: (folder.shape(key), folder.dtype(key)) for key in folder.tensors}
 
     def crc_of(key: str) -> int:
@@ -76,10 +73,17 @@ def _describe_megatron(path: Path, checksum: bool) -> Description:
         crc_of if checksum else None,
         path=str(path),
         kind="megatron",
-        family=family,
+        family=folder.family or _family_by_parts(folder),
         sizes=_llm_sizes(rows),
         optimizer_tensors=folder.optimizer_keys,
     )
+
+
+def _family_by_parts(folder: MegatronFolder) -> str:
+    """Of a checkpoint from before they said their family; some families have the same parts."""
+    parts = {key.split(".")[1] for key in folder.tensors if key.startswith("vision.")}
+    found = [name for name, files in FILES.items() if files.vision_parts == parts]
+    return f"{' or '.join(found) or 'unknown'} (the checkpoint does not say it)"
 
 
 def _llm_sizes(rows: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from checkpoints_tools.places import Blueprint, Place
 from megalong.engine.checkpoint import complete_checkpoints
 from megalong.models.weights import VocabRows
 
-CONFIG, METADATA = "metadata.json", ".metadata"
+CONFIG, METADATA, COMMON = "metadata.json", ".metadata", "common.pt"
 OPTIMIZER = "optimizer."
 
 _PLAIN_CLASSES = {
@@ -105,6 +105,7 @@ class MegatronFolder:
         self.path = path
         _check_format(path)
         self._metadata = _read_metadata(path / METADATA)
+        self.family = _read_family(path / COMMON)
         self.optimizer_keys = 0
         self.tensors: dict[str, TensorStorageMetadata] = {}  # of the model
         for key, entry in self._metadata.state_dict_metadata.items():
@@ -250,6 +251,17 @@ def _check_format(path: Path) -> None:
         raise ConvertError(f"{config}: not a valid checkpoint description ({error})") from error
     if backend != "torch_dist":
         raise ConvertError(f"{config}: sharded_backend is {backend!r}; only 'torch_dist' can be read")
+
+
+def _read_family(file: Path) -> str | None:
+    """What the checkpoint says of the model's family; None for one that does not."""
+    try:
+        common = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch and pickle raise a dozen kinds for a file that is not what it should be
+        what = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConvertError(f"{file}: the checkpoint's plain values cannot be read ({what})") from error
+    family = common.get("family") if isinstance(common, dict) else None
+    return family if isinstance(family, str) else None
 
 
 def _read_metadata(file: Path) -> Metadata:

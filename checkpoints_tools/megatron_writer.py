@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from checkpoints_tools.ahead import ahead
-from checkpoints_tools.megatron_folder import CONFIG
+from checkpoints_tools.megatron_folder import COMMON, CONFIG
 from checkpoints_tools.places import Place
 
 FILE_BYTES = 5 << 30
@@ -103,7 +103,7 @@ def write_checkpoint(
     [plan], metadata = planner.create_global_plan([planner.create_local_plan()])
     writer.set_up_storage_writer(is_coordinator=True)
     writer.finish(metadata, [writer.write_data(plan, planner).wait()])
-    torch.save(common, folder / "common.pt")
+    torch.save(common, folder / COMMON)
     # Last: megatron-core takes a folder with this file for a checkpoint.
     backends = {"sharded_backend": "torch_dist", "common_backend": "torch"}
     versions = {f"{name}_version": 1 for name in backends}

@@ -23,6 +23,7 @@ from checkpoints_tools.errors import ConvertError, raise_all
 from checkpoints_tools.families import FILES
 from checkpoints_tools.hf_folder import HfFolder, HfTensor, joined
 from megalong.attention.core import PackCoreAttention
+from megalong.models.chat import check_added_tokens
 from megalong.models.families import FAMILIES
 from megalong.models.gpt import transformer_config
 from megalong.models.names import canonical
@@ -64,6 +65,7 @@ def read_blueprint(path: Path) -> Blueprint:
     family = family_of_folder(path)
     try:
         spec = FAMILIES[family].read_spec(path)
+        check_added_tokens(path / FAMILIES[family].weight_folders[0], vocab=spec.gpt.vocab)
         places = _places(family, spec)
         carried, optional = FILES[family].carried(spec)
     except ConvertError:

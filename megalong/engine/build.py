@@ -12,6 +12,7 @@ from megalong.attention.core import PackCoreAttention
 from megalong.config.errors import ConfigError
 from megalong.config.tree import Dtype, LayerSpec, ModelConfig, Recompute
 from megalong.engine.weights_io import CheckpointReader, load_hf_weights
+from megalong.models.chat import check_added_tokens
 from megalong.models.families import FAMILIES, Family
 from megalong.models.gpt import transformer_config
 from megalong.models.policy import PolicyModel
@@ -38,6 +39,7 @@ def build_model(
     family = family_of(config)
     on_gpu = layout.device.type == "cuda"
     spec = family.read_spec(Path(config.path))
+    check_added_tokens(spec.path / family.weight_folders[0], vocab=spec.gpt.vocab)
     use_te = config.layer_spec is LayerSpec.te or (config.layer_spec is LayerSpec.auto and on_gpu)
     if use_te and not on_gpu:
         raise ConfigError("model.layer_spec=te needs a GPU; set model.layer_spec=local or auto")

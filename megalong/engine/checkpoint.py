@@ -135,6 +135,7 @@ def _sharded_state(trainer: Trainer, extra: dict[str, Any]) -> dict[str, Any]:
         name: value for name, value in model_state.items() if isinstance(value, ShardedTensor | ShardedTensorFactory)
     }
     return {
+        "family": trainer.model.family,
         "model": model_state,
         "optimizer": trainer.optimizer.sharded_state(by_name),
         "trainer": {name: getattr(trainer, name) for name in _STATE},

@@ -9,6 +9,10 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from megalong.models.errors import CheckpointError
+from megalong.models.json_files import load_json
+
+PLACEHOLDERS = ("<vila/sentinel>", "<image>", "<vila/video>")
+"""VILA's tokens for an answer, a picture and a video, which no embedding is looked up for: their ids may be larger."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,3 +46,21 @@ def read_chat_tokens(folder: Path, *, system_prompt: str) -> ChatTokens:
         eos_id=encode_markup("<|im_end|>")[0],
         system_prompt=system_prompt,
     )
+
+
+def check_added_tokens(folder: Path, *, vocab: int) -> None:
+    """Raise CheckpointError for an id in the folder's added_tokens.json without a row in the embedding.
+
+    Newer tokenizers have no such file. vocab: rows of the embedding.
+    """
+    file = folder / "added_tokens.json"
+    if not file.is_file():
+        return
+    for token, id_ in load_json(file).items():
+        if type(id_) is not int or id_ < 0:
+            raise CheckpointError(f"{file}: token {token!r} has id {id_!r}, expected an integer from 0")
+        if id_ >= vocab and token not in PLACEHOLDERS:
+            raise CheckpointError(
+                f"{file}: token {token!r} has id {id_}, but the embedding has {vocab} rows (vocab_size in "
+                "config.json): vocabulary mismatch; take the tokenizer that came with the weights"
+            )

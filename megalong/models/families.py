@@ -51,12 +51,13 @@ class Vision:
 class Family:
     """What the rest of megalong asks of a family."""
 
+    name: str
     read_spec: Callable[[Path], Any]  # sizes from the checkpoint folder's JSON; has .path and .gpt
     vision: Vision | None
     weight_table: Callable[..., list[Entry]]  # (spec, encoder or None, use_te=) -> every tensor of the model
     weight_folders: tuple[str, ...]
     """Sub-folders that hold safetensors; names are `<folder>/<tensor>`. "" is the checkpoint folder itself, whose
-    tensors keep their plain names: a stock Hugging Face checkpoint."""
+    tensors keep their plain names: a stock Hugging Face checkpoint. The first one holds the LLM and the tokenizer."""
     read_tokens: Callable[[Path], ChatTokens]  # tokenizer and the ids a prompt needs
     sampler_model: Callable[[Path, torch.dtype], PreTrainedModel]  # transformers LLM without weights
     sampler_name: Callable[[str], str | None]  # sync name -> the sampler's parameter; None: not a part of it
@@ -67,11 +68,14 @@ class Family:
         """The module, weights not loaded."""
         encoder = None if self.vision is None else self.vision.encoder(spec)
         table = self.weight_table(spec, encoder, use_te=use_te)
-        return PolicyModel(config, spec, vision=encoder, table=table, use_te=use_te, core_attention=core_attention)
+        return PolicyModel(
+            config, spec, family=self.name, vision=encoder, table=table, use_te=use_te, core_attention=core_attention
+        )
 
 
 def _qwen_text(name: str, *, model_type: str) -> Family:
     return Family(
+        name=name,
         read_spec=partial(qwen_spec.read_spec, model_type=model_type),
         vision=None,
         weight_table=qwen_weights.weight_table,
@@ -82,8 +86,9 @@ def _qwen_text(name: str, *, model_type: str) -> Family:
     )
 
 
-FAMILIES: dict[str, Family] = {
-    "longvila": Family(
+_ALL = (
+    Family(
+        name="longvila",
         read_spec=longvila_spec.read_spec,
         vision=Vision(encoder=longvila_tower.VisionEncoder, layout=longvila_layout.video_layout),
         weight_table=longvila_weights.weight_table,
@@ -92,7 +97,8 @@ FAMILIES: dict[str, Family] = {
         sampler_model=longvila_tokens.sampler_model,
         sampler_name=longvila_tokens.sampler_name,
     ),
-    "qwen2_5_vl": Family(
+    Family(
+        name="qwen2_5_vl",
         read_spec=qwen2_5_vl_spec.read_spec,
         vision=Vision(encoder=qwen2_5_vl_tower.VisionEncoder, layout=qwen2_5_vl_layout.video_layout),
         weight_table=qwen2_5_vl_weights.weight_table,
@@ -101,7 +107,8 @@ FAMILIES: dict[str, Family] = {
         sampler_model=qwen2_5_vl_sampler.sampler_model,
         sampler_name=qwen2_5_vl_sampler.sampler_name,
     ),
-    "qwen3_vl": Family(
+    Family(
+        name="qwen3_vl",
         read_spec=qwen3_vl_spec.read_spec,
         vision=Vision(encoder=qwen3_vl_tower.VisionEncoder, layout=qwen3_vl_layout.video_layout),
         weight_table=qwen3_vl_weights.weight_table,
@@ -110,7 +117,8 @@ FAMILIES: dict[str, Family] = {
         sampler_model=qwen3_vl_sampler.sampler_model,
         sampler_name=qwen3_vl_sampler.sampler_name,
     ),
-    "qwen2": _qwen_text("qwen2", model_type="qwen2"),
-    "qwen2_5": _qwen_text("qwen2_5", model_type="qwen2"),
-    "qwen3": _qwen_text("qwen3", model_type="qwen3"),
-}
+    _qwen_text("qwen2", model_type="qwen2"),
+    _qwen_text("qwen2_5", model_type="qwen2"),
+    _qwen_text("qwen3", model_type="qwen3"),
+)
+FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}

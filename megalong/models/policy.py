@@ -18,17 +18,18 @@ from megalong.models.weights import Entry
 class PolicyModel(MegatronModule):
     """Parameters `llm.*` are tensor-parallel; `vision.*` are whole on every rank.
 
-    spec: the family's, with `path` and `gpt`. vision: [F, H, W, 3] uint8 frames to [F / frames_per_step, tokens per
-    step, D'] embeddings, where D' may be a multiple of the LLM's width; its attribute `projector` is the part behind
-    the tower. None for a family without vision. table: the family's weight table of this very model.
+    family: its name, which checkpoints carry. spec: the family's, with `path` and `gpt`. vision: [F, H, W, 3] uint8
+    frames to [F / frames_per_step, tokens per step, D'] embeddings, where D' may be a multiple of the LLM's width; its
+    attribute `projector` is the part behind the tower. None for a family without vision. table: the family's weight
+    table of this very model.
     """
 
     def __init__(
-        self, config: TransformerConfig, spec: Any, *, vision: nn.Module | None, table: Sequence[Entry],
-        use_te: bool, core_attention: Callable[..., Any],
+        self, config: TransformerConfig, spec: Any, *, family: str, vision: nn.Module | None,
+        table: Sequence[Entry], use_te: bool, core_attention: Callable[..., Any],
     ) -> None:  # fmt: skip
         super().__init__(config=config)
-        self.spec = spec
+        self.family, self.spec = family, spec
         self._table = tuple(table)
         tp = config.tensor_model_parallel_size
         self.llm = PackGpt(

@@ -140,6 +140,14 @@ def config_key_is_missing(hf: Path) -> None:
     (hf / "llm/config.json").write_text(json.dumps(config))
 
 
+def added_token_behind_the_vocabulary(hf: Path) -> None:
+    edit_json(hf / "llm/added_tokens.json", **{"<|im_end|>": 999})
+
+
+def added_token_without_an_id(hf: Path) -> None:
+    edit_json(hf / "llm/added_tokens.json", **{"<|im_end|>": "7"})
+
+
 CASES: dict[Callable[[Path], None], str] = {
     missing: rf"hf: tensor 'llm/{UP}' is missing \(it fills llm\.decoder\.layers\.1\.mlp\.linear_fc1\.weight\)",
     unexpected: rf"{LLM}: unexpected tensor 'model\.layers\.9\.bias'",
@@ -162,6 +170,8 @@ CASES: dict[Callable[[Path], None], str] = {
     carried_is_missing: r"tensor 'vision_tower/post_layernorm\.bias' is missing",
     unknown_layout: r"hf: the layout of no known family \(longvila: folders llm, vision_tower, mm_projector; ",
     weights_at_the_root: r"hf/model\.safetensors: weights are expected in llm, vision_tower, mm_projector",
+    added_token_behind_the_vocabulary: r"llm/added_tokens\.json: token '<\|im_end\|>' has id 999, but the embedding",
+    added_token_without_an_id: r"llm/added_tokens\.json: token '<\|im_end\|>' has id '7', expected an integer from 0",
     config_key_is_missing: r"llm/config\.json: key 'intermediate_size' is missing",
 }
 
@@ -172,6 +182,11 @@ def test_bad_hugging_face_folder(hf: Path, tmp_path: Path, spoil: Callable[[Path
     with pytest.raises(ConvertError, match=CASES[spoil]):
         hf_to_megatron(hf, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_placeholder_needs_no_row_of_the_embedding(hf: Path, tmp_path: Path) -> None:
+    edit_json(hf / "llm/added_tokens.json", **{"<image>": 998, "<vila/video>": 999})
+    assert hf_to_megatron(hf, tmp_path / "out").tensors == 68
 
 
 def test_a_narrow_dtype_is_accepted_with_an_explicit_dtype(hf: Path, tmp_path: Path) -> None:

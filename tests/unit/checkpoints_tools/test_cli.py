@@ -121,17 +121,18 @@ def test_text_output_and_error_codes(hf: Path, tmp_path: Path, capsys) -> None:
     assert "not a Hugging Face checkpoint folder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("direction", ["hf-to-megatron", "megatron-to-hf"])
 def test_a_terminated_conversion_leaves_nothing(
-    hf: Path, megatron: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, direction: str
+    hf: Path, megatron: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, direction: str, number: int
 ) -> None:
-    calls = []
+    calls, before = [], signal.getsignal(number)
 
     def terminated(self: object, *args: object) -> torch.Tensor:
         calls.append(args)
         if len(calls) == 5:
             assert (tmp_path / "out.partial").is_dir()
-            signal.raise_signal(signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return original(self, *args)
 
     if direction == "hf-to-megatron":
@@ -142,13 +143,51 @@ def test_a_terminated_conversion_leaves_nothing(
     original = getattr(owner, name)
     monkeypatch.setattr(owner, name, terminated)
     assert main([direction, *map(str, argv), "--out", str(tmp_path / "out")]) == 130
-    assert capsys.readouterr().err.endswith("interrupted, nothing was written\n")
+    assert capsys.readouterr().err == f"megalong-convert {direction}: interrupted, nothing was written\n"
     assert not list(tmp_path.glob("out*"))
-    assert signal.getsignal(signal.SIGTERM) is not None
+    assert len(calls) < 10
+    assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("moment", ["flush", "removal"])
+def test_signals_while_a_folder_is_finished_or_removed(
+    hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, moment: str
+) -> None:
+    """Ctrl-C during the last flushes removes the folder; more of it does not stop the removal."""
+
+    def flush(path: Path) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    def remove(path: Path, *, ignore_errors: bool) -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        rmtree(path, ignore_errors=ignore_errors)
+
+    rmtree = shutil.rmtree
+    monkeypatch.setattr("checkpoints_tools.building._flush_one", flush)
+    if moment == "removal":
+        monkeypatch.setattr(shutil, "rmtree", remove)
+    assert main(["hf-to-megatron", "--hf", str(hf), "--out", str(tmp_path / "out")]) == 130
+    assert capsys.readouterr().err == "megalong-convert hf-to-megatron: interrupted, nothing was written\n"
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_an_interrupted_import_ends_with_the_same_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """A module may turn the exception into another one."""
+
+    def importing(args: object) -> tuple[int, dict]:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt as error:
+            raise ImportError("initialization failed") from error
+
+    monkeypatch.setattr("checkpoints_tools.cli._run", importing)
+    assert main(["inspect", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "megalong-convert inspect: interrupted, nothing was written\n"
 
 
 def die_while_building(out: Path) -> None:
-    with building(out) as partial:
+    with building(out) as (partial, _):
         (partial / "metadata.json").write_text("{}")
         os.kill(os.getpid(), signal.SIGKILL)
 

@@ -15,6 +15,7 @@ from transformers import Qwen2ForCausalLM, SiglipVisionModel
 
 from checkpoints_tools.compare import verify
 from checkpoints_tools.convert import hf_to_megatron, megatron_to_hf
+from checkpoints_tools.describe import describe
 from megalong.config.tree import Dtype, ModelConfig, OptimizerConfig, Recompute
 from megalong.engine.build import build_model
 from megalong.engine.checkpoint import load_weights, save_checkpoint
@@ -180,6 +181,7 @@ def test_conversion_loads_at_any_split_and_its_checkpoint_exports(
         assert all(torch.equal(changed[name], 1.5 * loaded[name]) for name in loaded)
     megatron_to_hf(run, hf, tmp_path / "back")  # the newest step of the folder
     assert_same_tensors(results[0][1], tmp_path / "back", count=count)
+    assert describe(run, checksum=False).family == "longvila"
     checked = verify(run, tmp_path / "back")
     assert checked.equal
     assert (checked.compared, checked.outside) == (count, 18)
