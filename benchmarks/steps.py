@@ -37,7 +37,8 @@ from megalong.models.policy import PolicyModel
 from megalong.parallel.collectives import gather_objects
 from megalong.parallel.layout import ParallelLayout
 from megalong.records import FrameSelection, PolicyBatch, Prompt, RolloutGroup, Sample
-from megalong.run import layout_of, vision_settings
+from megalong.run import layout_of
+from megalong.videos import vision_settings
 from megalong.vision.encode import VisionStage
 
 SHAPES = Path(__file__).parents[1] / "launch" / "shapes" / "longvila_7b"

@@ -11,6 +11,7 @@ RECIPE_VERBS = {
     "sft": "chain-of-thought supervised fine-tuning",
     "grpo": "group-relative policy optimisation on video questions",
     "eval": "accuracy on a manifest (eval.manifest)",
+    "cache-embeddings": "decode and encode the videos of data.train and eval.manifest into video.cache_dir",
     "make-demo-data": "draw the demo's videos and manifests and make its tiny model",
     "plan": "print the resolved config, layout, tokens per prompt and memory per GPU; needs no GPU",
 }
@@ -58,7 +59,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _is_complete(error: Exception) -> bool:
     """Errors whose message says what to change; all others keep their traceback."""
-    return _is(error, "ConfigError", "ManifestError", "CheckpointError", "RunFailedError", "FileNotFoundError")
+    given = ("ConfigError", "ManifestError", "CheckpointError", "EmbeddingCacheError", "FileNotFoundError")
+    return _is(error, *given, "RunFailedError")
 
 
 def _is(error: Exception, *names: str) -> bool:
@@ -88,6 +90,7 @@ def _run_recipe(args: argparse.Namespace) -> int:
         return 0
     import torch
 
+    from megalong.cache_embeddings import cache_embeddings
     from megalong.evaluating import evaluate
     from megalong.failures import failures_reported
     from megalong.grpo import train_grpo
@@ -95,8 +98,9 @@ def _run_recipe(args: argparse.Namespace) -> int:
     from megalong.sft import train_sft
 
     timer = PhaseTimer(torch.cuda.synchronize if torch.cuda.is_available() else None)
+    verbs = {"sft": train_sft, "grpo": train_grpo, "eval": evaluate, "cache-embeddings": cache_embeddings}
     with failures_reported(config, timer):
-        {"sft": train_sft, "grpo": train_grpo, "eval": evaluate}[args.verb](config, timer)
+        verbs[args.verb](config, timer)
     return 0
 
 

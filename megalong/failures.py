@@ -19,6 +19,7 @@ from megalong.config.tree import Recompute, RunConfig
 from megalong.data.manifest import ManifestError
 from megalong.metrics import PhaseTimer
 from megalong.models.errors import CheckpointError
+from megalong.vision.disk import EmbeddingCacheError
 from megalong.watchdog import Watchdog
 
 GIB = 1 << 30
@@ -32,7 +33,7 @@ NCCL = ("ncclRemoteError", "remote process exit", "imed out", "imeout", "aborted
 for all errors."""
 
 
-MISTAKES = (ConfigError, ManifestError, CheckpointError, FileNotFoundError)
+MISTAKES = (ConfigError, ManifestError, CheckpointError, EmbeddingCacheError, FileNotFoundError)
 """Errors about what the user gave: their message says it all."""
 
 

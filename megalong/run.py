@@ -8,7 +8,6 @@ import random
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +26,19 @@ from megalong.data.batches import build_prompts
 from megalong.data.manifest import ManifestError, read_manifest
 from megalong.data.sampler import PromptSampler
 from megalong.data.sequence import SequenceBuilder
-from megalong.data.video import select_frames
 from megalong.engine.build import TORCH_DTYPE, build_model, family_of
 from megalong.engine.checkpoint import complete_checkpoints, load_checkpoint, load_weights, save_checkpoint
 from megalong.engine.trainer import Trainer
 from megalong.metrics import PhaseTimer, RunLogger
 from megalong.models.errors import CheckpointError
-from megalong.parallel.collectives import gather_objects, max_over
+from megalong.parallel.collectives import gather_objects, max_over, sum_over
 from megalong.parallel.layout import ParallelLayout, make_layout
 from megalong.records import Dropped, Prompt, Sample
 from megalong.rewards.functions import check_problem_types
 from megalong.rollout.embedded import EmbeddedEngine
 from megalong.rollout.sampler import GroupSampler
-from megalong.vision.encode import VisionSettings, VisionStage
-
-GIB = 1 << 30
+from megalong.videos import check_store, frame_chooser, open_vision
+from megalong.vision.encode import VisionStage
 
 
 @dataclass(kw_only=True)
@@ -120,6 +117,14 @@ class Run:
         parts = gather_objects(list(self.vision.decoded_elsewhere), group=self.layout.dp)
         return len({path for part in parts for path in part})
 
+    def store_metrics(self) -> dict[str, float]:
+        """Files of video.cache_dir that were refused, since the start, over all ranks (collective)."""
+        disk = self.vision.embeds.disk
+        if disk is None:
+            return {}
+        refused = {"refused_embeddings": float(len(disk.refused))}
+        return sum_over(refused, group=self.layout.world, device=self.layout.device)
+
     def close(self) -> None:
         self.vision.close()
         self.logger.close()
@@ -154,16 +159,7 @@ class PromptBatches:
 
 def plan_prompts(run: Run, samples: Sequence[Sample]) -> tuple[list[Prompt], list[Dropped]]:
     """Choose frames and build token ids; nothing is decoded yet."""
-    video = run.config.video
-    choose = partial(
-        select_frames,
-        sampling=video.sampling,
-        num_frames=video.num_frames,
-        fps=video.fps,
-        max_frames=video.max_frames,
-        layout=run.vision.videos,
-    )
-    selections, unreadable = run.vision.select(samples, choose)
+    selections, unreadable = run.vision.select(samples, frame_chooser(run.config, run.vision.videos))
     prompts, too_long = build_prompts(
         samples, selections, run.builder, max_prompt_tokens=run.config.data.max_prompt_tokens
     )
@@ -215,14 +211,14 @@ def _start(config: RunConfig, *, task: Task, timer: PhaseTimer) -> Run:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     shape = read_model_shape(config.model.path, family=config.model.family, video=config.video)
     validate(config, task=task, world_size=world_size, model=shape)
+    check_store(config)
     start = None if task == "eval" else resume_point(config)
     family = family_of(config.model)
     layout = layout_of(config, shape)
     seed_everything(config.seed)
     model = build_model(config.model, layout, sequence_parallel=config.parallel.sequence_parallel)
     tokens = family.read_tokens(Path(config.model.path))
-    videos = None if family.vision is None else family.vision.layout(model.spec, tokens, config.video)
-    vision = VisionStage(model.vision, layout, vision_settings(config), videos=videos)
+    vision = open_vision(config, layout, model.vision, spec=model.spec, tokens=tokens)
     total_steps = config.grpo.steps * config.grpo.updates_per_batch if task == "grpo" else config.sft.steps
     trainer = Trainer(
         model,
@@ -248,7 +244,7 @@ def _start(config: RunConfig, *, task: Task, timer: PhaseTimer) -> Run:
             encode=tokens.encode,
             encode_markup=tokens.encode_markup,
             eos_id=tokens.eos_id,
-            videos=videos,
+            videos=vision.videos,
             system_prompt=tokens.system_prompt,
             thinking=config.data.thinking,
         ),
@@ -315,20 +311,6 @@ def build_engine(config: RunConfig, layout: ParallelLayout, *, eos_id: int) -> E
         eos_id=eos_id,
         device=layout.device,
         batch_prompts=config.rollout.batch_prompts,
-    )
-
-
-def vision_settings(config: RunConfig) -> VisionSettings:
-    video, model = config.video, config.model
-    shared = config.mr_sp.mode.name != "none"
-    return VisionSettings(
-        tower_batch_frames=video.tower_batch_frames,
-        frozen=video.cache_embeddings and shared and not (model.train_tower or model.train_projector),
-        share_frames=shared,
-        embed_store_bytes=int(video.cache_gib * GIB),
-        frame_store_bytes=int(video.frame_cache_gib * GIB),
-        decode_workers=config.data.decode_workers,
-        decoder=video.decoder,
     )
 
 

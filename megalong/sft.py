@@ -96,6 +96,7 @@ def log_step(run: Run, step: int, stats: StepStats, dropped: Sequence[Dropped], 
             "decoded_elsewhere": float(run.count_decoded_elsewhere()),
             "tokens_per_second": stats.num_tokens / seconds,
             **stats.metrics,
+            **run.store_metrics(),
             **run.timer.take(),
         },
     )

@@ -155,8 +155,15 @@ class VideoConfig:
     """Frames per forward of the vision tower."""
     cache_embeddings: bool = True
     """Keep a video's embeddings between steps. Must be off when the tower or the projector is trained."""
+    cache_gpu_gib: float = 0.0
+    """Memory of the GPU for the embedding store; what does not fit goes to host memory. Needs a GPU."""
     cache_gib: float = 16.0
-    """Host-memory budget of the embedding store; the least recently used go first."""
+    """Host-memory budget of the embedding store, pinned on a GPU; the least recently used go first, to cache_dir."""
+    cache_dir: str | None = None
+    """Folder of embeddings on disk, for any number of runs and any parallel layout: read from, and written to when host
+    memory is full; `megalong cache-embeddings` fills it. Entries are found by the video's content (size, and three
+    samples of a MiB), its frames and their size, and the tower's weights, settings and dtype. It has no bound: nothing
+    is deleted from it but damaged files. `megalong plan` says what a video takes; to empty it, delete the folder."""
     frame_cache_gib: float = 16.0
     """Host-memory budget of decoded frames (this rank's share of each video, uint8)."""
 

@@ -13,7 +13,7 @@ from megalong.config.errors import ConfigError
 from megalong.config.model_shape import ModelShape
 from megalong.config.tree import AdvantageKind, FrameSampling, Recompute, RunConfig
 
-Task = Literal["sft", "grpo", "eval"]
+Task = Literal["sft", "grpo", "eval", "cache-embeddings"]
 
 TEXT_TOKENS = 256
 """Room for the system prompt, the question and the chat markers beside a video's tokens."""
@@ -27,9 +27,11 @@ def validate(config: RunConfig, *, task: Task, world_size: int, model: ModelShap
     Raises ConfigError with every problem found; each names its keys, their values and what to change.
     """
     problems = [*_out_of_bounds(config, task), *_missing(config, task)]
-    problems += _parallel_problems(config, world_size=world_size, model=model)
     problems += _length_problems(config, task, model=model)
-    if task != "eval":
+    problems += _cache_problems(config, task, model=model)
+    if task != "cache-embeddings":  # each process works alone, whatever the layout of the training
+        problems += _parallel_problems(config, world_size=world_size, model=model)
+    if task in ("sft", "grpo"):
         problems += _training_problems(config, task, world_size=world_size)
         problems += _vision_problems(config, model=model)
     if task == "grpo":
@@ -89,6 +91,7 @@ _BOUNDS: tuple[_Bound, ...] = (
     _Bound("video.max_frames", 1),
     _Bound("video.max_frame_pixels", 0),
     _Bound("video.tower_batch_frames", 1),
+    _Bound("video.cache_gpu_gib", 0),
     _Bound("video.cache_gib", 0, above=True),
     _Bound("video.frame_cache_gib", 0, above=True),
     _Bound("data.max_prompt_tokens", 1),
@@ -140,7 +143,7 @@ def _value(config: RunConfig, key: str) -> Any:
 
 def _out_of_bounds(config: RunConfig, task: Task) -> Iterator[str]:
     bounds = _BOUNDS
-    if task != "eval":
+    if task in ("sft", "grpo"):
         bounds += _TRAINING_BOUNDS + (_SFT_BOUNDS if task == "sft" else _GRPO_BOUNDS)
     for bound in bounds:
         value = _value(config, bound.key)
@@ -237,6 +240,24 @@ def _length_problems(config: RunConfig, task: Task, *, model: ModelShape) -> Ite
         )
 
 
+def _cache_problems(config: RunConfig, task: Task, *, model: ModelShape) -> Iterator[str]:
+    video, folder = config.video, f"video.cache_dir={config.video.cache_dir}"
+    if task == "cache-embeddings" and model.vision is None:
+        yield f"megalong cache-embeddings has nothing to do: model.family={config.model.family} has no vision"
+    if video.cache_dir is None:
+        if task == "cache-embeddings":
+            yield "megalong cache-embeddings needs a folder to fill: set video.cache_dir"
+        return
+    for name in ("train_tower", "train_projector"):
+        if getattr(config.model, name):
+            yield f"{folder} would keep embeddings that model.{name}=true makes stale; set video.cache_dir=null"
+            return
+    if not video.cache_embeddings:
+        yield f"{folder} needs video.cache_embeddings=true; set it, or video.cache_dir=null"
+    if config.mr_sp.mode.name == "none":
+        yield f"{folder} is not read with mr_sp.mode=none, which encodes anew in every pass; set video.cache_dir=null"
+
+
 def _training_problems(config: RunConfig, task: Task, *, world_size: int) -> Iterator[str]:
     model, optimizer = config.model, config.optimizer
     vision = [name for name in ("train_tower", "train_projector") if getattr(model, name)]
@@ -312,6 +333,8 @@ def _grpo_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _evaluation_problems(config: RunConfig, task: Task) -> Iterator[str]:
+    if task == "cache-embeddings":
+        return
     asked = [
         key
         for key, on in (

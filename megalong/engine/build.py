@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from torch import nn
 
 from megalong.attention.core import PackCoreAttention
 from megalong.config.errors import ConfigError
@@ -64,6 +66,21 @@ def build_model(
         load_hf_weights(model, model.weight_table(), CheckpointReader(spec.path, family.weight_folders), layout)
     model.freeze(llm=config.train_llm, projector=config.train_projector, tower=config.train_tower)
     return model
+
+
+def build_encoder(config: ModelConfig, layout: ParallelLayout) -> tuple[nn.Module, Any]:
+    """The vision side alone, frozen, on this process's device with the weights of config.path; and the family's spec.
+
+    The same module, with the same weights, as build_model's `vision`.
+    """
+    family = family_of(config)
+    spec = family.read_spec(Path(config.path))
+    encoder = family.vision.encoder(spec).to(TORCH_DTYPE[config.dtype]).to(layout.device)
+    table = family.weight_table(spec, encoder, use_te=False)
+    own = [entry for entry in table if entry.megatron.startswith("vision.")]
+    reader = CheckpointReader(spec.path, family.weight_folders)
+    load_hf_weights(nn.ModuleDict({"vision": encoder}), own, reader, layout)
+    return encoder.requires_grad_(False), spec
 
 
 def wrap_for_gradients(model: PolicyModel) -> DistributedDataParallel:

@@ -13,10 +13,12 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megalong.engine.trainer import Trainer
 from megalong.models.errors import CheckpointError
+from megalong.models.policy import sharded_encoder
 
 _COMPLETE = re.compile(r"step_(\d{8})")
 _STATE = ("step", "num_updates", "skipped_in_a_row", "num_skipped")
@@ -78,6 +80,13 @@ def load_weights(path: Path, trainer: Trainer) -> None:
     state = _load({"model": _model_state(trainer)}, path)
     _load_model(trainer, state["model"])
     trainer.optimizer.refresh_masters()
+
+
+def load_encoder_weights(path: Path, encoder: nn.Module) -> None:
+    """Take only the vision side from a checkpoint of another run (collective), for a process without the LLM."""
+    _check(path)
+    state = _load({"model": sharded_encoder(encoder)}, path)["model"]
+    encoder.load_state_dict({name.removeprefix("vision."): tensor for name, tensor in state.items()})
 
 
 def _check(path: Path) -> None:

@@ -20,8 +20,8 @@ class PolicyModel(MegatronModule):
 
     family: its name, which checkpoints carry. spec: the family's, with `path` and `gpt`. vision: [F, H, W, 3] uint8
     frames to [F / frames_per_step, tokens per step, D'] embeddings, where D' may be a multiple of the LLM's width; its
-    attribute `projector` is the part behind the tower. None for a family without vision. table: the family's weight
-    table of this very model.
+    attribute `projector` is the part behind the tower, `settings` a text that names all beside the weights that decides
+    the output. None for a family without vision. table: the family's weight table of this very model.
     """
 
     def __init__(
@@ -59,7 +59,10 @@ class PolicyModel(MegatronModule):
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
         state = self.llm.sharded_state_dict(f"{prefix}llm.", sharded_offsets, metadata)
         if self.vision is not None:
-            state.update(
-                make_sharded_tensors_for_checkpoint(self.vision.state_dict(), f"{prefix}vision.", {}, sharded_offsets)
-            )
+            state.update(sharded_encoder(self.vision, prefix=prefix, sharded_offsets=sharded_offsets))
         return state
+
+
+def sharded_encoder(encoder: nn.Module, *, prefix: str = "", sharded_offsets: tuple = ()) -> dict:
+    """The vision side's part of PolicyModel.sharded_state_dict."""
+    return make_sharded_tensors_for_checkpoint(encoder.state_dict(), f"{prefix}vision.", {}, sharded_offsets)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,8 +21,10 @@ from megalong.parallel.collectives import gather_objects
 from megalong.parallel.exchange import exchange_rows, plan_exchange
 from megalong.parallel.layout import ParallelLayout
 from megalong.parallel.split import shard_range
-from megalong.records import Dropped, FrameSelection, Prompt, Sample, bucket_checksum
+from megalong.records import Dropped, FrameSelection, Prompt, Sample
+from megalong.vision.disk import DiskStore
 from megalong.vision.store import ByteStore, selection_key
+from megalong.vision.tiers import EmbeddingPart, EmbeddingStore
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,7 +34,9 @@ class VisionSettings:
     tower_batch_frames: int  # frames per forward of the tower
     frozen: bool  # embeddings may be kept from step to step
     share_frames: bool  # Stage 1: each rank of a replica encodes its share of the frames; False: every rank all of them
-    embed_store_bytes: int
+    embed_gpu_bytes: int
+    embed_host_bytes: int
+    embed_folder: str | None  # of the disk store
     frame_store_bytes: int
     decode_workers: int
     decoder: VideoDecoder = VideoDecoder.auto
@@ -54,12 +60,17 @@ class VisionStage:
         self.frames: ByteStore[np.ndarray] = ByteStore(
             budget_bytes=settings.frame_store_bytes, setting="video.frame_cache_gib"
         )
-        self.embeds: ByteStore[Tensor] = ByteStore(budget_bytes=settings.embed_store_bytes, setting="video.cache_gib")
+        self.embeds = EmbeddingStore(
+            device=layout.device,
+            gpu_bytes=settings.embed_gpu_bytes,
+            host_bytes=settings.embed_host_bytes,
+            disk=_disk_store(encoder, settings),
+        )
         self.frames_encoded = 0  # by this rank, since the start
         self.decoder = open_decoder(settings.decoder, layout.device)
         self.decoded_elsewhere: dict[str, str] = {}  # files of the replica that its decoder refused -> why
         self._pool = ThreadPoolExecutor(max_workers=settings.decode_workers, thread_name_prefix="decode")
-        self._running: dict[str, Future[np.ndarray]] = {}
+        self._running: dict[str, Future[np.ndarray | EmbeddingPart]] = {}
         self._indexed: dict[str, FrameSelection | str] = {}  # path -> its frames, or why it cannot be read
         self.weights_changed()
 
@@ -90,15 +101,15 @@ class VisionStage:
         return selections, _drops(samples, reasons)
 
     def prefetch(self, selections: Sequence[FrameSelection]) -> None:
-        """Start decoding this rank's share of the videos that are not in a store yet."""
+        """Start reading from disk, or decoding, this rank's share of the videos that are not in memory yet."""
         for key, selection in self._by_content(selections).items():
             if key in self.frames or key in self._running or self._has_embeds(selection):
                 continue
             first, last = self._share(selection)
-            self._running[key] = self._pool.submit(self._decode, selection, first, last)
+            self._running[key] = self._pool.submit(self._fetch, selection, first, last)
 
     def prepare(self, samples: Sequence[Sample], selections: dict[str, FrameSelection]) -> list[Dropped]:
-        """Decode (and, for a frozen tower, encode) what the samples need and is not in a store.
+        """Decode (and, for a frozen tower, encode) what the samples need and no store has.
 
         Afterwards embeddings() serves every sample that is not in the returned list, until release().
         """
@@ -111,11 +122,14 @@ class VisionStage:
             if key not in self._running:
                 continue
             try:
-                frames_FHWC = self._running.pop(key).result()
+                fetched = self._running.pop(key).result()
             except DecodeError as error:
                 reasons[key] = error.reason
                 continue
-            self.frames.put(key, frames_FHWC, num_bytes=frames_FHWC.nbytes)
+            if isinstance(fetched, EmbeddingPart):
+                self.embeds.put(self.embed_key(wanted[key]), fetched)
+            else:
+                self.frames.put(key, fetched, num_bytes=fetched.nbytes)
         for bad, elsewhere in gather_objects((reasons, self.decoder.fallbacks), group=self.layout.replica):
             reasons.update(bad)
             self.decoded_elsewhere.update(elsewhere)
@@ -187,10 +201,10 @@ class VisionStage:
     def weights_changed(self) -> None:
         """Call after the tower or the projector was loaded: embeddings made before no longer match any key."""
         self.embeds.clear()
+        self._running.clear()  # what was fetched from disk for the old weights
         if self.encoder is None:
             return
-        state = self.encoder.state_dict()
-        self._weights_digest = f"{bucket_checksum(state):08x}/{next(iter(state.values())).dtype}"
+        self._weights_digest = _encoder_digest(self.encoder)
 
     def close(self) -> None:
         """Stop the decoding threads."""
@@ -209,6 +223,16 @@ class VisionStage:
         """One selection for each content key: several paths may name the same content."""
         return {self.key(selection): selection for selection in selections}
 
+    def _fetch(self, selection: FrameSelection, first: int, last: int) -> np.ndarray | EmbeddingPart:
+        """Frames [first, last), or what the disk store has in their place. Runs on a thread."""
+        disk = self.embeds.disk
+        if disk is not None and first < last:
+            start, stop = self._rows(selection, (0, first)), self._rows(selection, (0, last))
+            embeds_nD = disk.read(self.embed_key(selection), start, stop)
+            if embeds_nD is not None:
+                return EmbeddingPart(start, embeds_nD)
+        return self._decode(selection, first, last)
+
     def _has_embeds(self, selection: FrameSelection) -> bool:
         return self.settings.frozen and self.embed_key(selection) in self.embeds
 
@@ -223,9 +247,9 @@ class VisionStage:
             # A few at a time: the embeddings of a batch of hours would not fit on the device at once.
             if frames >= 4 * self.settings.tower_batch_frames or index == len(selections) - 1:
                 counts = [self._rows(item, self._share(item)) for item in pending]
-                for item, local_ND in zip(pending, self._encode_local(pending).split(counts), strict=True):
-                    host_ND = local_ND.to("cpu", copy=True)
-                    self.embeds.put(self.embed_key(item), host_ND, num_bytes=host_ND.nbytes)
+                for item, local_nD in zip(pending, self._encode_local(pending).split(counts), strict=True):
+                    start = self._rows(item, (0, self._share(item)[0]))
+                    self.embeds.put(self.embed_key(item), EmbeddingPart(start, local_nD))
                     self.frames.drop(self.key(item))
                 pending, frames = [], 0
 
@@ -233,8 +257,7 @@ class VisionStage:
         """[M, D'] embeddings of this rank's frames, selection after selection."""
         if not self.settings.frozen:
             return self._encode_local(selections)
-        kept = [self.embeds.get(self.embed_key(item)) for item in selections]
-        return torch.cat([embeds_ND.to(self.layout.device, non_blocking=True) for embeds_ND in kept])
+        return torch.cat([self.embeds.get(self.embed_key(item)) for item in selections])
 
     def _rows_alone(self, selections: Sequence[FrameSelection], wanted_n: Tensor) -> Tensor:
         """[n, D'] the wanted embeddings of the selections, all made here: videos of which none is wanted are not."""
@@ -324,6 +347,22 @@ class VisionStage:
         turn = zlib.crc32(self.key(selection).encode()) % size
         parts = [shard_range(len(selection.frames) // step, (rank + turn) % size, size) for rank in range(size)]
         return [(first * step, last * step) for first, last in parts]
+
+
+def _disk_store(encoder: nn.Module | None, settings: VisionSettings) -> DiskStore | None:
+    """None where embeddings are not kept, or in memory alone."""
+    if encoder is None or not settings.frozen or settings.embed_folder is None:
+        return None
+    return DiskStore(Path(settings.embed_folder), dtype=next(encoder.parameters()).dtype)
+
+
+def _encoder_digest(encoder: nn.Module) -> str:
+    """Of all that makes frames into embeddings: weights, their names, shapes and dtypes, and the encoder's settings."""
+    digest = hashlib.sha256(encoder.settings.encode())
+    for name, tensor in encoder.state_dict().items():
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _drops(samples: Sequence[Sample], reasons: dict[str, str]) -> list[Dropped]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Generic, TypeVar
 
@@ -21,9 +21,11 @@ class ByteStore(Generic[Item]):
     Pinned keys, those of the step in progress, are never evicted: a step that does not fit is an error, no slow loop.
     """
 
-    def __init__(self, *, budget_bytes: int, setting: str) -> None:
+    def __init__(self, *, budget_bytes: int, setting: str, evicted: Callable[[str, Item], None] | None = None) -> None:
+        """setting: the configuration key of the budget. evicted: called with what has just made room for another."""
         self.budget_bytes = budget_bytes
         self.setting = setting
+        self.evicted = evicted
         self.bytes_used = 0
         self.num_evicted = 0
         self._items: OrderedDict[str, tuple[Item, int]] = OrderedDict()
@@ -43,39 +45,51 @@ class ByteStore(Generic[Item]):
         """Pinned keys but those in `keep` may be evicted from now on."""
         self._pinned.intersection_update(keep)
 
+    def fits(self, num_bytes: int) -> bool:
+        """Whether this many bytes have room beside the pinned items."""
+        return self._pinned_bytes() + num_bytes <= self.budget_bytes
+
+    def make_room(self, num_bytes: int) -> None:
+        """Evict until this many bytes are free. Raises ValueError when pinned items leave no room."""
+        if not self.fits(num_bytes):
+            raise ValueError(
+                f"{num_bytes / 2**30:.3f} GiB do not fit beside the {self._pinned_bytes() / 2**30:.3f} GiB that the "
+                f"step in progress needs: raise {self.setting} (now {self.budget_bytes / 2**30:.3f}) or lower the "
+                "batch size"
+            )
+        evictable = iter([key for key in self._items if key not in self._pinned])
+        while self.bytes_used + num_bytes > self.budget_bytes:
+            key = next(evictable)
+            item = self.drop(key)
+            self.num_evicted += 1
+            if self.evicted is not None:
+                self.evicted(key, item)
+
     def put(self, key: str, item: Item, *, num_bytes: int) -> None:
         """Store an item under a key that is not there yet. Raises ValueError when pinned items leave no room."""
         if key in self._items:
             raise ValueError(f"{key} is in the store already; an entry is never replaced")
-        pinned = self._pinned_bytes()
-        if pinned + num_bytes > self.budget_bytes:
-            raise ValueError(
-                f"{num_bytes / 2**30:.3f} GiB do not fit beside the {pinned / 2**30:.3f} GiB that the step in progress "
-                f"needs: raise {self.setting} (now {self.budget_bytes / 2**30:.3f}) or lower the batch size"
-            )
-        evictable = iter([other for other in self._items if other not in self._pinned])
-        while self.bytes_used + num_bytes > self.budget_bytes:
-            self.drop(next(evictable))
-            self.num_evicted += 1
+        self.make_room(num_bytes)
         self._items[key] = (item, num_bytes)
         self.bytes_used += num_bytes
-
-    def _pinned_bytes(self) -> int:
-        return sum(size for key, (_, size) in self._items.items() if key in self._pinned)
 
     def get(self, key: str) -> Item:
         """The item of a key. Raises KeyError when it is not there: nothing else is ever handed out."""
         self._items.move_to_end(key)
         return self._items[key][0]
 
-    def drop(self, key: str) -> None:
-        """Remove an item that is no longer needed."""
-        _, freed = self._items.pop(key)
+    def drop(self, key: str) -> Item:
+        """Remove an item, and hand it back."""
+        item, freed = self._items.pop(key)
         self.bytes_used -= freed
+        return item
 
     def clear(self) -> None:
         self._items.clear()
         self.bytes_used = 0
+
+    def _pinned_bytes(self) -> int:
+        return sum(size for key, (_, size) in self._items.items() if key in self._pinned)
 
 
 def selection_key(selection: FrameSelection) -> str:

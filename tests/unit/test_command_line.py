@@ -51,7 +51,7 @@ def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    assert all(verb in text for verb in ("sft", "grpo", "eval", "plan", "make-demo-data", "report"))
+    assert all(verb in text for verb in ("sft", "grpo", "eval", "cache-embeddings", "plan", "make-demo-data", "report"))
 
 
 @pytest.mark.parametrize("arguments", [[], ["train"], ["sft"], ["plan", "r.yaml", "--task", "dpo"]])
@@ -93,6 +93,30 @@ CONFIG_ERRORS = {
     "no model folder": (["model.path=/nowhere/model"], "/nowhere/model"),
     "cached embeddings of a trained tower": (["model.train_tower=true"], "video.cache_embeddings"),
 }
+
+
+CACHE_ERRORS = {
+    "no folder": ([], "set video.cache_dir"),
+    "a trained tower": (["model.train_tower=true", "video.cache_dir=d"], "model.train_tower=true makes stale"),
+    "a GPU tier without a GPU": (["video.cache_dir=d", "video.cache_gpu_gib=1"], "video.cache_gpu_gib=1 needs a GPU"),
+    "no manifest": (["video.cache_dir=d", "data.train=no.jsonl"], "no.jsonl: no such file"),
+}
+
+
+@pytest.mark.parametrize(("overrides", "message"), CACHE_ERRORS.values(), ids=CACHE_ERRORS.keys())
+def test_cache_embeddings_errors(
+    recipe: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], message: str
+) -> None:
+    assert message in failure(capsys, "cache-embeddings", str(recipe), *overrides)
+
+
+def test_cache_embeddings_of_a_folder_that_cannot_be_used(
+    recipe: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    for verb in ("cache-embeddings", "sft"):
+        line = failure(capsys, verb, str(recipe), f"video.cache_dir={tmp_path}/file")
+        assert line.endswith("file cannot be made: File exists")
 
 
 @pytest.mark.parametrize(("overrides", "message"), CONFIG_ERRORS.values(), ids=CONFIG_ERRORS.keys())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -71,6 +73,7 @@ class VisionEncoder(nn.Module):
         super().__init__()
         self.pool = spec.vision.pool
         config = {**spec.tower_config, "vision_use_head": False, "num_hidden_layers": spec.vision.layers_run}
+        self.settings = f"longvila {spec.vision} {json.dumps(config, sort_keys=True)}"
         tower = SiglipVisionModel(SiglipVisionConfig(**config))
         tower = getattr(tower, "vision_model", tower)  # transformers before 5.20 nests it
         self.embeddings, self.encoder = tower.embeddings, tower.encoder

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
+from megalong.models.json_files import load_json
 from megalong.models.qwen2_5_vl.pixels import patches
 from megalong.models.qwen2_5_vl.spec import Qwen25VlSpec
 
@@ -22,6 +25,7 @@ class VisionEncoder(nn.Module):
     def __init__(self, spec: Qwen25VlSpec) -> None:
         super().__init__()
         self.tower, self.rule = spec.tower, spec.video
+        self.settings = f"qwen2_5_vl {spec.tower} {spec.video.mean} {spec.video.std} {written_vision_config(spec.path)}"
         config = Qwen2_5_VLConfig.from_pretrained(spec.path).vision_config
         self.visual = Qwen2_5_VisionTransformerPretrainedModel._from_config(config)
 
@@ -45,6 +49,11 @@ class VisionEncoder(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         return keep_float32_buffers(self, lambda: super(VisionEncoder, self)._apply(fn, recurse))
+
+
+def written_vision_config(path: Path) -> str:
+    """What config.json says about the tower, in one spelling."""
+    return json.dumps(load_json(path / "config.json")["vision_config"], sort_keys=True)
 
 
 def keep_float32_buffers(module: nn.Module, change: Callable[[], nn.Module]) -> nn.Module:

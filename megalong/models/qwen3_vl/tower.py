@@ -10,7 +10,7 @@ from transformers import Qwen3VLConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
 from megalong.models.qwen2_5_vl.pixels import patches
-from megalong.models.qwen2_5_vl.tower import keep_float32_buffers
+from megalong.models.qwen2_5_vl.tower import keep_float32_buffers, written_vision_config
 from megalong.models.qwen3_vl.spec import Qwen3VlSpec
 
 
@@ -23,6 +23,7 @@ class VisionEncoder(nn.Module):
     def __init__(self, spec: Qwen3VlSpec) -> None:
         super().__init__()
         self.tower, self.rule = spec.tower, spec.video
+        self.settings = f"qwen3_vl {spec.tower} {spec.video.mean} {spec.video.std} {written_vision_config(spec.path)}"
         config = Qwen3VLConfig.from_pretrained(spec.path).vision_config
         self.visual = Qwen3VLVisionModel._from_config(config)
 

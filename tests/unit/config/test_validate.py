@@ -115,6 +115,16 @@ CASES: list[tuple[Task, list[str], list[str]]] = [
     ("sft", ["data.train=???"], ["data.train has no value; sft needs a manifest"]),
     ("sft", ["optimizer.lr=.inf"], ["optimizer.lr=inf must be more than 0"]),
     ("sft", ["parallel.tp=0"], ["parallel.tp=0 must be at least 1"]),
+    ("grpo", ["video.cache_gpu_gib=-1"], ["video.cache_gpu_gib=-1 must be at least 0"]),
+    ("cache-embeddings", [], ["megalong cache-embeddings needs a folder to fill: set video.cache_dir"]),
+    ("cache-embeddings", ["video.cache_dir=d", "data.train=???"], ["data.train has no value; cache-embeddings needs"]),
+    (
+        "eval",
+        ["video.cache_dir=d", "model.train_projector=true"],
+        ["embeddings that model.train_projector=true makes stale; set video.cache_dir=null"],
+    ),
+    ("sft", ["video.cache_dir=d", "video.cache_embeddings=false"], ["video.cache_dir=d needs video.cache_embeddings"]),
+    ("grpo", ["video.cache_dir=d", "mr_sp.mode=none"], ["video.cache_dir=d is not read with mr_sp.mode=none"]),
     ("sft", ["video.frame_cache_gib=0"], ["video.frame_cache_gib=0 must be more than 0"]),
     ("eval", ["video.max_frame_pixels=-1"], ["video.max_frame_pixels=-1 must be at least 0"]),
 ]
@@ -138,6 +148,8 @@ def test_a_contradiction_is_named(
         ("grpo", ["grpo.advantage=reinforce_pp", "rollout.group_size=1"]),
         ("grpo", ["grpo.kl_coef=0", "eval.manifest=null"]),
         ("grpo", ["parallel.cp=2", "grpo.batch_size=33"]),  # one replica
+        # A process of it is its own replica, and nothing is trained.
+        ("cache-embeddings", ["video.cache_dir=d", "parallel.tp=3", "optimizer.lr=-1", "eval.num_samples=4"]),
     ],
 )
 def test_settings_a_task_does_not_read_or_that_agree_are_left_alone(

@@ -24,8 +24,8 @@ from megalong.vision.encode import VisionSettings, VisionStage
 
 SIZE, TOKENS, WIDTH = 8, 2, 5
 SETTINGS = VisionSettings(
-    tower_batch_frames=3, frozen=True, share_frames=True, embed_store_bytes=1 << 20, frame_store_bytes=1 << 20,
-    decode_workers=2,
+    tower_batch_frames=3, frozen=True, share_frames=True, embed_gpu_bytes=0, embed_host_bytes=1 << 20,
+    embed_folder=None, frame_store_bytes=1 << 20, decode_workers=2,
 )  # fmt: skip
 LAYOUT = SquareFrames(size=SIZE, tokens_per_frame=TOKENS, newline_id=1)
 CHOOSE = partial(select_frames, sampling=FrameSampling.uniform, num_frames=7, fps=1.0, max_frames=8, layout=LAYOUT)
@@ -33,6 +33,8 @@ CHOOSE = partial(select_frames, sampling=FrameSampling.uniform, num_frames=7, fp
 
 class Tower(nn.Module):
     """Frames to TOKENS embeddings each; remembers how many frames each forward took."""
+
+    settings = "linear"
 
     def __init__(self) -> None:
         super().__init__()
@@ -186,7 +188,7 @@ def test_a_frozen_tower_decodes_and_encodes_each_video_once(
     assert max(stage.encoder.batches) <= 3
     assert len(stage.frames) == 0, "frames are freed once their embeddings are kept"
     assert len(stage.embeds) == 3
-    assert stage.embeds.bytes_used == 3 * 7 * TOKENS * WIDTH * 4
+    assert stage.embeds.host.bytes_used == 3 * 7 * TOKENS * WIDTH * 4
 
 
 def test_a_trained_tower_decodes_once_and_encodes_at_every_use(
@@ -283,11 +285,11 @@ def test_a_batch_larger_than_the_frame_budget_names_its_setting(make: object, vi
 
 
 def test_embeddings_over_their_budget_name_their_setting(make: object, videos: dict[str, str]) -> None:
-    stage = make(embed_store_bytes=7 * TOKENS * WIDTH * 4)
+    stage = make(embed_host_bytes=7 * TOKENS * WIDTH * 4)
     ready(stage, [sample("1", videos["a"])])
     stage.release()
     ready(stage, [sample("1", videos["b"])])
-    assert (len(stage.embeds), stage.embeds.num_evicted) == (1, 1)
+    assert (len(stage.embeds), stage.embeds.host.num_evicted) == (1, 1)
     stage.release()
     with pytest.raises(ValueError, match=r"raise video\.cache_gib"):
         ready(stage, [sample("1", videos["a"], videos["b"])])
@@ -295,7 +297,7 @@ def test_embeddings_over_their_budget_name_their_setting(make: object, videos: d
 
 def test_a_step_of_several_batches_keeps_what_it_needs(make: object, videos: dict[str, str]) -> None:
     """Dynamic sampling: a, then b beside it, then c when b is left out. Room for two."""
-    stage = make(embed_store_bytes=2 * 7 * TOKENS * WIDTH * 4)
+    stage = make(embed_host_bytes=2 * 7 * TOKENS * WIDTH * 4)
     chosen = {}
     for name in "ab":
         selections, _ = ready(stage, [sample(name, videos[name])])
@@ -336,8 +338,101 @@ def test_both_names_of_a_broken_content_drop_their_samples(
     assert [(drop.sample_id, drop.reason.split(": ")[0]) for drop in dropped] == [("1", videos["a"]), ("2", copy)]
 
 
+# ---- the disk store
+
+
+def on_disk(make: object, folder: Path, *, rank: int = 0, size: int = 1, **changes: object) -> VisionStage:
+    """A stage with a disk store; of a rank of a replica, when size is more than 1, that only stores."""
+    stage = make(embed_folder=str(folder), **changes)
+    if size > 1:
+        stage.layout = replace(stage.layout, replica_rank=rank, replica_size=size)
+    return stage
+
+
+def test_embeddings_of_any_split_are_read_from_disk_by_any_other(
+    make: object, videos: dict[str, str], decoded: list[str], tmp_path: Path
+) -> None:
+    samples = [sample(name, videos[name]) for name in "abc"]
+    whole = make()
+    selections, _ = ready(whole, samples)
+    want = {name: whole.embeddings([selections[videos[name]]]) for name in "abc"}
+    for rank in range(3):
+        stage = on_disk(make, tmp_path, rank=rank, size=3)
+        assert stage.prepare(samples, selections) == []
+        for name in "abc":
+            stage.embeds.save(stage.embed_key(selections[videos[name]]))
+    decoded.clear()
+    for size in (1, 2, 4):
+        for rank in range(size):
+            stage = on_disk(make, tmp_path, rank=rank, size=size)
+            assert stage.prepare(samples, selections) == []
+            assert stage.frames_encoded == 0
+            for name in "abc":
+                first, last = stage._share(selections[videos[name]])
+                got = stage.embeds.get(stage.embed_key(selections[videos[name]]))
+                torch.testing.assert_close(got, want[name][first * TOKENS : last * TOKENS], rtol=1e-6, atol=1e-6)
+    assert decoded == []
+
+
+def test_what_memory_has_no_room_for_is_read_back_from_disk(
+    make: object, videos: dict[str, str], decoded: list[str], tmp_path: Path
+) -> None:
+    stage = on_disk(make, tmp_path, embed_host_bytes=7 * TOKENS * WIDTH * 4)
+    selections, _ = stage.select([sample(name, videos[name]) for name in "ab"], CHOOSE)
+    got = []
+    for name in "abab":
+        stage.release()
+        assert stage.prepare([sample(name, videos[name])], selections) == []
+        got.append(stage.embeddings([selections[videos[name]]]))
+    assert sorted(decoded) == ["a", "b"]
+    assert torch.equal(got[0], got[2])
+    assert torch.equal(got[1], got[3])
+    assert stage.embeds.host.num_evicted == 3
+
+
+def test_a_refused_file_is_made_again(make: object, videos: dict[str, str], decoded: list[str], tmp_path: Path) -> None:
+    batch = [sample("1", videos["a"]), sample("2", videos["b"])]
+    first = on_disk(make, tmp_path)
+    selections, _ = ready(first, batch)
+    want = first.embeddings([selections[videos["a"]], selections[videos["b"]]])
+    for name in "ab":
+        first.embeds.save(first.embed_key(selections[videos[name]]))
+    damaged = sorted(tmp_path.rglob("*.safetensors"))[0]
+    damaged.write_bytes(damaged.read_bytes()[:-4])
+    decoded.clear()
+    again = on_disk(make, tmp_path)
+    ready(again, batch)
+    torch.testing.assert_close(again.embeddings(list(selections.values())), want, rtol=1e-6, atol=1e-6)
+    assert len(decoded) == 1
+    assert again.embeds.disk.refused == [damaged]
+
+
+def test_other_weights_and_other_settings_never_read_an_entry(
+    make: object, videos: dict[str, str], decoded: list[str], tmp_path: Path
+) -> None:
+    batch = [sample("1", videos["a"])]
+    first = on_disk(make, tmp_path)
+    selections, _ = ready(first, batch)
+    first.embeds.save(first.embed_key(selections[videos["a"]]))
+    with torch.no_grad():
+        first.encoder.linear.bias[0] += 1
+    first.weights_changed()
+    ready(first, batch)
+    other = on_disk(make, tmp_path)
+    other.encoder.settings = "linear, pooled"
+    other.weights_changed()
+    ready(other, batch)
+    assert decoded == ["a"] * 3
+
+
+def test_a_trained_tower_has_no_disk_store(make: object, tmp_path: Path) -> None:
+    assert on_disk(make, tmp_path, frozen=False).embeds.disk is None
+
+
 class PairTower(nn.Module):
     """Two frames of any size to as many embeddings as the layout says; each names its frames and size by a sum."""
+
+    settings = "pairs"
 
     def __init__(self) -> None:
         super().__init__()

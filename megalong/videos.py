@@ -1,0 +1,73 @@
+"""The vision stage that a configuration asks for, and how it chooses frames."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from megalong.config.errors import ConfigError
+from megalong.config.tree import RunConfig
+from megalong.data.video import VideoIndex, select_frames
+from megalong.data.video_layout import VideoLayout
+from megalong.engine.build import family_of
+from megalong.models.chat import ChatTokens
+from megalong.parallel.layout import ParallelLayout
+from megalong.records import FrameSelection
+from megalong.vision.encode import VisionSettings, VisionStage
+
+GIB = 1 << 30
+
+
+def check_store(config: RunConfig) -> None:
+    """Raise ConfigError for an embedding store that this machine cannot have. Makes video.cache_dir."""
+    video = config.video
+    if video.cache_gpu_gib and not torch.cuda.is_available():
+        raise ConfigError(f"video.cache_gpu_gib={video.cache_gpu_gib:g} needs a GPU; set it to 0")
+    if video.cache_dir is not None:
+        try:
+            Path(video.cache_dir).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"video.cache_dir={video.cache_dir} cannot be made: {error.strerror}") from error
+
+
+def open_vision(
+    config: RunConfig, layout: ParallelLayout, encoder: nn.Module | None, *, spec: Any, tokens: ChatTokens
+) -> VisionStage:
+    """The vision stage of the encoder (None without vision), which has its weights already."""
+    family = family_of(config.model)
+    videos = None if family.vision is None else family.vision.layout(spec, tokens, config.video)
+    return VisionStage(encoder, layout, vision_settings(config), videos=videos)
+
+
+def vision_settings(config: RunConfig) -> VisionSettings:
+    video, model = config.video, config.model
+    shared = config.mr_sp.mode.name != "none"
+    return VisionSettings(
+        tower_batch_frames=video.tower_batch_frames,
+        frozen=video.cache_embeddings and shared and not (model.train_tower or model.train_projector),
+        share_frames=shared,
+        embed_gpu_bytes=int(video.cache_gpu_gib * GIB),
+        embed_host_bytes=int(video.cache_gib * GIB),
+        embed_folder=video.cache_dir,
+        frame_store_bytes=int(video.frame_cache_gib * GIB),
+        decode_workers=config.data.decode_workers,
+        decoder=video.decoder,
+    )
+
+
+def frame_chooser(config: RunConfig, videos: VideoLayout) -> Callable[[VideoIndex], FrameSelection]:
+    """What chooses the frames of a file."""
+    video = config.video
+    return partial(
+        select_frames,
+        sampling=video.sampling,
+        num_frames=video.num_frames,
+        fps=video.fps,
+        max_frames=video.max_frames,
+        layout=videos,
+    )
