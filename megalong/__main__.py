@@ -81,7 +81,8 @@ def _run_recipe(args: argparse.Namespace) -> int:
 
     config = load_config(args.recipe, args.overrides)
     if args.verb == "plan":
-        from megalong.config.plan import plan, planned_processes, render, shape_for_planning
+        from megalong.config.plan import plan, planned_processes, shape_for_planning
+        from megalong.config.plan_text import render
         from megalong.config.validate import validate
 
         shape, note = shape_for_planning(config)

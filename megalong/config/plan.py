@@ -14,10 +14,9 @@ from megalong.config.tree import Dtype, Recompute, RolloutEngine, RunConfig
 from megalong.config.validate import Task, frames_per_video, prompt_tokens
 
 GIB = 1 << 30
+GPU_STORE = "embedding store (video.cache_gpu_gib)"
 RUNTIME_BYTES = 6 * GIB
 """CUDA context, NCCL buffers, allocator slack, a sleeping sampler; a CPU process has none of it."""
-BUDGETS_GIB = {"80 GB (A100, H100)": 79, "141 GB (H200)": 139}
-"""What a card of that name leaves to a process."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,7 +73,9 @@ class Plan:
     batch_size: int
     memory: dict[str, int]
     stages: tuple[int, ...]  # bytes in total on a process of each pipeline stage
+    video_embeddings: int  # bytes of one video's embeddings, over all ranks of a replica; 0: no vision
     host_store: int  # bytes of host memory the embedding store may fill, per process
+    step_store: int  # bytes of it and of its GPU tier that a step needs per process, when no two samples share a video
     host_activations: int  # bytes of pinned host memory for offloaded activations, per process
     flops: dict[str, int]
     flops_repeated: int  # the same step with every response carrying its own prompt
@@ -121,7 +122,9 @@ def plan(config: RunConfig, task: Task, shape: ModelShape, *, note: str = "") ->
         caveat = f"memory and FLOPs are those of mr_sp.mode=shared_prefix; mr_sp.mode={mode} needs more of both"
         note = f"{note}; {caveat}" if note else caveat
     batch_size = {"sft": config.sft.batch_size, "grpo": config.grpo.batch_size, "eval": 1}[task]
-    store = round(config.video.cache_gib * GIB) if shape.vision and config.video.cache_embeddings else 0
+    kept = shape.vision is not None and config.video.cache_embeddings
+    of_video = _video_embeddings(config, shape, lengths=lengths)
+    share = -(-of_video // layout.replica)
     stages = [_memory(config, task, shape, layout=layout, lengths=lengths, stage=stage) for stage in range(layout.pp)]
     return Plan(
         task=task,
@@ -132,24 +135,13 @@ def plan(config: RunConfig, task: Task, shape: ModelShape, *, note: str = "") ->
         batch_size=batch_size,
         memory=max(stages, key=lambda memory: sum(memory.values())),
         stages=tuple(sum(memory.values()) for memory in stages),
-        host_store=store,
+        video_embeddings=of_video,
+        host_store=round(config.video.cache_gib * GIB) if kept else 0,
+        # Pinned host memory comes in powers of two.
+        step_store=-(-batch_size // layout.dp) * (1 << (share - 1).bit_length()) if kept else 0,
         host_activations=0 if task == "eval" else _host_activations(config, shape, layout=layout, lengths=lengths),
         flops=_flops(config, task, shape, lengths=lengths, batch_size=batch_size, shared=True),
         flops_repeated=sum(_flops(config, task, shape, lengths=lengths, batch_size=batch_size, shared=False).values()),
-    )
-
-
-def render(plan: Plan) -> str:
-    """The plan as text: resolved configuration, layout, lengths, memory against two cards, FLOPs."""
-    return "\n\n".join(
-        [
-            f"# configuration\n{plan.config_text.rstrip()}",
-            *([f"# note\n{plan.note}"] if plan.note else []),
-            _layout_text(plan.layout),
-            _lengths_text(plan),
-            _memory_text(plan),
-            _flops_text(plan),
-        ]
     )
 
 
@@ -187,6 +179,13 @@ def _lengths(config: RunConfig, task: Task, shape: ModelShape, *, dp: int) -> Le
     )
 
 
+def _video_embeddings(config: RunConfig, shape: ModelShape, *, lengths: Lengths) -> int:
+    """Bytes of the embeddings of one video at the most frames."""
+    if not shape.vision:
+        return 0
+    return lengths.frames * shape.vision.embeds_per_frame * shape.vision.embed_width * _element(config)
+
+
 def _memory(
     config: RunConfig, task: Task, shape: ModelShape, *, layout: Layout, lengths: Lengths, stage: int
 ) -> dict[str, int]:
@@ -202,8 +201,9 @@ def _memory(
     element = _element(config)
     memory = _weight_memory(config, task, shape, layout=layout, stage=stage, element=element)
     if shape.vision:
-        embeds = lengths.groups_per_pack * lengths.frames * shape.vision.embeds_per_frame
-        of_pack = embeds * shape.vision.embed_width * element // layout.cp
+        of_pack = lengths.groups_per_pack * _video_embeddings(config, shape, lengths=lengths) // layout.cp
+        if config.video.cache_gpu_gib and config.video.cache_embeddings:
+            memory[GPU_STORE] = round(config.video.cache_gpu_gib * GIB)
         if layout.pp == 1:
             memory["vision embeddings of a pack"] = of_pack
         elif stage == 0:
@@ -333,64 +333,3 @@ def _flops(
             shape, tokens=tokens, pairs=pairs, rows=rows, recompute=recompute, mlp_chunks=config.model.mlp_chunks
         )
     return {name: batch_size * value for name, value in parts.items()}
-
-
-def _table(title: str, rows: list[tuple[str, str]]) -> str:
-    width = max(len(name) for name, _ in rows)
-    value_width = max(len(value) for _, value in rows)
-    return "\n".join([f"# {title}", *(f"{name:<{width}}  {value:>{value_width}}" for name, value in rows)])
-
-
-def _layout_text(layout: Layout) -> str:
-    rows = [("processes", layout.world_size), ("replicas (dp)", layout.dp), ("ranks per replica", layout.replica)]
-    rows += [("tensor (tp)", layout.tp), ("context (cp)", layout.cp), ("pipeline (pp)", layout.pp)]
-    text = [(name, str(value)) for name, value in rows]
-    return _table("parallel layout", [*text, ("sequence parallel", "on" if layout.sequence_parallel else "off")])
-
-
-def _lengths_text(plan: Plan) -> str:
-    lengths = plan.lengths
-    rows = []
-    if lengths.frames:
-        rows += [("frames per video", f"{lengths.frames:,}"), ("tokens per frame", f"{lengths.tokens_per_frame:,}")]
-    rows += [
-        ("tokens per prompt", f"{lengths.prompt:,}"),
-        ("tokens per response, at most", f"{lengths.response:,}"),
-    ]
-    if lengths.group > 1:
-        rows += [
-            (f"tokens per group of {lengths.group}, prompt shared", f"{lengths.shared:,}"),
-            (f"tokens per group of {lengths.group}, prompt repeated", f"{lengths.repeated:,}"),
-            ("repeating would cost", f"{lengths.repeated / lengths.shared:.2f} x the tokens"),
-        ]
-    rows.append((f"tokens per pack of {lengths.groups_per_pack} group(s)", f"{lengths.pack:,}"))
-    return _table("lengths", rows)
-
-
-def _memory_text(plan: Plan) -> str:
-    where = "GPU" if any(name.startswith("runtime") for name in plan.memory) else "CPU process"
-    rows = [(name, f"{value / GIB:,.2f} GiB") for name, value in plan.memory.items()]
-    rows.append((f"total per {where}", f"{plan.memory_total / GIB:,.2f} GiB"))
-    if len(plan.stages) > 1:
-        rows += [(f"total on pipeline stage {n}", f"{total / GIB:,.2f} GiB") for n, total in enumerate(plan.stages)]
-    for card, budget in BUDGETS_GIB.items():
-        verdict = "fits" if plan.memory_total <= budget * GIB else "does NOT fit"
-        rows.append((f"on {card}", f"{verdict} {budget} GiB"))
-    if plan.lengths.frames:
-        rows.append(("embedding store, host memory per process, at most", f"{plan.host_store / GIB:,.2f} GiB"))
-    if plan.host_activations:
-        rows.append(
-            ("offloaded activations, pinned host memory per process", f"{plan.host_activations / GIB:,.2f} GiB")
-        )
-    return _table(f"memory per {where} (activations: upper estimate)", rows)
-
-
-def _flops_text(plan: Plan) -> str:
-    unit, name = (1e15, "PFLOP") if plan.flops_total >= 1e14 else (1e9, "GFLOP")
-    rows = [(part, f"{value / unit:,.2f} {name}") for part, value in plan.flops.items()]
-    rows.append(("total", f"{plan.flops_total / unit:,.2f} {name}"))
-    if plan.lengths.group > 1 and plan.task != "eval":
-        more = plan.flops_repeated / plan.flops_total
-        rows.append(("total with repeated prompts", f"{plan.flops_repeated / unit:,.2f} {name} ({more:.2f} x)"))
-    per = "sample" if plan.task == "eval" else f"step of {plan.batch_size} prompt(s)"
-    return _table(f"FLOPs per {per}, longest prompts and responses", rows)

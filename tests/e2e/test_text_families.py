@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from megalong.__main__ import main
 from megalong.config.load import load_config
-from megalong.config.plan import plan, render
+from megalong.config.plan import plan
+from megalong.config.plan_text import render
 from megalong.config.shapes import read_model_shape
 from megalong.config.validate import validate
 from megalong.data.manifest import ManifestError

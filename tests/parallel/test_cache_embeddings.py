@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -112,14 +113,28 @@ def test_training_writes_what_has_no_room_and_another_layout_reads_it(
     assert frames == 0
 
 
+def train_and_save(demo: DemoWorld, folder: Path) -> None:
+    """SFT that trains the tower too."""
+    train_sft(demo.config(folder / "run", "sft.steps=1", task="sft"))
+
+
+def test_weights_of_another_run_have_entries_of_their_own(demo: DemoWorld, filled: Path, tmp_path: Path) -> None:
+    """model.init_from: the fill reads the tower from the checkpoint, without the LLM."""
+    run_world(2, train_and_save, demo, tmp_path / "first", folder=tmp_path / "first" / "processes")
+    init = (f"model.init_from={tmp_path / 'first' / 'run' / 'checkpoints'}",)
+    shutil.copytree(filled / "cache", tmp_path / "cache")
+    (done, _) = run_world(2, fill, demo, tmp_path, init, folder=tmp_path / "fill")
+    assert (done.encoded, done.found) == (8, 0)
+    tp2 = (*init, "parallel.tp=2")
+    for _, frames in run_world(2, train, demo, tmp_path, tp2, folder=tmp_path / "tp2"):
+        assert frames == 0
+
+
 def test_damaged_entries_and_unreadable_videos_are_counted_by_the_fill(
     demo: DemoWorld, filled: Path, tmp_path: Path
 ) -> None:
     cache = tmp_path / "cache"
-    for path in (filled / "cache").rglob("*.safetensors"):
-        copy = cache / path.relative_to(filled / "cache")
-        copy.parent.mkdir(parents=True)
-        copy.write_bytes(path.read_bytes())
+    shutil.copytree(filled / "cache", cache)
     bad = sorted(cache.rglob("*.safetensors"))[2]
     bad.write_bytes(bad.read_bytes()[:-1] + b"!")
     rows = [json.loads(line) for line in demo.sft.read_text().splitlines()]

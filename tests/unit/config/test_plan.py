@@ -11,7 +11,8 @@ from megalong.config.errors import ConfigError
 from megalong.config.load import load_config
 from megalong.config.longvila_shape import read_longvila_shape
 from megalong.config.model_shape import ModelShape
-from megalong.config.plan import GIB, RUNTIME_BYTES, Plan, plan, planned_processes, render, shape_for_planning
+from megalong.config.plan import GIB, GPU_STORE, RUNTIME_BYTES, Plan, plan, planned_processes, shape_for_planning
+from megalong.config.plan_text import render
 from megalong.config.shapes import SHIPPED_SHAPES
 from megalong.config.validate import Task, validate
 
@@ -208,6 +209,28 @@ def test_text_holds_every_part(recipe: Path, shape: ModelShape) -> None:
         "on 141 GB (H200) fits 139 GiB",
     ):
         assert expected in lines, expected
+
+
+def test_the_embedding_store_per_video_and_rank(recipe: Path, shape: ModelShape) -> None:
+    """3,600 frames of 256 embeddings of 3,584 bfloat16 elements, on 8 ranks; a step has 4 videos."""
+    result = planned(recipe, shape)
+    video = 3600 * 256 * 3584 * 2
+    assert (result.video_embeddings, result.step_store) == (video, 4 * (1 << 30))  # 0.77 GiB takes 1 GiB pinned
+    text = " ".join(render(result).split())
+    assert (
+        "embeddings of a video 6.152 GiB share of each of 8 rank(s) 0.769 GiB host memory per process, at most 16.00"
+        in text
+    )
+    assert "if no two samples share one 4.00 GiB, fits" in text
+    assert GPU_STORE not in result.memory
+    small = planned(recipe, shape, overrides=("video.cache_gib=2", "video.cache_gpu_gib=1.5"))
+    assert small.memory[GPU_STORE] == 1.5 * GIB
+    text = " ".join(render(small).split())
+    assert "GPU memory per process, at most 1.50 GiB host memory per process, at most 2.00 GiB" in text
+    assert "4.00 GiB, does NOT fit" in text
+    off = planned(recipe, shape, overrides=("video.cache_embeddings=false", "video.cache_gpu_gib=1"))
+    assert (off.host_store, off.step_store, GPU_STORE in off.memory) == (0, 0, False)
+    assert "# embedding store (off) embeddings of a video 6.152 GiB" in " ".join(render(off).split())
 
 
 def test_modes_that_share_less_are_said_not_to_be_planned(recipe: Path, shape: ModelShape) -> None:

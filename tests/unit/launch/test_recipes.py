@@ -10,7 +10,8 @@ from megalong.config.demo_data import load_demo_data
 from megalong.config.load import load_config, save_config
 from megalong.config.longvila_shape import read_longvila_shape
 from megalong.config.model_shape import ModelShape
-from megalong.config.plan import BUDGETS_GIB, GIB, plan, planned_processes, render, shape_for_planning
+from megalong.config.plan import GIB, plan, planned_processes, shape_for_planning
+from megalong.config.plan_text import BUDGETS_GIB, render
 from megalong.config.tree import Aggregation, KlEstimator, LayerSpec, RolloutEngine
 from megalong.config.validate import Task, validate
 from megalong.models.longvila.demo_checkpoint import make_demo_checkpoint

@@ -1,0 +1,101 @@
+"""The plan as text: resolved configuration, layout, lengths, memory against two cards, FLOPs."""
+
+from __future__ import annotations
+
+from megalong.config.plan import GIB, GPU_STORE, Layout, Plan
+
+BUDGETS_GIB = {"80 GB (A100, H100)": 79, "141 GB (H200)": 139}
+"""What a card of that name leaves to a process."""
+
+
+def render(plan: Plan) -> str:
+    """All sections."""
+    return "\n\n".join(
+        [
+            f"# configuration\n{plan.config_text.rstrip()}",
+            *([f"# note\n{plan.note}"] if plan.note else []),
+            _layout_text(plan.layout),
+            _lengths_text(plan),
+            _memory_text(plan),
+            *([_store_text(plan)] if plan.video_embeddings else []),
+            _flops_text(plan),
+        ]
+    )
+
+
+def _table(title: str, rows: list[tuple[str, str]]) -> str:
+    width = max(len(name) for name, _ in rows)
+    value_width = max(len(value) for _, value in rows)
+    return "\n".join([f"# {title}", *(f"{name:<{width}}  {value:>{value_width}}" for name, value in rows)])
+
+
+def _layout_text(layout: Layout) -> str:
+    rows = [("processes", layout.world_size), ("replicas (dp)", layout.dp), ("ranks per replica", layout.replica)]
+    rows += [("tensor (tp)", layout.tp), ("context (cp)", layout.cp), ("pipeline (pp)", layout.pp)]
+    text = [(name, str(value)) for name, value in rows]
+    return _table("parallel layout", [*text, ("sequence parallel", "on" if layout.sequence_parallel else "off")])
+
+
+def _lengths_text(plan: Plan) -> str:
+    lengths = plan.lengths
+    rows = []
+    if lengths.frames:
+        rows += [("frames per video", f"{lengths.frames:,}"), ("tokens per frame", f"{lengths.tokens_per_frame:,}")]
+    rows += [
+        ("tokens per prompt", f"{lengths.prompt:,}"),
+        ("tokens per response, at most", f"{lengths.response:,}"),
+    ]
+    if lengths.group > 1:
+        rows += [
+            (f"tokens per group of {lengths.group}, prompt shared", f"{lengths.shared:,}"),
+            (f"tokens per group of {lengths.group}, prompt repeated", f"{lengths.repeated:,}"),
+            ("repeating would cost", f"{lengths.repeated / lengths.shared:.2f} x the tokens"),
+        ]
+    rows.append((f"tokens per pack of {lengths.groups_per_pack} group(s)", f"{lengths.pack:,}"))
+    return _table("lengths", rows)
+
+
+def _memory_text(plan: Plan) -> str:
+    where = "GPU" if any(name.startswith("runtime") for name in plan.memory) else "CPU process"
+    rows = [(name, f"{value / GIB:,.2f} GiB") for name, value in plan.memory.items()]
+    rows.append((f"total per {where}", f"{plan.memory_total / GIB:,.2f} GiB"))
+    if len(plan.stages) > 1:
+        rows += [(f"total on pipeline stage {n}", f"{total / GIB:,.2f} GiB") for n, total in enumerate(plan.stages)]
+    for card, budget in BUDGETS_GIB.items():
+        verdict = "fits" if plan.memory_total <= budget * GIB else "does NOT fit"
+        rows.append((f"on {card}", f"{verdict} {budget} GiB"))
+    if plan.host_activations:
+        rows.append(
+            ("offloaded activations, pinned host memory per process", f"{plan.host_activations / GIB:,.2f} GiB")
+        )
+    return _table(f"memory per {where} (activations: upper estimate)", rows)
+
+
+def _store_text(plan: Plan) -> str:
+    share = -(-plan.video_embeddings // plan.layout.replica)
+    rows = [
+        ("embeddings of a video", f"{plan.video_embeddings / GIB:,.3f} GiB"),
+        (f"share of each of {plan.layout.replica} rank(s)", f"{share / GIB:,.3f} GiB"),
+    ]
+    if not plan.host_store:
+        return _table("embedding store (off)", rows)
+    gpu = plan.memory.get(GPU_STORE, 0)
+    if gpu:
+        rows.append(("GPU memory per process, at most", f"{gpu / GIB:,.2f} GiB"))
+    verdict = "fits" if plan.step_store <= plan.host_store + gpu else "does NOT fit"
+    rows += [
+        ("host memory per process, at most", f"{plan.host_store / GIB:,.2f} GiB"),
+        ("a step's videos per process, if no two samples share one", f"{plan.step_store / GIB:,.2f} GiB, {verdict}"),
+    ]
+    return _table("embedding store", rows)
+
+
+def _flops_text(plan: Plan) -> str:
+    unit, name = (1e15, "PFLOP") if plan.flops_total >= 1e14 else (1e9, "GFLOP")
+    rows = [(part, f"{value / unit:,.2f} {name}") for part, value in plan.flops.items()]
+    rows.append(("total", f"{plan.flops_total / unit:,.2f} {name}"))
+    if plan.lengths.group > 1 and plan.task != "eval":
+        more = plan.flops_repeated / plan.flops_total
+        rows.append(("total with repeated prompts", f"{plan.flops_repeated / unit:,.2f} {name} ({more:.2f} x)"))
+    per = "sample" if plan.task == "eval" else f"step of {plan.batch_size} prompt(s)"
+    return _table(f"FLOPs per {per}, longest prompts and responses", rows)
