@@ -1,8 +1,14 @@
-# Sourced by the launch scripts: where the checkout is, which Python, and `run`.
+# Sourced by the launch scripts: where the checkout is, which Python, `run`, and how torchrun starts megalong.
+#
+# RESTARTS  environment: how often torchrun starts all processes again after one ended with an error or was killed
+#           (default 0). They continue from the last checkpoint, so a small checkpoint.save_every loses little.
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 PYTHON=${PYTHON:-python3}
 # On SIGTERM a run saves and exits; torchrun would kill it 30 s later, too soon for a checkpoint of 90 GB.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-270}
+# Processes that start again need a store of their own: in torchrun's, which is shared by default, they would find the
+# addresses of the ones that ended (pytorch/pytorch#135712).
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 # Run a command, or with MEGALONG_DRY_RUN=1 only print it.
 run() {
@@ -18,5 +24,6 @@ run() {
 torchrun_local() {
   local processes=$1
   shift
-  run "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$processes" -m megalong "$@"
+  run "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$processes" --max-restarts "${RESTARTS:-0}" \
+    -m megalong "$@"
 }

@@ -66,14 +66,17 @@ def failures_reported(config: RunConfig, timer: PhaseTimer) -> Iterator[None]:
 
     limit = config.parallel.timeout_minutes * 60
     stacks = Path(config.logger.run_dir) / f"stuck_rank{os.environ.get('RANK', '0')}.txt"
-    watchdog = Watchdog(timer, limit_seconds=limit, stacks_file=stacks, report=report_stuck) if limit else None
+    watchdog = Watchdog(timer, limit_seconds=limit, stacks_file=stacks, report=report_stuck) if limit > 0 else None
     try:
         yield
     except Exception as error:
         failure = explain(error, place=f"{place}, phase {timer.phase!r}", phase=timer.phase, config=config)
         if failure is None:
-            error.add_note(f"{place}, phase {timer.phase!r}")
-            get_error_handler().record_exception(error.with_traceback(None) if isinstance(error, MISTAKES) else error)
+            if isinstance(error, MISTAKES):
+                error = error.with_traceback(None)
+            else:
+                error.add_note(f"{place}, phase {timer.phase!r}")
+            get_error_handler().record_exception(error)
             raise
         if isinstance(failure, OtherRankError):
             time.sleep(PAUSE_SECONDS)

@@ -29,10 +29,10 @@ from megalong.sft import log_step
 def train_grpo(config: RunConfig, timer: PhaseTimer | None = None) -> None:
     """`megalong grpo`: reinforcement learning on data.train with verifiable rewards."""
     check_weights(config.reward.weights)
-    settings = loss_settings(config)
     samples = read_samples(config, manifest=config.data.train, video_dir=config.data.video_dir, thinking_targets=False)
     held_out = eval_samples(config) if config.eval.manifest else []
     run = open_run(config, task="grpo", timer=timer or PhaseTimer())
+    settings = loss_settings(config)  # of a validated config
     batches = PromptBatches(run, samples, batch_size=config.grpo.batch_size)
     total = config.grpo.steps * config.grpo.updates_per_batch
     run.sync_weights()

@@ -33,7 +33,7 @@ def test_the_others_of_a_killed_rank_say_so_and_end(demo: DemoWorld, tmp_path: P
     assert message(logs[0]).startswith(
         "megalong sft: rank 0, phase 'train': another rank ended or does not answer; the first error above"
     )
-    assert "Connection closed by peer" in message(logs[0])
+    assert "by peer" in message(logs[0])
 
 
 def test_a_rank_that_hangs_ends_with_its_stacks(demo: DemoWorld, tmp_path: Path) -> None:

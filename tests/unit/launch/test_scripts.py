@@ -60,17 +60,18 @@ def test_8_gpu_scripts(task: str, tmp_path: Path) -> None:
     recipe = {"grpo": "grpo_7b_256f.yaml", "sft": "sft_7b.yaml"}[task]
     assert command == [
         *TORCHRUN,
-        *("--standalone", "--nproc-per-node", "8", "-m", "megalong", task, f"{LAUNCH}/recipes/{recipe}"),
+        *("--standalone", "--nproc-per-node", "8", "--max-restarts", "0"),
+        *("-m", "megalong", task, f"{LAUNCH}/recipes/{recipe}"),
         *("gpus=8", "model.path=/ckpt/my model", "data.train=train.jsonl", "seed=3"),
     ]
     check_recipe_and_overrides(command, task=task)
 
 
 def test_8_gpu_script_takes_another_recipe_and_size() -> None:
-    done = dry_run("grpo_7b_8xa100.sh", "m", "d", RECIPE="launch/recipes/grpo_7b_512f.yaml", GPUS="4")
+    done = dry_run("grpo_7b_8xa100.sh", "m", "d", RECIPE="launch/recipes/grpo_7b_512f.yaml", GPUS="4", RESTARTS="3")
     (command,) = commands(done)
-    assert command[5:10] == ["4", "-m", "megalong", "grpo", "launch/recipes/grpo_7b_512f.yaml"]
-    assert command[10] == "gpus=4"
+    assert command[4:8] == ["--nproc-per-node", "4", "--max-restarts", "3"]
+    assert command[8:13] == ["-m", "megalong", "grpo", "launch/recipes/grpo_7b_512f.yaml", "gpus=4"]
 
 
 @pytest.mark.parametrize("script", ["grpo_7b_8xa100.sh", "sft_7b_8xa100.sh"])
@@ -91,8 +92,9 @@ def test_missing_arguments_print_the_usage(script: str) -> None:
 )
 def test_tiny_cpu_script(args: list[str], model: str, data: str, rest: list[str]) -> None:
     (command,) = commands(dry_run("grpo_tiny_cpu.sh", *args))
-    assert command[:9] == [*TORCHRUN, "--standalone", "--nproc-per-node", "2", "-m", "megalong", "grpo"]
-    assert command[10:] == [f"model.path={model}", f"data.train={data}", *rest]
+    words = ("--standalone", "--nproc-per-node", "2", "--max-restarts", "0", "-m", "megalong", "grpo")
+    assert command[:11] == [*TORCHRUN, *words]
+    assert command[12:] == [f"model.path={model}", f"data.train={data}", *rest]
     check_recipe_and_overrides(command, task="grpo")
 
 
@@ -112,7 +114,7 @@ def test_slurm_script(tmp_path: Path) -> None:
     args = ("grpo", "launch/recipes/grpo_7b_512f.yaml", "/ckpt", "train.jsonl", "grpo.batch_size=64")
     (command,) = commands(dry_run(str(spooled), *args, **slurm))
     assert command == [
-        *("srun", "--kill-on-bad-exit=1", *TORCHRUN, "--nnodes", "4", "--nproc-per-node", "8"),
+        *("srun", "--kill-on-bad-exit=1", *TORCHRUN, "--nnodes", "4", "--nproc-per-node", "8", "--max-restarts", "0"),
         *("--rdzv-id", "77", "--rdzv-backend", "c10d", "--rdzv-endpoint", "gpu01:29500"),
         *("-m", "megalong", "grpo", "launch/recipes/grpo_7b_512f.yaml", "gpus=32"),
         *("model.path=/ckpt", "data.train=train.jsonl", "grpo.batch_size=64"),
@@ -130,7 +132,8 @@ def test_demo_runs_four_commands_with_one_seed_and_folder() -> None:
     assert (made.folder, made.seed) == ("/tmp/elsewhere", 5)
     assert report == ["py", "-m", "megalong", "report", "/tmp/elsewhere"]
     for task, command in (("sft", sft), ("grpo", grpo)):
-        assert command[:8] == [*TORCHRUN, "--standalone", "--nproc-per-node", "2", "-m", "megalong"]
+        words = ("--standalone", "--nproc-per-node", "2", "--max-restarts", "0", "-m", "megalong")
+        assert command[:10] == [*TORCHRUN, *words]
         check_recipe_and_overrides(command, task=task)
         assert {"seed=5", "data.seed=5", "model.path=/tmp/elsewhere/model", "grpo.steps=2"} < set(command)
         assert f"logger.run_dir=/tmp/elsewhere/{task}" in command
