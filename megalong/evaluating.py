@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from megalong.config.tree import RunConfig
-from megalong.evaluate.score import EvalReport, evaluate_responses, score_response
+from megalong.data.packing import GroupTokens, pack_groups, plan_packs
+from megalong.data.sequence import continued
+from megalong.evaluate.score import EvalReport, choices_of, evaluate_responses, score_response
 from megalong.metrics import PhaseTimer
 from megalong.parallel.collectives import gather_objects
 from megalong.parallel.split import shard_range
@@ -55,6 +58,7 @@ def evaluate_policy(run: Run, samples: Sequence[Sample], *, name: str, step: int
         top_k=run.config.rollout.top_k,
     )
     texts: dict[str, tuple[str, ...]] = {}
+    chosen: dict[str, tuple[str, ...]] = {}
     dropped = []
     bar = tqdm(total=len(mine), desc=name, disable=not layout.is_main, unit="question", leave=False)
     for at in range(0, len(mine), settings.batch_prompts):
@@ -65,24 +69,61 @@ def evaluate_policy(run: Run, samples: Sequence[Sample], *, name: str, step: int
             prompts, unreadable = make_ready(run, prompts)
             embeds = run.vision.embeddings_of(prompts, run.sampler.owners(len(prompts)))
             groups: list[RolloutGroup] = run.sampler.sample(prompts, embeds, sampling=sampling, step=step)
+            if settings.likelihood:
+                chosen.update(most_likely_options(run, groups))
         texts.update({group.prompt.sample.sample_id: group.texts for group in groups})
         dropped += [*unusable, *unreadable]
         bar.update(len(batch))
     bar.close()
     run.report_dropped(dropped)
-    for part in gather_objects(texts, group=layout.dp):
-        texts.update(part)
+    for more_texts, more_chosen in gather_objects((texts, chosen), group=layout.dp):
+        texts.update(more_texts)
+        chosen.update(more_chosen)
     nothing = ("",) * settings.num_samples
     items = [(sample, texts.get(sample.sample_id, nothing)) for sample in samples]
-    report = evaluate_responses(items)
+    report = evaluate_responses(items, chosen=chosen if settings.likelihood else None)
     if layout.is_main:
-        _write(Path(run.config.logger.run_dir), name, report, items)
+        _write(Path(run.config.logger.run_dir), name, report, items, chosen)
         tqdm.write(f"{name} after {step} steps\n{report.to_table()}")
-    run.logger.log_evaluation(step, {"strict": report.overall.strict, "tolerant": report.overall.tolerant})
+    metrics = {"strict": report.overall.strict, "tolerant": report.overall.tolerant}
+    if report.overall.likelihood:
+        metrics["likelihood"] = report.overall.likelihood.accuracy
+    run.logger.log_evaluation(step, metrics)
     return report
 
 
-def _write(folder: Path, name: str, report: EvalReport, items: Sequence[tuple[Sample, Sequence[str]]]) -> None:
+def most_likely_options(run: Run, groups: Sequence[RolloutGroup]) -> dict[str, tuple[str, ...]]:
+    """Sample id of each multiple-choice question -> per response, the letter that the model would most likely answer.
+
+    The letters are compared behind the response's own reasoning, as `X</answer>` and the end token: all of them may
+    follow the same tokens, and the log-probability of what differs decides.
+    """
+    asked: list[tuple[str, str]] = []  # sample id and letters of each of `options`
+    options: list[GroupTokens] = []
+    for group in groups:
+        letters = choices_of(group.prompt.sample)
+        for text in group.texts if letters else ():
+            answers = [run.builder.answered(text, letter) for letter in letters]
+            shared = len(os.path.commonprefix(answers))
+            prompt = continued(group.prompt, answers[0][:shared])
+            options.append(GroupTokens(prompt=prompt, responses=tuple(answer[shared:] for answer in answers)))
+            asked.append((group.prompt.sample.sample_id, letters))
+    plan = plan_packs([tokens.length for tokens in options], pack_tokens=run.config.data.pack_tokens)
+    packs = [pack_groups([options[index] for index in pack]) for pack in plan]
+    sums: list[float] = []  # of each letter of each option list
+    for tokens, logprobs_R in zip(packs, run.trainer.logprobs(packs, temperature=1.0) if packs else [], strict=True):
+        sums += [part.sum().item() for part in logprobs_R.double().split(tokens.response_lens)]
+    chosen: dict[str, tuple[str, ...]] = {}
+    for sample_id, letters in asked:
+        scores, sums = sums[: len(letters)], sums[len(letters) :]
+        chosen[sample_id] = (*chosen.get(sample_id, ()), letters[scores.index(max(scores))])
+    return chosen
+
+
+def _write(
+    folder: Path, name: str, report: EvalReport, items: Sequence[tuple[Sample, Sequence[str]]],
+    chosen: Mapping[str, Sequence[str]],
+) -> None:  # fmt: skip
     (folder / f"{name}.json").write_text(report.to_json())
     with (folder / f"{name}_responses.jsonl").open("w") as file:
         for sample, responses in items:
@@ -96,6 +137,8 @@ def _write(folder: Path, name: str, report: EvalReport, items: Sequence[tuple[Sa
                 "strict": [score.strict for score in scores],
                 "tolerant": [score.tolerant for score in scores],
             }
+            if sample.sample_id in chosen:
+                row["most_likely_option"] = list(chosen[sample.sample_id])
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 

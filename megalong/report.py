@@ -24,7 +24,9 @@ def write_summary(demo_dir: str | Path) -> dict[str, Any]:
     """Write summary.json, learning_curve.png and grpo/reward_curve.png; returns what summary.json holds.
 
     accuracy_untrained, accuracy_sft, accuracy_grpo: fractions of 1 on the held-out questions, `overall` and
-    `categories` by the strict reading, `tolerant` overall by the tolerant one. reward_curve: a row per GRPO step.
+    `categories` by the strict reading, `tolerant` overall by the tolerant one, `likelihood` of the multiple-choice
+    questions by the most likely option and `chance` of guessing them (both null without eval.likelihood).
+    reward_curve: a row per GRPO step.
     seconds: wall clock of each stage and `total` (seconds.json), and of each phase inside the two runs.
     Raises FileNotFoundError or ValueError naming the file that is absent or lacks a field.
     """
@@ -51,9 +53,12 @@ def read_accuracy(path: Path) -> dict[str, Any]:
     """The numbers the summary keeps of one evaluation report (EvalReport.to_json). Fractions of 1."""
     report = _read(path)
     try:
+        likelihood = report["overall"]["likelihood"] or {"accuracy": None, "chance": None}
         return {
             "overall": report["overall"]["strict"],
             "tolerant": report["overall"]["tolerant"],
+            "likelihood": likelihood["accuracy"],
+            "chance": likelihood["chance"],
             "categories": {name: row["strict"] for name, row in report["categories"].items()},
         }
     except (KeyError, TypeError, AttributeError) as error:
@@ -61,15 +66,19 @@ def read_accuracy(path: Path) -> dict[str, Any]:
 
 
 def summary_table(summary: dict[str, Any]) -> str:
-    """Accuracy in percent, a line per stage and a column per category, then the seconds."""
+    """Accuracy in percent, a line per stage and a column per category, then what is chance, and the seconds."""
     columns = list(summary["accuracy_grpo"]["categories"])
-    lines = [("held-out accuracy (%)", *(name.capitalize() for name in columns), "Overall", "tolerant")]
+    lines = [("held-out accuracy (%)", *(name.capitalize() for name in columns), "Overall", "tolerant", "likelihood")]
     for key in EVALUATIONS:
         row = summary[key]
-        values = [*(row["categories"][name] for name in columns), row["overall"], row["tolerant"]]
-        lines.append((key.removeprefix("accuracy_"), *(f"{100 * value:.1f}" for value in values)))
+        values = [*(row["categories"][name] for name in columns), row["overall"], row["tolerant"], row["likelihood"]]
+        shown = ("-" if value is None else f"{100 * value:.1f}" for value in values)
+        lines.append((key.removeprefix("accuracy_"), *shown))
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     table = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
+    chance = summary["accuracy_grpo"]["chance"]
+    if chance is not None:
+        table.append(f"likelihood: most likely option, multiple choice only; {100 * chance:.1f} by chance")
     seconds = summary["seconds"]
     stages = ", ".join(f"{stage} {value:.0f} s" for stage, value in seconds["stages"].items())
     return "\n".join([*table, f"wall clock: {stages}, total {seconds['total']:.0f} s"])

@@ -268,6 +268,10 @@ class EvalConfig:
     temperature: float = 0.0
     """0: greedy."""
     batch_prompts: int = 32
+    likelihood: bool = False
+    """Also answer multiple-choice questions by the option the model finds the most likely: behind its own reasoning, up
+    to <answer>, `X</answer>` for each letter X of the options. Any model answers that way, and one that knows nothing
+    is near chance. One more forward pass over the prompts."""
 
 
 @dataclass

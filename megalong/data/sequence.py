@@ -5,6 +5,7 @@ Rollout, old, reference and policy log-probabilities, SFT and evaluation all sta
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -74,6 +75,16 @@ class SequenceBuilder:
         template = TEXT_THINKING_TEMPLATE if self.videos is None else THINKING_TEMPLATE
         return template.format(question=question) if self.thinking else question
 
+    def answered(self, response: str, answer: str) -> tuple[int, ...]:
+        """A response with its last answer replaced (or, where it has none, given) and the end token.
+
+        Without thinking, a response is the answer alone.
+        """
+        if not self.thinking:
+            return (*self.encode(answer), self.eos_id)
+        before, tag, _ = response.rpartition("<answer>")
+        return (*self.encode(f"{before if tag else response}<answer>{answer}</answer>"), self.eos_id)
+
     def target(self, sample: Sample) -> tuple[int, ...]:
         """The assistant turn SFT learns: <think>reasoning</think><answer>answer</answer> and the end token.
 
@@ -88,3 +99,15 @@ class SequenceBuilder:
             )
         text = f"<think>{sample.reasoning}</think><answer>{sample.answer}</answer>"
         return (*self.encode(text), self.eos_id)
+
+
+def continued(prompt: Prompt, ids: Sequence[int]) -> Prompt:
+    """The prompt with the first tokens of its response behind it."""
+    first, count = prompt.next_position, len(ids)
+    positions = torch.arange(first, first + count).expand(*prompt.positions_P.shape[:-1], count)
+    return dataclasses.replace(
+        prompt,
+        ids_P=(*prompt.ids_P, *ids),
+        positions_P=torch.cat((prompt.positions_P, positions), dim=-1),
+        next_position=first + count,
+    )

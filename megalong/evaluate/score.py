@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
+from megalong.data.manifest import option_letters
 from megalong.records import Sample
 from megalong.rewards.extract import normalise_text, read_option, tagged_answer
 from megalong.rewards.functions import (
@@ -40,6 +41,15 @@ class ResponseScore:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ChoiceAccuracy:
+    """Multiple-choice questions answered by the option that the model finds the most likely. Fractions of 1."""
+
+    num_questions: int
+    accuracy: float  # mean over a question's samples, then over questions
+    chance: float  # of guessing: mean over questions of 1 / number of options
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class AccuracyRow:
     """One category, or all questions together. Fractions of 1; the mean is over questions."""
 
@@ -48,6 +58,7 @@ class AccuracyRow:
     tolerant: float
     strict_pass: float  # questions that any of their samples gets right (pass@n)
     tolerant_pass: float
+    likelihood: ChoiceAccuracy | None  # None: no multiple-choice question, or eval.likelihood=false
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,6 +88,12 @@ class EvalReport:
         for field, title in shown.items():
             lines.append((title, *(f"{100 * getattr(row, field):.1f}" for row in rows)))
         lines.append(("questions", *(str(row.num_questions) for row in rows)))
+        if self.overall.likelihood:
+            for field, title in (("accuracy", "likelihood"), ("chance", "  by chance")):
+                shares = (getattr(row.likelihood, field, None) for row in rows)
+                lines.append((title, *("-" if share is None else f"{100 * share:.1f}" for share in shares)))
+            counts = (row.likelihood.num_questions if row.likelihood else 0 for row in rows)
+            lines.append(("  questions", *map(str, counts)))
         widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
         text = [
             "  ".join(
@@ -146,15 +163,25 @@ TOLERANT: dict[AnswerCheck, Callable[[str, Sample], bool]] = {
 """The strict check of a sample -> its tolerant reader; whatever the check accepts, the reader accepts too."""
 
 
+def strict_check(sample: Sample) -> AnswerCheck:
+    """What the truth is compared as: an option, a number or a text."""
+    check = answer_check(sample)
+    return check_by_truth(sample.answer) if check is same_as_truth_reads else check
+
+
+def choices_of(sample: Sample) -> str:
+    """The letters of a multiple-choice question's options; "" for other questions, and when none of them is right."""
+    letters = option_letters(sample.question) if strict_check(sample) is same_option else ""
+    return letters if (read_option(sample.answer) or "none") in letters else ""
+
+
 def score_response(response: str, sample: Sample) -> ResponseScore:
     """Score one response.
 
     strict: the <answer> tag is required and its whole text must state the right answer. tolerant: see
     `likely_answer` and TOLERANT. Raises ValueError for a problem type that check_problem_types refuses.
     """
-    check, tagged = answer_check(sample), tagged_answer(response)
-    if check is same_as_truth_reads:
-        check = check_by_truth(sample.answer)
+    check, tagged = strict_check(sample), tagged_answer(response)
     if check not in TOLERANT:
         raise ValueError(
             f"sample {sample.sample_id}: problem_type {sample.problem_type!r} has no tolerant reader; "
@@ -167,7 +194,29 @@ def score_response(response: str, sample: Sample) -> ResponseScore:
     )
 
 
-def accuracy_row(questions: Sequence[Sequence[ResponseScore]]) -> AccuracyRow:
+def choice_accuracy(samples: Sequence[Sample], chosen: Mapping[str, Sequence[str]]) -> ChoiceAccuracy | None:
+    """chosen: sample id -> the letter chosen in each of its samples; without one, a question is answered wrongly.
+
+    None when no question is multiple choice.
+    """
+    asked = {sample: letters for sample in samples if (letters := choices_of(sample))}
+    if not asked:
+        return None
+
+    def share_right(sample: Sample) -> float:
+        letters = chosen.get(sample.sample_id, ("",))
+        return sum(letter == read_option(sample.answer) for letter in letters) / len(letters)
+
+    return ChoiceAccuracy(
+        num_questions=len(asked),
+        accuracy=sum(map(share_right, asked)) / len(asked),
+        chance=sum(1 / len(letters) for letters in asked.values()) / len(asked),
+    )
+
+
+def accuracy_row(
+    questions: Sequence[Sequence[ResponseScore]], *, likelihood: ChoiceAccuracy | None = None
+) -> AccuracyRow:
     """Means over at least one question, each with the same number of at least one scored response."""
     num_questions, num_samples = len(questions), len(questions[0])
 
@@ -184,6 +233,7 @@ def accuracy_row(questions: Sequence[Sequence[ResponseScore]]) -> AccuracyRow:
         tolerant=mean("tolerant"),
         strict_pass=any_right("strict"),
         tolerant_pass=any_right("tolerant"),
+        likelihood=likelihood,
     )
 
 
@@ -204,25 +254,33 @@ def check_items(items: Sequence[tuple[Sample, Sequence[str]]]) -> None:
             )
 
 
-def evaluate_responses(items: Sequence[tuple[Sample, Sequence[str]]]) -> EvalReport:
+def evaluate_responses(
+    items: Sequence[tuple[Sample, Sequence[str]]], *, chosen: Mapping[str, Sequence[str]] | None = None
+) -> EvalReport:
     """items: each question of the benchmark once, with its n responses. Categories are compared casefolded.
 
+    chosen: sample id -> the most likely option in each of its samples; None: not asked for (eval.likelihood=false).
     Raises ValueError for items that check_items or a problem type that score_response refuses.
     """
     check_items(items)
-    by_category: dict[str, list[list[ResponseScore]]] = {}
-    questions = []
+    by_category: dict[str, list[tuple[Sample, list[ResponseScore]]]] = {}
     for sample, responses in items:
         scores = [score_response(response, sample) for response in responses]
-        questions.append(scores)
-        by_category.setdefault(sample.category.strip().casefold(), []).append(scores)
+        by_category.setdefault(sample.category.strip().casefold(), []).append((sample, scores))
+
+    def row(scored: Sequence[tuple[Sample, list[ResponseScore]]]) -> AccuracyRow:
+        samples = [sample for sample, _ in scored]
+        likelihood = None if chosen is None else choice_accuracy(samples, chosen)
+        return accuracy_row([scores for _, scores in scored], likelihood=likelihood)
+
+    everything = [pair for scored in by_category.values() for pair in scored]
     rank = {name: place for place, name in enumerate(PAPER_ORDER)}
     names = sorted(by_category, key=lambda name: (rank.get(name, len(rank)), name))
     num_responses = len(items) * len(items[0][1])
     return EvalReport(
-        categories={name: accuracy_row(by_category[name]) for name in names},
-        overall=accuracy_row(questions),
+        categories={name: row(by_category[name]) for name in names},
+        overall=row(everything),
         num_samples=len(items[0][1]),
-        format_rate=sum(score.well_formed for scores in questions for score in scores) / num_responses,
+        format_rate=sum(score.well_formed for _, scores in everything for score in scores) / num_responses,
         mean_response_chars=sum(len(text) for _, responses in items for text in responses) / num_responses,
     )

@@ -9,21 +9,25 @@ from typing import Any
 import matplotlib.image
 import pytest
 
-from megalong.evaluate.score import AccuracyRow, EvalReport
+from megalong.evaluate.score import AccuracyRow, ChoiceAccuracy, EvalReport
 from megalong.report import read_accuracy, summary_table, write_summary
 
 
-def accuracy_row(strict: float, tolerant: float) -> AccuracyRow:
-    return AccuracyRow(num_questions=10, strict=strict, tolerant=tolerant, strict_pass=strict, tolerant_pass=tolerant)
+def accuracy_row(strict: float, tolerant: float, likelihood: ChoiceAccuracy | None = None) -> AccuracyRow:
+    return AccuracyRow(
+        num_questions=10, strict=strict, tolerant=tolerant, strict_pass=strict, tolerant_pass=tolerant,
+        likelihood=likelihood,
+    )  # fmt: skip
 
 
-def report(overall: float) -> str:
+def report(overall: float, *, likelihood: bool = True) -> str:
+    choices = ChoiceAccuracy(num_questions=8, accuracy=overall + 0.02, chance=0.25) if likelihood else None
     return EvalReport(
         categories={
             "temporal": accuracy_row(overall + 0.1, 0.9),
             "spatial": accuracy_row(overall - 0.1, 0.9),
         },
-        overall=accuracy_row(overall, overall + 0.05),
+        overall=accuracy_row(overall, overall + 0.05, choices),
         num_samples=1,
         format_rate=1.0,
         mean_response_chars=20.0,
@@ -53,6 +57,8 @@ def test_summary_holds_accuracies_curve_and_seconds(demo: Path) -> None:
     assert [summary[f"accuracy_{stage}"]["overall"] for stage in ("untrained", "sft", "grpo")] == [0.25, 0.5, 0.75]
     assert summary["accuracy_sft"]["categories"] == pytest.approx({"temporal": 0.6, "spatial": 0.4})
     assert summary["accuracy_grpo"]["tolerant"] == pytest.approx(0.8)
+    assert summary["accuracy_grpo"]["likelihood"] == pytest.approx(0.77)
+    assert summary["accuracy_grpo"]["chance"] == 0.25
     assert summary["reward_curve"] == [
         {"step": 1, "reward": 0.25, "reward/accuracy": 0.125},
         {"step": 2, "reward": 0.5, "reward/accuracy": 0.25},
@@ -76,15 +82,26 @@ def test_pictures_are_drawn(demo: Path) -> None:
 
 def test_table_is_in_percent(demo: Path) -> None:
     lines = [line.split() for line in summary_table(write_summary(demo)).splitlines()]
-    assert lines[0][-4:] == ["Temporal", "Spatial", "Overall", "tolerant"]
-    assert lines[1] == ["untrained", "35.0", "15.0", "25.0", "30.0"]
-    assert lines[3] == ["grpo", "85.0", "65.0", "75.0", "80.0"]
-    assert " ".join(lines[4]) == "wall clock: data 10 s, sft 100 s, grpo 200 s, total 310 s"
+    assert lines[0][-5:] == ["Temporal", "Spatial", "Overall", "tolerant", "likelihood"]
+    assert lines[1] == ["untrained", "35.0", "15.0", "25.0", "30.0", "27.0"]
+    assert lines[3] == ["grpo", "85.0", "65.0", "75.0", "80.0", "77.0"]
+    assert " ".join(lines[4]) == "likelihood: most likely option, multiple choice only; 25.0 by chance"
+    assert " ".join(lines[5]) == "wall clock: data 10 s, sft 100 s, grpo 200 s, total 310 s"
+
+
+def test_evaluations_without_likelihood_show_none(demo: Path) -> None:
+    for file in ("sft/eval_start.json", "sft/eval_end.json", "grpo/eval_end.json"):
+        (demo / file).write_text(report(0.5, likelihood=False))
+    summary = write_summary(demo)
+    assert (summary["accuracy_grpo"]["likelihood"], summary["accuracy_grpo"]["chance"]) == (None, None)
+    lines = [line.split() for line in summary_table(summary).splitlines()]
+    assert lines[3] == ["grpo", "60.0", "40.0", "50.0", "55.0", "-"]
+    assert lines[4][:2] == ["wall", "clock:"]
 
 
 def test_a_report_without_its_fields_is_named(tmp_path: Path) -> None:
     path = tmp_path / "eval_end.json"
-    path.write_text('{"overall": {"strict": 0.5}, "categories": {}}')
+    path.write_text('{"overall": {"strict": 0.5, "likelihood": null}, "categories": {}}')
     with pytest.raises(ValueError, match=r"eval_end.json: not an evaluation report: KeyError\('tolerant'\)"):
         read_accuracy(path)
     path.write_text("[]")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megalong.data.batches import build_prompts
-from megalong.data.sequence import TEXT_THINKING_TEMPLATE, THINKING_TEMPLATE, SequenceBuilder
+from megalong.data.sequence import TEXT_THINKING_TEMPLATE, THINKING_TEMPLATE, SequenceBuilder, continued
 from megalong.models.longvila.layout import SquareFrames
 from megalong.records import MEDIA_TOKEN, FrameSelection, Sample
 
@@ -141,6 +141,32 @@ def test_target_with_and_without_thinking() -> None:
 def test_thinking_target_needs_a_reasoning() -> None:
     with pytest.raises(ValueError, match=r"s1: no reasoning in the manifest.*data\.thinking=false"):
         replace(BUILDER, thinking=True).target(replace(SAMPLE, reasoning=""))
+
+
+@pytest.mark.parametrize(
+    ("response", "text"),
+    [
+        ("<think>t</think><answer>C</answer>", "<think>t</think><answer>B</answer>"),
+        ("<think>t</think> <answer>C", "<think>t</think> <answer>B</answer>"),
+        ("<answer>C</answer><answer>D</answer>", "<answer>C</answer><answer>B</answer>"),
+        ("no tags at all", "no tags at all<answer>B</answer>"),
+        ("", "<answer>B</answer>"),
+    ],
+)
+def test_another_answer_behind_a_response(response: str, text: str) -> None:
+    assert list(replace(BUILDER, thinking=True).answered(response, "B")) == [*encode(text), EOS]
+    assert list(BUILDER.answered(response, "B")) == [*encode("B"), EOS]
+
+
+def test_a_prompt_goes_on_where_its_response_starts() -> None:
+    prompt = BUILDER.prompt(SAMPLE, [selection("v.mp4", 1)])
+    longer = continued(prompt, [7, 8])
+    assert longer.ids_P == (*prompt.ids_P, 7, 8)
+    assert longer.positions_P.tolist() == list(range(len(longer.ids_P)))
+    assert longer.next_position == prompt.next_position + 2
+    rows = replace(prompt, positions_P=prompt.positions_P.expand(3, -1) // 2, next_position=40)  # M-RoPE
+    assert continued(rows, [7, 8]).positions_P[:, -3:].tolist() == [[len(prompt.ids_P[1:]) // 2, 40, 41]] * 3
+    assert continued(rows, [7, 8]).next_position == 42
 
 
 def test_selections_must_match_the_videos() -> None:

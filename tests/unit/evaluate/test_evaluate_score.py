@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from megalong.evaluate.score import (
     TOLERANT,
+    choices_of,
     evaluate_responses,
     likely_answer,
     options_of,
@@ -171,6 +172,7 @@ def test_json_holds_every_field() -> None:
         "tolerant": 0.6,
         "strict_pass": 0.4,
         "tolerant_pass": 0.8,
+        "likelihood": None,
     }
     assert list(loaded["categories"]) == ["temporal", "plot", "spatial", "audio"]
     assert (loaded["num_samples"], loaded["format_rate"]) == (2, 0.5)
@@ -192,6 +194,55 @@ def test_one_sample_per_question_shows_no_pass_at_n() -> None:
     table = evaluate_responses([(a_sample(category=name, sample_id=name), [said("B")]) for name in "ab"]).to_table()
     assert "pass@" not in table
     assert table.splitlines()[-1] == ("samples per question: 1   well-formed: 100.0%   mean response: 34 characters")
+
+
+@pytest.mark.parametrize(
+    ("sample", "letters"),
+    [
+        (a_sample(), "ABCD"),
+        (a_sample(question="Which? (A) left (B) right", problem_type="general"), "AB"),
+        (a_sample(question="Which?"), ""),  # no options to choose from
+        (a_sample(answer="E"), ""),  # none of them is right
+        (a_sample(answer="3", problem_type="general"), ""),
+        (a_sample(answer="a dog", problem_type="open-ended"), ""),
+    ],
+)
+def test_the_options_of_a_question(sample, letters) -> None:
+    assert choices_of(sample) == letters
+
+
+def test_likelihood_counts_multiple_choice_questions_alone() -> None:
+    two = "Left or right?\nA. left\nB. right"
+    items = [
+        (a_sample("p1"), ["", ""]),  # four options
+        (a_sample("p2", question=two), ["", ""]),
+        (a_sample("p3", answer="red", problem_type="open-ended"), ["", ""]),
+        (a_sample("g1", category="goal", question=two, answer="A"), ["", ""]),  # its video was unreadable
+        (a_sample("s1", category="spatial", answer="3", problem_type="numerical"), ["", ""]),
+    ]
+    chosen = {"p1": ("B", "C"), "p2": ("B", "B")}
+    report = evaluate_responses(items, chosen=chosen)
+    got = {
+        name: row.likelihood and (row.likelihood.num_questions, row.likelihood.accuracy, row.likelihood.chance)
+        for name, row in [*report.categories.items(), ("overall", report.overall)]
+    }
+    assert got == {
+        "goal": (1, 0.0, 0.5),
+        "plot": (2, 0.75, 0.375),
+        "spatial": None,
+        "overall": (3, 0.5, pytest.approx(1.25 / 3)),
+    }
+    assert json.loads(report.to_json())["categories"]["plot"]["likelihood"] == {
+        "num_questions": 2,
+        "accuracy": 0.75,
+        "chance": 0.375,
+    }
+    assert report.to_table().splitlines()[6:9] == [
+        "likelihood        0.0  75.0        -     50.0",
+        "  by chance      50.0  37.5        -     41.7",
+        "  questions         1     2        0        3",
+    ]
+    assert evaluate_responses(items).overall.likelihood is None
 
 
 @pytest.mark.parametrize(
