@@ -40,6 +40,8 @@ def read_json(file: Path, *, asked_by: str = "model.path") -> dict[str, Any]:
         text = file.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{file}: cannot read ({error.strerror}); named by {asked_by}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: not UTF-8 text (byte {error.start})") from error
     return parse_json(text, where=str(file))
 
 

@@ -100,9 +100,10 @@ def test_forms_of_a_sub_config(folder: Path, form: str) -> None:
 
 
 BAD = {
-    "no root": ("config.json", None, r"config\.json: file not found.*set model\.path"),
+    "no root": ("config.json", None, r"config\.json: cannot read \(No such file.*; named by model\.path"),
     "no tower": ("vision_tower/config.json", None, r"vision_tower/config\.json: cannot read \(No such file"),
     "no JSON": ("llm/config.json", "{", r"llm/config\.json: not valid JSON"),
+    "no text": ("llm/config.json", '{"a\udcff": 1}', r"llm/config\.json: not UTF-8 text \(byte 3\)"),
     "a list": ("mm_projector/config.json", "[]", r"mm_projector/config\.json: expected a JSON object, got list"),
 }
 
@@ -112,7 +113,7 @@ def test_bad_files(folder: Path, name: str, content: str | None, message: str) -
     if content is None:
         (folder / name).unlink()
     else:
-        (folder / name).write_text(content)
+        (folder / name).write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(CheckpointError, match=message):
         read_spec(folder)
 
