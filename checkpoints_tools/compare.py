@@ -68,6 +68,7 @@ def verify(
         difference = _difference(left, right, dtype)
         if difference:
             differences.append(f"{name}: {difference}")
+        del left, right  # before the next ones are read
     return Comparison(compared=compared, num_bytes=num_bytes, differences=tuple(differences), outside=outside)
 
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from checkpoints_tools.direct_files import tensor_bytes
 from checkpoints_tools.families import FILES
 from checkpoints_tools.hf_folder import HfFolder
 from checkpoints_tools.megatron_folder import MegatronFolder, megatron_checkpoint
 from checkpoints_tools.places import FAMILIES, family_of_folder
-from checkpoints_tools.safetensors_files import tensor_bytes
 
 SLICE_BYTES = 1 << 28
 

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from checkpoints_tools.direct_files import DirectReader, tensor_bytes
 from checkpoints_tools.errors import ConvertError, raise_all
 from checkpoints_tools.pickled_files import PICKLED_INDEX, PICKLED_SINGLE, is_pickled, unpickled
 from megalong.models.names import canonical
@@ -77,17 +78,9 @@ class HfFolder:
         if tensor.file.suffix == ".bin":
             return unpickled(tensor.file)[tensor.name].contiguous()
         whole = torch.empty(tensor.shape, dtype=tensor.dtype)
-        # Read, not mapped: a page fault for every few kB of a cold file costs more than the copy.
-        rest = memoryview(whole.view(-1).view(torch.uint8).numpy())
-        with tensor.file.open("rb", buffering=0) as file:
-            file.seek(tensor.start)
-            while rest:
-                count = file.readinto(rest)
-                if not count:
-                    raise ConvertError(
-                        f"{tensor.file}: ends inside tensor {tensor.name!r}; it changed while it was read"
-                    )
-                rest = rest[count:]
+        with DirectReader(tensor.file) as file:
+            if file.read_into(tensor_bytes(whole), start=tensor.start) < tensor.num_bytes:
+                raise ConvertError(f"{tensor.file}: ends inside tensor {tensor.name!r}; it changed while it was read")
         return whole
 
     def is_weight_file(self, file: Path) -> bool:

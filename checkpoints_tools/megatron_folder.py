@@ -8,14 +8,16 @@ import math
 import pickle
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from checkpoints_tools.direct_files import DirectReader
 from checkpoints_tools.errors import ConvertError, raise_all
 from checkpoints_tools.places import Blueprint, Place
 from megalong.engine.checkpoint import complete_checkpoints
@@ -62,7 +64,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 class _Slice(io.RawIOBase):
     """`length` bytes of a file from `start`, as a file: each shard is a complete torch.save of its own."""
 
-    def __init__(self, file: BinaryIO, *, start: int, length: int) -> None:
+    def __init__(self, file: DirectReader, *, start: int, length: int) -> None:
         self._file, self._start, self._length = file, start, length
         self._at = 0
 
@@ -80,9 +82,8 @@ class _Slice(io.RawIOBase):
         return self._at
 
     def readinto(self, buffer: memoryview) -> int:
-        view = memoryview(buffer).cast("B")[: max(0, self._length - self._at)]
-        self._file.seek(self._start + self._at)
-        count = self._file.readinto(view)
+        target = np.frombuffer(buffer, dtype=np.uint8)[: max(0, self._length - self._at)]
+        count = self._file.read_into(target, start=self._start + self._at)
         self._at += count
         return count
 
@@ -147,7 +148,7 @@ class MegatronFolder:
         if info is None:
             raise ConvertError(f"{self.path}: the metadata does not say which file holds {item.storage_index.fqn}")
         try:
-            with (self.path / info.relative_path).open("rb", buffering=0) as file:
+            with DirectReader(self.path / info.relative_path) as file:
                 shard = torch.load(
                     _Slice(file, start=info.offset, length=info.length), map_location="cpu", weights_only=True
                 )

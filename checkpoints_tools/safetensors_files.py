@@ -13,9 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from checkpoints_tools.direct_files import DirectWriter, tensor_bytes
 from checkpoints_tools.errors import ConvertError
 from checkpoints_tools.hf_folder import DTYPE_NAMES, INDEX, SINGLE
 
@@ -58,9 +60,8 @@ class SafetensorsFile:
         encoded += b" " * (-len(encoded) % 8)
         self._base = 8 + len(encoded)
         self._pending = set(self._slot)
-        self._file = path.open("xb")
-        self._file.write(struct.pack("<Q", len(encoded)) + encoded)
-        self._file.truncate(self._base + position)
+        self._file = DirectWriter(path, num_bytes=self._base + position)
+        self._file.write(np.frombuffer(struct.pack("<Q", len(encoded)) + encoded, dtype=np.uint8), start=0)
 
     def put(self, name: str, tensor: Tensor) -> None:
         slot = self._slot[name]
@@ -72,22 +73,16 @@ class SafetensorsFile:
                 f"expected {list(slot.shape)} {slot.dtype}"
             )
         self._pending.remove(name)
-        self._file.seek(self._base + self._start[name])
-        self._file.write(memoryview(tensor_bytes(tensor)))
+        self._file.write(tensor_bytes(tensor), start=self._base + self._start[name])
 
     def close(self) -> None:
-        """Flush; raises ConvertError when a tensor is still to come."""
+        """Raises ConvertError when a tensor is still to come."""
         self._file.close()
         if self._pending:
             raise ConvertError(f"{self.path}: never written: {sorted(self._pending)[:5]}")
 
     def abandon(self) -> None:
         self._file.close()
-
-
-def tensor_bytes(tensor: Tensor) -> object:
-    """The tensor's bytes as a flat uint8 numpy array, without a copy when it is contiguous."""
-    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
 
 
 def reshard(slots: Sequence[Slot], *, shard_bytes: int) -> dict[str, list[Slot]]:

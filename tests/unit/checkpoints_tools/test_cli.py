@@ -19,9 +19,9 @@ from checkpoints_tools import convert, export
 from checkpoints_tools.building import building
 from checkpoints_tools.cli import main
 from checkpoints_tools.convert import hf_to_megatron
+from checkpoints_tools.direct_files import tensor_bytes
 from checkpoints_tools.errors import ConvertError
 from checkpoints_tools.hf_folder import HfFolder
-from checkpoints_tools.safetensors_files import tensor_bytes
 
 GATE = "model.layers.1.mlp.gate_proj.weight"
 
