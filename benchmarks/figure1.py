@@ -23,11 +23,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sessions import drive, work
-from steps import parallel_overrides, parser_of, save
+from sessions import drive, video_session, work
+from steps import parser_of, save
 
 MODES = ("shared_prefix", "stage1+2", "stage1", "none")
-TEXT = 256
 RATE = 400e12
 
 
@@ -82,30 +81,19 @@ def draw(rows: Sequence[dict[str, Any]], *, path: str, title: str) -> None:
 
 
 def session_of(args: Any) -> dict[str, Any]:
-    length = args.length or (8 if args.tiny else 512)
     frames = args.frames or ([4, 8] if args.tiny else [64, 128, 256, 512, 1024])
     points = [
         {
             "name": f"{mode} at {size} frames",
             "series": mode,
             "size": size,
-            "case": {"frames": size, "text": TEXT, "group": args.responses, "response": length},
             "mode": mode,
             "memory_gb": args.memory,
-            "max_seconds": args.max_seconds,
         }
         for size in sorted(frames)
         for mode in args.modes
     ]
-    return {
-        "gpus": args.gpus,
-        "layers": args.layers or (2 if args.tiny else 28),
-        "tiny": args.tiny,
-        "vision": True,
-        "overrides": [*parallel_overrides(gpus=args.gpus, tp=args.tp, cp_a2a=args.cp_a2a), *args.overrides],
-        "rate": RATE,
-        "points": points,
-    }
+    return video_session(args, points, rate=RATE)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -15,10 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sessions import drive, work
-from steps import PEAK, parallel_overrides, parser_of, save
+from sessions import drive, video_session, work
+from steps import PEAK, parser_of, save
 
-TEXT = 256
 RATE = 450e12
 
 
@@ -36,28 +35,17 @@ def line(row: dict[str, Any]) -> str:
 
 
 def session_of(args: Any) -> dict[str, Any]:
-    length = args.length or (8 if args.tiny else 512)
     points = [
         {
             "name": f"{size} frames",
             "series": "longest",
             "size": size,
-            "case": {"frames": size, "text": TEXT, "group": args.responses, "response": length},
             "mode": "shared_prefix",
             "recompute": args.recompute,
-            "max_seconds": args.max_seconds,
         }
         for size in sorted(args.frames or ([4, 12] if args.tiny else [3600]))
     ]
-    return {
-        "gpus": args.gpus,
-        "layers": args.layers or (2 if args.tiny else 28),
-        "tiny": args.tiny,
-        "vision": True,
-        "overrides": [*parallel_overrides(gpus=args.gpus, tp=args.tp, cp_a2a=args.cp_a2a), *args.overrides],
-        "rate": RATE,
-        "points": points,
-    }
+    return video_session(args, points, rate=RATE)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

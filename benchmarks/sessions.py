@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from steps import Bench, Case, free, is_out_of_memory, make_folder
+from steps import Bench, Case, free, is_out_of_memory, make_folder, parallel_overrides
 
 from megalong.parallel.collectives import broadcast_object
 from megalong.parallel.layout import destroy_layout
 
+TEXT = 256
+"""Text tokens of a prompt beside its video."""
 OUT_OF_MEMORY = 17
 """Exit code of a rank that ran out of memory: the others may wait for it in a collective, so all of them end."""
 
@@ -133,6 +135,24 @@ def read_rows(results: Path) -> list[dict[str, Any]]:
     """Rows so far; the first of a point counts (several ranks may run out of memory)."""
     rows = [json.loads(text) for text in results.read_text().splitlines()] if results.exists() else []
     return list({row["name"]: row for row in reversed(rows)}.values())[::-1]
+
+
+def video_session(args: Any, points: Sequence[dict[str, Any]], *, rate: float) -> dict[str, Any]:
+    """A session of one replica on videos, for drive(): `size` of a point is its number of frames, the rest of the case
+    and the layout are the command line's."""
+    length = args.length or (8 if args.tiny else 512)
+    case = {"text": TEXT, "group": args.responses, "response": length}
+    return {
+        "gpus": args.gpus,
+        "layers": args.layers or (2 if args.tiny else 28),
+        "tiny": args.tiny,
+        "vision": True,
+        "overrides": [*parallel_overrides(gpus=args.gpus, tp=args.tp, cp_a2a=args.cp_a2a), *args.overrides],
+        "rate": rate,
+        "points": [
+            {**point, "case": {"frames": point["size"], **case}, "max_seconds": args.max_seconds} for point in points
+        ],
+    }
 
 
 def drive(
