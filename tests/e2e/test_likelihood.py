@@ -17,7 +17,10 @@ from megalong.metrics import PhaseTimer
 from megalong.records import MEDIA_TOKEN
 from megalong.run import Run, make_ready, open_run, plan_prompts
 
-LAYOUTS = {"tp2": ["parallel.tp=2"], "dp2": [], "cp2": ["parallel.cp=2"], "pp2": ["parallel.pp=2"]}
+LAYOUTS = {
+    "tp2": ["parallel.tp=2"], "dp2": [], "cp2": ["parallel.cp=2"], "pp2": ["parallel.pp=2"],
+    "cp2_none": ["parallel.cp=2", "mr_sp.mode=none"], "cp2_stage1": ["parallel.cp=2", "mr_sp.mode=stage1"],
+}  # fmt: skip
 
 
 def evaluated(config: RunConfig, with_oracle: bool) -> dict[str, list[str]]:
