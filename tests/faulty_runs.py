@@ -139,6 +139,11 @@ def gpu_out_of_memory_in_step(step: int) -> object:
     return between_backward_and_update(step, fail)
 
 
+def real_gpu_out_of_memory_in_step(step: int) -> object:
+    """On the last rank, more than any GPU has."""
+    return between_backward_and_update(step, lambda: _is_last_rank() and torch.empty(1 << 50, device="cuda"))
+
+
 def host_out_of_memory_in_step(step: int) -> object:
     """On the last rank, more than any machine has."""
     return between_backward_and_update(step, lambda: _is_last_rank() and torch.empty(1 << 50))
@@ -241,6 +246,7 @@ FAULTS = {
         kill_last_rank_in_step,
         hang_last_rank_in_step,
         gpu_out_of_memory_in_step,
+        real_gpu_out_of_memory_in_step,
         host_out_of_memory_in_step,
         disk_full_in_step,
         crash_before_writing,

@@ -1,0 +1,90 @@
+"""Launch scripts run for real: started, one of their ranks killed from outside, all of it ended."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from megalong.metrics import read_jsonl
+
+ROOT = Path(__file__).parents[1]
+SRUN = """#!/usr/bin/env bash
+set -euo pipefail
+[[ $1 == --kill-on-bad-exit=1 ]] && shift
+"$@" & first=$!
+"$@" & second=$!
+wait $first
+wait $second
+"""
+
+
+def launch(script: str, *args: str, folder: Path, **environment: str) -> subprocess.Popen:
+    """A launch script, without GPUs unless CUDA_VISIBLE_DEVICES is given; its output goes to folder/log.
+
+    srun starts two "nodes" of one process each on this machine.
+    """
+    (folder / "srun").write_text(SRUN)
+    (folder / "scontrol").write_text("#!/bin/sh\necho localhost\n")
+    for name in ("srun", "scontrol"):
+        (folder / name).chmod(0o755)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    slurm = {
+        "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "two", "SLURM_JOB_ID": "7",
+        "GPUS_PER_NODE": "1", "PORT": str(port),
+    }  # fmt: skip
+    settings = {
+        "PYTHON": sys.executable,
+        "PYTHONWARNINGS": "ignore",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+    }
+    paths = {"PATH": f"{folder}:{os.environ['PATH']}", "TMPDIR": str(folder)}
+    with (folder / "log").open("w") as log:
+        return subprocess.Popen(
+            ["bash", str(ROOT / "launch" / script), *args],
+            env={**os.environ, **settings, **paths, **slurm, **environment},
+            stdout=log,
+            stderr=log,
+        )
+
+
+def descendants(folder: Path) -> dict[int, str | None]:
+    """Process id -> RANK (None: no rank) of all that `launch` started for this folder; torchrun makes new sessions."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            variables = (process / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if f"TMPDIR={folder}".encode() in variables:
+            ranks = [text[5:].decode() for text in variables if text.startswith(b"RANK=")]
+            found[int(process.name)] = ranks[0] if ranks else None
+    return found
+
+
+def kill_rank(rank: int, *, launched: subprocess.Popen, folder: Path) -> None:
+    """SIGKILL a rank of what `launched` started, once the run has made two steps."""
+    deadline = time.monotonic() + 240
+    metrics = folder / "run" / "metrics.jsonl"
+    while not (metrics.exists() and len(read_jsonl(metrics)) >= 2):
+        assert launched.poll() is None, "ended before its second step"
+        assert time.monotonic() < deadline, "no two steps within four minutes"
+        time.sleep(0.05)
+    processes = descendants(folder)
+    parents = {pid: int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) for pid in processes}
+    # A rank's helpers have its environment, too.
+    (victim,) = [pid for pid in processes if processes[pid] == str(rank) and processes[parents[pid]] is None]
+    os.kill(victim, signal.SIGKILL)
+
+
+def end_all(launched: subprocess.Popen, folder: Path) -> None:
+    for pid in descendants(folder):
+        os.kill(pid, signal.SIGKILL)
+    launched.wait()
