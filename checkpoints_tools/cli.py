@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import warnings
 from dataclasses import asdict
@@ -91,11 +92,17 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     # torch and megatron-core are imported here, so that --help is quick.
+    if "torch" not in sys.modules:
+        # Nothing is compiled here, but megatron-core's decorators would import the compiler: a second and a half.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     import torch
 
+    if args.verb == "inspect":
+        from checkpoints_tools.describe import describe
+
+        return 0, asdict(describe(args.folder, checksum=not args.no_checksum, allow_pickle=args.allow_pickle))
     from checkpoints_tools.compare import verify
     from checkpoints_tools.convert import hf_to_megatron, megatron_to_hf
-    from checkpoints_tools.describe import describe
 
     dtype = {"bf16": torch.bfloat16, "float32": torch.float32}.get(getattr(args, "dtype", "keep"))
     pickled = {"allow_pickle": args.allow_pickle}
@@ -106,10 +113,8 @@ def _run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
         shard_bytes = None if args.shard_gb is None else int(args.shard_gb * 1e9)
         settings = {"dtype": dtype, "shard_bytes": shard_bytes, "dry_run": args.dry_run}
         return 0, asdict(megatron_to_hf(args.megatron, args.like, args.out, **settings, **pickled))
-    if args.verb == "verify":
-        compared = verify(args.a, args.b, like=args.like, dtype=dtype, **pickled)
-        return int(not compared.equal), {"equal": compared.equal, **asdict(compared)}
-    return 0, asdict(describe(args.folder, checksum=not args.no_checksum, **pickled))
+    compared = verify(args.a, args.b, like=args.like, dtype=dtype, **pickled)
+    return int(not compared.equal), {"equal": compared.equal, **asdict(compared)}
 
 
 def _as_text(result: dict[str, Any]) -> str:

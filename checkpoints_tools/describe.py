@@ -13,10 +13,8 @@ import torch
 from tqdm import tqdm
 
 from checkpoints_tools.direct_files import tensor_bytes
-from checkpoints_tools.families import FILES
 from checkpoints_tools.hf_folder import HfFolder
 from checkpoints_tools.megatron_folder import MegatronFolder, megatron_checkpoint
-from checkpoints_tools.places import FAMILIES, family_of_folder
 
 SLICE_BYTES = 1 << 28
 
@@ -44,6 +42,9 @@ def describe(path: Path, *, checksum: bool = True, allow_pickle: bool = False) -
 
 
 def _describe_hf(path: Path, checksum: bool, *, allow_pickle: bool) -> Description:
+    # The families bring megatron-core and transformers, which a Megatron folder is described without.
+    from checkpoints_tools.places import FAMILIES, family_of_folder
+
     name = family_of_folder(path)
     family = FAMILIES[name]
     folder = HfFolder(path, family.weight_folders, allow_pickle=allow_pickle)
@@ -81,6 +82,8 @@ def _describe_megatron(path: Path, checksum: bool) -> Description:
 
 def _family_by_parts(folder: MegatronFolder) -> str:
     """Of a checkpoint from before they said their family; some families have the same parts."""
+    from checkpoints_tools.families import FILES
+
     parts = {key.split(".")[1] for key in folder.tensors if key.startswith("vision.")}
     found = [name for name, files in FILES.items() if files.vision_parts == parts]
     return f"{' or '.join(found) or 'unknown'} (the checkpoint does not say it)"

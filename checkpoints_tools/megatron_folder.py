@@ -8,7 +8,7 @@ import math
 import pickle
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,9 +19,10 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from checkpoints_tools.direct_files import DirectReader
 from checkpoints_tools.errors import ConvertError, raise_all
-from checkpoints_tools.places import Blueprint, Place
-from megalong.engine.checkpoint import complete_checkpoints
 from megalong.models.weights import VocabRows
+
+if TYPE_CHECKING:
+    from checkpoints_tools.places import Blueprint, Place
 
 CONFIG, METADATA, COMMON = "metadata.json", ".metadata", "common.pt"
 OPTIMIZER = "optimizer."
@@ -92,6 +93,8 @@ def megatron_checkpoint(path: Path) -> Path | None:
     """`path` when it is a Megatron checkpoint, else the newest complete one in it, else None."""
     if (path / CONFIG).is_file():
         return path
+    from megalong.engine.checkpoint import complete_checkpoints  # brings megatron-core
+
     found = complete_checkpoints(path)
     return found[-1] if found else None
 

@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -99,6 +101,18 @@ def test_inspect_of_both_kinds(hf: Path, megatron: Path, capsys) -> None:
     unused = sum(t.numel() for n, t in tower.items() if "layers.2." in n or "post_layernorm" in n)
     assert result["parameters"] == parameters(hf) - unused
     assert run(capsys, "inspect", megatron, "--no-checksum")[1]["checksum"] is None
+
+
+def test_a_megatron_folder_is_inspected_without_megatron_core(megatron: Path) -> None:
+    """Which would take most of the time."""
+    code = (
+        "import sys\nfrom checkpoints_tools.cli import main\n"
+        f"assert main(['inspect', {str(megatron)!r}]) == 0\n"
+        "assert not {'megatron.core', 'transformers'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "family: longvila\n" in done.stdout
 
 
 def test_checksum_is_the_documented_one(hf: Path, capsys) -> None:
