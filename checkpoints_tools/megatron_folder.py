@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from checkpoints_tools.places import Blueprint, Place
 
 CONFIG, METADATA, COMMON = "metadata.json", ".metadata", "common.pt"
+COMMON_OBJECT = "common_state/shard_0_1"
 OPTIMIZER = "optimizer."
 
 _PLAIN_CLASSES = {
@@ -109,7 +110,6 @@ class MegatronFolder:
         self.path = path
         _check_format(path)
         self._metadata = _read_metadata(path / METADATA)
-        self.family = _read_family(path / COMMON)
         self.optimizer_keys = 0
         self.tensors: dict[str, TensorStorageMetadata] = {}  # of the model
         for key, entry in self._metadata.state_dict_metadata.items():
@@ -120,6 +120,7 @@ class MegatronFolder:
             else:
                 self.tensors[key] = entry
         self._check_files()
+        self.family = self._read_family()
 
     def dtype(self, key: str) -> torch.dtype:
         return self.tensors[key].properties.dtype
@@ -167,6 +168,27 @@ class MegatronFolder:
                 f"{self.dtype(item.storage_index.fqn)} that the metadata says"
             )
         return shard
+
+    def _read_family(self) -> str | None:
+        """What the checkpoint says of the model's family; None for one that does not.
+
+        megatron-core 0.16 keeps plain values in common.pt, 0.19 in a list of one, an object beside the tensors.
+        """
+        file = self.path / COMMON
+        inside = [info for index, info in self._metadata.storage_data.items() if index.fqn == COMMON_OBJECT]
+        try:
+            if inside and not file.is_file():
+                file = self.path / inside[0].relative_path
+                with DirectReader(file) as stream:
+                    part = _Slice(stream, start=inside[0].offset, length=inside[0].length)
+                    (common,) = torch.load(part, map_location="cpu", weights_only=True)
+            else:
+                common = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch and pickle raise a dozen kinds for a file that is not what it should be
+            what = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ConvertError(f"{file}: the checkpoint's plain values cannot be read ({what})") from error
+        family = common.get("family") if isinstance(common, dict) else None
+        return family if isinstance(family, str) else None
 
     def read_place(self, place: Place) -> Tensor:
         """The whole parameter of a place, with tensor parallelism's vocabulary padding cut off."""
@@ -255,17 +277,6 @@ def _check_format(path: Path) -> None:
         raise ConvertError(f"{config}: not a valid checkpoint description ({error})") from error
     if backend != "torch_dist":
         raise ConvertError(f"{config}: sharded_backend is {backend!r}; only 'torch_dist' can be read")
-
-
-def _read_family(file: Path) -> str | None:
-    """What the checkpoint says of the model's family; None for one that does not."""
-    try:
-        common = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch and pickle raise a dozen kinds for a file that is not what it should be
-        what = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConvertError(f"{file}: the checkpoint's plain values cannot be read ({what})") from error
-    family = common.get("family") if isinstance(common, dict) else None
-    return family if isinstance(family, str) else None
 
 
 def _read_metadata(file: Path) -> Metadata:
