@@ -221,6 +221,8 @@ def _decoded_from(
     """
     target, key_tick = start
     container.seek(target, stream=stream, backward=True)
+    # dav1d is told once, when it starts, what to leave out, and not packet by packet.
+    others = "DEFAULT" if stream.codec_context.name == "libdav1d" else "NONREF"
     has_key = False
     for packet in container.demux(stream):
         if not has_key and packet.size:
@@ -230,7 +232,7 @@ def _decoded_from(
                 return
             has_key = True
         is_wanted = packet.pts is None or packet.pts in ticks
-        stream.codec_context.skip_frame = "DEFAULT" if is_wanted else "NONREF"
+        stream.codec_context.skip_frame = "DEFAULT" if is_wanted else others
         try:
             frames = packet.decode()
         except av.error.InvalidDataError:

@@ -61,6 +61,7 @@ CODINGS = {
     "wmv2": ("a.wmv", {"codec": "wmv2"}),
     "gif": ("a.gif", {"codec": "gif", "pix_fmt": "rgb8"}),
     "vp9": ("a.webm", {"codec": "libvpx-vp9", "options": {"auto-alt-ref": "1", "deadline": "realtime"}}),
+    "av1": ("a.mp4", {"codec": "libsvtav1", "options": {"preset": "10"}, "size": (64, 64)}),
     "mjpeg": ("a.avi", {"codec": "mjpeg", "pix_fmt": "yuvj420p"}),
     "one keyframe": ("a.mp4", {"gop": 1000}),
     "all keyframes": ("a.mp4", {"gop": 1}),
