@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -13,11 +14,15 @@ from megalong.data.video_index import VideoIndex
 from megalong.data.video_pixels import recolour
 from megalong.data.video_segments import Coding, RefusedError, Segment, as_matroska, read_segment
 
+_BLOCK = 64  # pixels; the largest that codecs round sizes up to
+_BLACK, _GREY = 255 / 16, 255 / 2  # what DALI takes for 16 and 128: a sixteenth and a half of the whole range
 _CHUNK = 4  # frames that are turned into floats at a time
 
 
 class DaliDecoder:
     """One decoding stream of one device; for one thread. device: None decodes on the CPU (VP8, VP9)."""
+
+    _size_of: ClassVar[dict[tuple[str, int, int], tuple[int, int]]] = {}  # codec and blocks -> first size of its files
 
     def __init__(self, device: int | None) -> None:
         self._pipeline = _decode_pipeline(
@@ -32,6 +37,7 @@ class DaliDecoder:
         Raises RefusedError when DALI does, and when what it returns is not what was asked for. The decoder must not be
         used again then.
         """
+        _one_size_per_block(self._size_of, coding)
         file, ticks = read_segment(index, segment, as_matroska)
         place_of = {tick: place for place, tick in enumerate(ticks)}
         wanted = [place_of[int(tick)] for tick in index.ticks_F[list(segment.frames)]]
@@ -46,7 +52,23 @@ class DaliDecoder:
         if tuple(frames_FHWC.shape) != expected:
             raise RefusedError(f"DALI returned pictures of shape {tuple(frames_FHWC.shape)}, expected {expected}")
         for place in range(0, len(wanted), _CHUNK):
-            yield place, recolour(frames_FHWC[place : place + _CHUNK].permute(0, 3, 1, 2).float(), coding)
+            rgb_FCHW = frames_FHWC[place : place + _CHUNK].permute(0, 3, 1, 2).float()
+            yield place, recolour(rgb_FCHW, coding, black=_BLACK, grey=_GREY)
+
+
+def _one_size_per_block(size_of: dict[tuple[str, int, int], tuple[int, int]], coding: Coding) -> None:
+    """Raise RefusedError for files of nearly the size of others, which are decoded to wrong pictures.
+
+    DALI keeps hardware decoders for the whole process and finds them again by a size that is cropped where they are
+    made, and coded (in whole blocks) where they are looked up: a 318 x 234 file takes over that of a 320 x 240 one.
+    """
+    size = (coding.width, coding.height)
+    block = (coding.codec, -(-coding.width // _BLOCK), -(-coding.height // _BLOCK))
+    first = size_of.setdefault(block, size)
+    if first != size:
+        raise RefusedError(
+            f"DALI mixes up files of {size[0]} x {size[1]} and {first[0]} x {first[1]}, which this process has decoded"
+        )
 
 
 @pipeline_def

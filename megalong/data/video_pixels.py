@@ -40,12 +40,19 @@ def rgb_of_nv12(luma_FHW: Tensor, chroma_FhwC: Tensor, coding: Coding, *, bits: 
     ).clamp_(0, 255)
 
 
-def recolour(rgb_FCHW: Tensor, coding: Coding) -> Tensor:
-    """RGB that was made with BT.601's matrix, as the matrix of the file makes it. Float in, float out."""
-    if coding.matrix == "bt601":
-        return rgb_FCHW
-    change = (_to_rgb(coding.matrix) @ torch.linalg.inv(_to_rgb("bt601"))).to(rgb_FCHW)
-    return torch.einsum("ij,fjhw->fihw", change, rgb_FCHW).clamp_(0, 255)
+def recolour(rgb_FCHW: Tensor, coding: Coding, *, black: float = 16.0, grey: float = 128.0) -> Tensor:
+    """RGB that was made with BT.601's matrix, as the matrix of the file makes it. Float in, float out.
+
+    black, grey: what was taken, when it was made, for the luma of black (of the limited range) and for no colour.
+    """
+    luma, chroma = 16.0 - black, 128.0 - grey
+    luma, chroma = (0.0, chroma) if coding.full_range else (luma * 255 / 219, chroma * 255 / 224)
+    excess = (_to_rgb("bt601") @ torch.tensor((luma, chroma, chroma), dtype=torch.float64)).to(rgb_FCHW)
+    rgb_FCHW = rgb_FCHW - excess[:, None, None]
+    if coding.matrix != "bt601":
+        change = (_to_rgb(coding.matrix) @ torch.linalg.inv(_to_rgb("bt601"))).to(rgb_FCHW)
+        rgb_FCHW = torch.einsum("ij,fjhw->fihw", change, rgb_FCHW)
+    return rgb_FCHW.clamp_(0, 255)
 
 
 def _to_rgb(matrix: str) -> Tensor:

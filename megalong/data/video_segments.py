@@ -16,6 +16,7 @@ from itertools import accumulate
 from typing import TypeVar
 
 import av
+import numpy as np
 from av.bitstream import BitStreamFilterContext
 from av.packet import Packet
 from av.video.stream import VideoStream
@@ -42,6 +43,7 @@ class Coding:
     codec: str  # FFmpeg's name
     width: int  # pixels, as stored
     height: int
+    bits: int  # per sample
     matrix: str  # "bt601" (also where the file does not say), "bt709" or "bt2020"
     full_range: bool
 
@@ -78,6 +80,13 @@ def plan_segments(index: VideoIndex, wanted: Sequence[int], *, aim: int, most_fr
     return [Segment(first=first, frames=part) for first, part in zip(firsts, parts, strict=False)]
 
 
+def num_decoded(index: VideoIndex, wanted: Sequence[int]) -> int:
+    """Frames from the keyframe of each group of pictures to its last wanted one: about what must be decoded."""
+    last_of = {bisect_right(index.key_ticks, int(index.ticks_F[frame])): frame for frame in wanted}
+    starts = {key: int(np.searchsorted(index.ticks_F, index.key_ticks[key - 1])) if key else 0 for key in last_of}
+    return sum(last - starts[key] + 1 for key, last in last_of.items())
+
+
 def read_coding(index: VideoIndex) -> Coding:
     """Raises RefusedError for streams that a hardware decoder does not decode, or not to the same pictures."""
     with opened(index.path) as (_, stream):
@@ -87,6 +96,7 @@ def read_coding(index: VideoIndex) -> Coding:
             codec=codec,
             width=context.width,
             height=context.height,
+            bits=10 if pixels == "yuv420p10le" else 8,
             matrix={_BT709: "bt709", _BT2020: "bt2020"}.get(int(context.colorspace), "bt601"),
             full_range=int(context.color_range) == _FULL_RANGE or pixels == "yuvj420p",
         )
@@ -274,7 +284,7 @@ def as_matroska(stream: VideoStream, packets: Sequence[Packet]) -> tuple[bytes, 
     delay = max(place - place_of[packet.pts] for place, packet in enumerate(packets))
     file = io.BytesIO()
     with av.open(file, "w", format="matroska") as container:
-        copy = container.add_stream_from_template(stream)
+        copy = container.add_stream_from_template(stream, opaque=True)  # of AV1 the wheels have no encoder of that name
         for place, packet in enumerate(packets):
             packet.pts, packet.dts = place_of[packet.pts] * _FRAME_MS, (place - delay) * _FRAME_MS
             packet.duration, packet.time_base, packet.stream = _FRAME_MS, Fraction(1, 1000), copy

@@ -35,6 +35,7 @@ TAKEN = (
     "h264 fragmented",
     "hevc open gop",
     "vp9",
+    "av1",
     "one keyframe",
     "all keyframes",
 )
@@ -53,7 +54,7 @@ def segments_of(path: str, wanted: list[int], *, aim: int = 4, most_frames: int 
 
 def decoded(packets: list[CodedFrame], codec: str) -> dict[int, int]:
     """Tick -> number on the picture, by FFmpeg's decoder of the same codec without any container."""
-    context = av.CodecContext.create(codec, "r")
+    context = av.CodecContext.create("libdav1d" if codec == "av1" else codec, "r")
     found = {}
     parts = []
     for source in packets:
@@ -197,7 +198,7 @@ def test_colours_are_those_of_the_cpu_path(matrix: str, number: int, full_range:
     frame = av.VideoFrame.from_ndarray(planes, format="yuv420p")
     frame.colorspace, frame.color_range = number, 2 if full_range else 1
     expected = frame.reformat(format="rgb24", interpolation="BICUBIC").to_ndarray()
-    coding = Coding(codec="h264", width=64, height=32, matrix=matrix, full_range=full_range)
+    coding = Coding(codec="h264", width=64, height=32, bits=8, matrix=matrix, full_range=full_range)
     ours_FCHW = rgb_of_nv12(torch.from_numpy(luma)[None], torch.from_numpy(chroma)[None], coding)
     ours = ours_FCHW[0].permute(1, 2, 0).round().numpy()
     assert np.abs(ours - expected).max() <= 2
@@ -211,6 +212,12 @@ def test_colours_are_those_of_the_cpu_path(matrix: str, number: int, full_range:
     inside = inside.all(1, keepdim=True).expand_as(inside)
     assert inside.float().mean() > 0.9
     torch.testing.assert_close(recolour(as_601, coding)[inside], ours_FCHW[inside], atol=1e-2, rtol=0)
+    wide_luma, wide_chroma = torch.from_numpy(luma).int() << 8, (torch.from_numpy(chroma).int() << 8) + 128
+    wide_luma += 0 if full_range else 16
+    shifted = rgb_of_nv12(wide_luma[None], wide_chroma[None], replace(coding, matrix="bt601"), bits=16)
+    inside = inside & ((shifted > 0) & (shifted < 255)).all(1, keepdim=True)
+    unshifted = recolour(shifted, coding, black=15.9375, grey=127.5)
+    torch.testing.assert_close(unshifted[inside], ours_FCHW[inside], atol=1e-2, rtol=0)
 
 
 @pytest.mark.parametrize("transpose", [False, True])
