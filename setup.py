@@ -30,7 +30,7 @@ setup(
         "tensorboard",
     ],
     extras_require={
-        "gpu": ["transformer-engine[pytorch]", "vllm>=0.25,<0.26", "nvidia-dali-cuda130"],
+        "gpu": ["transformer-engine[pytorch]", "vllm>=0.25,<0.26", "PyNvVideoCodec>=2"],
         "wandb": ["wandb"],
         "test": ["pytest", "pytest-timeout", "hypothesis", "pillow", "ruff", "wandb"],
     },

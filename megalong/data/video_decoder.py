@@ -19,7 +19,7 @@ from megalong.config.tree import VideoDecoder
 from megalong.data.video import decode_frames, wanted_frames
 from megalong.data.video_index import VideoIndex, probe
 from megalong.data.video_pixels import resized
-from megalong.data.video_segments import Coding, RefusedError, Segment, plan_segments, read_coding
+from megalong.data.video_segments import Coding, RefusedError, Segment, num_decoded, plan_segments, read_coding
 from megalong.records import Clip, FrameSelection
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,10 @@ logger = logging.getLogger(__name__)
 STREAMS = 14
 """Decoding streams per GPU: two for each NVDEC engine of an H200."""
 _SEGMENT_BYTES = 128 << 20  # pictures of a segment at full size that may be in memory at once
-_PACKAGES = {VideoDecoder.dali: "nvidia.dali", VideoDecoder.nvcodec: "PyNvVideoCodec"}
+_PACKAGES = {VideoDecoder.nvcodec: "PyNvVideoCodec", VideoDecoder.dali: "nvidia.dali"}  # auto takes the first there is
+CPU_PIXELS = 32_000_000
+"""video.decoder=auto: selections for which no more pixels than this must be decoded go to PyAV, by plan: a core takes
+0.1 to 0.3 s for them, in which a stream on the GPU has hardly opened its decoder, and next to no memory."""
 
 
 class SegmentDecoder(Protocol):
@@ -63,18 +66,21 @@ class GpuFrameDecoder:
     """Decodes with `streams` decoders of one GPU; frames of all calls share them. Thread-safe.
 
     The frames are those of `decode_frames`, in page-locked host memory. A file that the GPU path refuses goes to PyAV,
-    which also has the last word on damaged ones; each such file is logged and in `fallbacks`.
+    which also has the last word on damaged ones; each such file is logged and in `fallbacks`. Not so selections that
+    are PyAV's by plan: those for which at most `cpu_pixels` pixels must be decoded.
     """
 
-    def __init__(self, device: torch.device, make: Callable[[], SegmentDecoder], *, streams: int = STREAMS) -> None:
-        self.device, self.streams, self.fallbacks = device, streams, {}
+    def __init__(
+        self, device: torch.device, make: Callable[[], SegmentDecoder], *, streams: int = STREAMS, cpu_pixels: int = 0
+    ) -> None:
+        self.device, self.streams, self.cpu_pixels, self.fallbacks = device, streams, cpu_pixels, {}
         self._make = make
         self._pool = ThreadPoolExecutor(max_workers=streams, thread_name_prefix="nvdec")
         self._mine = threading.local()
 
     def decode(self, selection: FrameSelection, *, first: int, last: int) -> Clip:
         """As `decode_frames`; raises DecodeError."""
-        if first == last:
+        if first == last or self._is_small(selection):
             return decode_frames(selection, first=first, last=last)
         try:
             frames_FHWC = self._decode(selection, first, last)
@@ -88,6 +94,14 @@ class GpuFrameDecoder:
     def close(self) -> None:
         """Stop the decoding threads."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _is_small(self, selection: FrameSelection) -> bool:
+        """By the whole selection, so that a video's ranks take one decoder, however many they are."""
+        if not self.cpu_pixels:
+            return False
+        index = probe(selection.path)
+        wanted = wanted_frames(selection, index, first=0, last=len(selection.frames))
+        return num_decoded(index, wanted) * index.width * index.height <= self.cpu_pixels
 
     def _decode(self, selection: FrameSelection, first: int, last: int) -> Tensor:
         """[last - first, height, width, 3] uint8."""
@@ -146,6 +160,7 @@ class GpuFrameDecoder:
 def open_decoder(kind: VideoDecoder, device: torch.device) -> FrameDecoder:
     """The decoder of video.decoder for a device. Raises ConfigError when it needs a GPU or a package there is not."""
     on_gpu = device.type == "cuda"
+    cpu_pixels = CPU_PIXELS if kind is VideoDecoder.auto else 0
     if kind is VideoDecoder.auto:
         installed = [kind for kind in _PACKAGES if _is_installed(_PACKAGES[kind])]
         if on_gpu and not installed:
@@ -164,7 +179,7 @@ def open_decoder(kind: VideoDecoder, device: torch.device) -> FrameDecoder:
         make = import_module("megalong.data.video_dali").DaliDecoder
     else:
         make = import_module("megalong.data.video_nvcodec").NvCodecDecoder
-    return GpuFrameDecoder(device, lambda: make(number))
+    return GpuFrameDecoder(device, lambda: make(number), cpu_pixels=cpu_pixels)
 
 
 def _is_installed(package: str) -> bool:

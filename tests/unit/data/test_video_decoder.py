@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -18,7 +19,8 @@ from video_files import cut_file, write_video
 
 from megalong.config.errors import ConfigError
 from megalong.config.tree import VideoDecoder
-from megalong.data.video import DecodeError, VideoIndex, decode_frames
+from megalong.data import video_decoder
+from megalong.data.video import DecodeError, VideoIndex, decode_frames, probe
 from megalong.data.video_decoder import CpuFrameDecoder, GpuFrameDecoder, open_decoder
 from megalong.data.video_segments import Coding, RefusedError, Segment, as_byte_stream, read_segment
 
@@ -106,6 +108,37 @@ def test_a_refused_file_is_decoded_by_pyav_counted_and_named_once(
     decoder.close()
     assert decoder.fallbacks == {str(path): reason}
     assert [str(path) in line and reason in line for line in caplog.messages] == [True]
+
+
+def test_small_videos_are_pyav_s_by_plan(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", 60, gop=12)
+    width, height = probe(path).width, probe(path).height
+    decoder = GpuFrameDecoder(torch.device("cpu"), Refusing, streams=2, cpu_pixels=30 * width * height)
+    small = pick(path, [0, 11, 40, 44, 48])  # from the keyframes 0, 36 and 48: 12 + 9 + 1 frames
+    large = pick(path, [11, 35, 44])  # 12 + 12 + 9
+    for chosen, fallbacks in ((small, set()), (large, {str(path)})):
+        clip = decoder.decode(chosen, first=1, last=3)
+        np.testing.assert_array_equal(clip.frames_FHWC, decode_frames(chosen, first=1, last=3).frames_FHWC)
+        assert decoder.fallbacks.keys() == fallbacks
+    decoder.close()
+
+
+def test_auto_takes_nvcodec_before_dali_and_leaves_small_videos_to_pyav(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    backend = SimpleNamespace(
+        NvCodecDecoder=lambda number: made.append(f"nvcodec {number}"), DaliDecoder=lambda number: made.append("dali")
+    )
+    monkeypatch.setattr(video_decoder, "import_module", lambda name: backend)
+    for installed, expected in (({"PyNvVideoCodec", "nvidia.dali"}, "nvcodec 3"), ({"nvidia.dali"}, "dali")):
+        monkeypatch.setattr(video_decoder, "_is_installed", installed.__contains__)
+        decoder = open_decoder(VideoDecoder.auto, torch.device("cuda", 3))
+        decoder._make()
+        assert made.pop() == expected
+        assert decoder.cpu_pixels == video_decoder.CPU_PIXELS
+        decoder.close()
+        assert open_decoder(VideoDecoder.dali, torch.device("cuda", 3)).cpu_pixels == 0
+    monkeypatch.setattr(video_decoder, "_is_installed", lambda package: False)
+    assert isinstance(open_decoder(VideoDecoder.auto, torch.device("cuda", 3)), CpuFrameDecoder)
 
 
 def test_a_broken_file_is_a_decode_error_and_no_fall_back(decoder: GpuFrameDecoder, tmp_path: Path) -> None:
