@@ -43,7 +43,7 @@ from megalong.vision.encode import VisionStage
 
 SHAPES = Path(__file__).parents[1] / "launch" / "shapes" / "longvila_7b"
 TINY = {
-    "llm": {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 96,
+    "llm": {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 96,
             "vocab_size": 320},
     "vision_tower": {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48,
                      "image_size": 56},

@@ -19,6 +19,7 @@ from megalong.config.tree import Recompute, RunConfig
 from megalong.data.manifest import ManifestError
 from megalong.metrics import PhaseTimer
 from megalong.models.errors import CheckpointError
+from megalong.rollout.engine import RolloutEngineError, WeightSyncError
 from megalong.vision.disk import EmbeddingCacheError
 from megalong.watchdog import Watchdog
 
@@ -33,8 +34,11 @@ NCCL = ("ncclRemoteError", "remote process exit", "imed out", "imeout", "aborted
 for all errors."""
 
 
-MISTAKES = (ConfigError, ManifestError, CheckpointError, EmbeddingCacheError, FileNotFoundError)
-"""Errors about what the user gave: their message says it all."""
+MISTAKES = (
+    ConfigError, ManifestError, CheckpointError, EmbeddingCacheError, FileNotFoundError, RolloutEngineError,
+    WeightSyncError,
+)  # fmt: skip
+"""Errors about what the user gave, and of the rollout engine: their message says it all."""
 
 
 class RunFailedError(RuntimeError):

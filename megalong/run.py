@@ -15,27 +15,25 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from megalong.config.errors import ConfigError
 from megalong.config.load import save_config
 from megalong.config.model_shape import ModelShape
 from megalong.config.shapes import read_model_shape
 from megalong.config.tree import Recompute, RunConfig
-from megalong.config.tree import RolloutEngine as EngineChoice
 from megalong.config.validate import Task, validate
 from megalong.data.batches import build_prompts
 from megalong.data.manifest import ManifestError, read_manifest
 from megalong.data.sampler import PromptSampler
 from megalong.data.sequence import SequenceBuilder
-from megalong.engine.build import TORCH_DTYPE, build_model, family_of
+from megalong.engine.build import build_model, family_of
 from megalong.engine.checkpoint import complete_checkpoints, load_checkpoint, load_weights, save_checkpoint
 from megalong.engine.trainer import Trainer
+from megalong.engines import build_engine
 from megalong.metrics import PhaseTimer, RunLogger
 from megalong.models.errors import CheckpointError
 from megalong.parallel.collectives import gather_objects, max_over, sum_over
 from megalong.parallel.layout import ParallelLayout, make_layout
 from megalong.records import Dropped, Prompt, Sample
 from megalong.rewards.functions import check_problem_types
-from megalong.rollout.embedded import EmbeddedEngine
 from megalong.rollout.sampler import GroupSampler
 from megalong.videos import check_store, frame_chooser, open_vision
 from megalong.vision.encode import VisionStage
@@ -60,7 +58,7 @@ class Run:
 
     def sync_weights(self) -> None:
         """Send the trainer's weights to the sampler, unless it has them already."""
-        if self.weights_version != self.trainer.num_updates:
+        if self.weights_version != self.trainer.num_updates or self.sampler.needs_weights:
             self.sampler.load_weights(self.trainer.export_weights(), version=self.trainer.num_updates)
             self.weights_version = self.trainer.num_updates
 
@@ -127,6 +125,7 @@ class Run:
 
     def close(self) -> None:
         self.vision.close()
+        self.sampler.close()
         self.logger.close()
 
 
@@ -249,7 +248,10 @@ def _start(config: RunConfig, *, task: Task, timer: PhaseTimer) -> Run:
             thinking=config.data.thinking,
         ),
         sampler=GroupSampler(
-            build_engine(config, layout, eos_id=tokens.eos_id), layout, decode=tokens.decode, seed=config.seed
+            build_engine(config, layout, task=task, eos_id=tokens.eos_id),
+            layout,
+            decode=tokens.decode,
+            seed=config.seed,
         ),
         logger=RunLogger(
             config.logger.run_dir,
@@ -298,20 +300,6 @@ def resume_point(config: RunConfig) -> Path | None:
             "start over, choose another logger.run_dir, or set checkpoint.resume=true to continue"
         )
     return checkpoints[-1] if checkpoints else None
-
-
-def build_engine(config: RunConfig, layout: ParallelLayout, *, eos_id: int) -> EmbeddedEngine:
-    """The rollout engine config.rollout.engine names."""
-    if config.rollout.engine is EngineChoice.vllm:
-        raise ConfigError(["rollout.engine=vllm is not built yet; set rollout.engine=embedded"])
-    family = family_of(config.model)
-    return EmbeddedEngine(
-        family.sampler_model(Path(config.model.path), TORCH_DTYPE[config.model.dtype]),
-        name_of=family.sampler_name,
-        eos_id=eos_id,
-        device=layout.device,
-        batch_prompts=config.rollout.batch_prompts,
-    )
 
 
 def newest_checkpoint(path: Path) -> Path:

@@ -90,9 +90,15 @@ class KlEstimator(Enum):
 
 
 class RolloutEngine(Enum):
-    auto = "auto"  # the best engine there is for the device; at present embedded everywhere
-    embedded = "embedded"
+    auto = "auto"  # vllm on a GPU where it is installed and has the model (not for sft); embedded otherwise
+    embedded = "embedded"  # transformers in the training process
     vllm = "vllm"
+
+
+class EnginePlacement(Enum):
+    auto = "auto"  # disaggregated where the training processes of a node leave GPUs, colocated otherwise
+    disaggregated = "disaggregated"  # GPUs of their own, behind those of the training processes; weights by NCCL
+    colocated = "colocated"  # the trainer's GPUs: the engine sleeps while the trainer works; weights by CUDA IPC
 
 
 @dataclass
@@ -204,6 +210,21 @@ class RolloutConfig:
     """0: off."""
     batch_prompts: int = 8
     """Prompts that one generate call of the embedded engine takes together."""
+    placement: EnginePlacement = EnginePlacement.auto
+    """vllm: which GPUs its engines have."""
+    engine_tp: int = 1
+    """vllm: tensor-parallel GPUs of an engine."""
+    engines_per_node: int = 1
+    """vllm, disaggregated: engines on each node, each driven by one of its first training processes. (Colocated, there
+    are as many as the node's GPUs make.)"""
+    memory_share: float = 0.0
+    """vllm: share of a GPU's memory for weights, keys and values; 0: 0.9 disaggregated, 0.4 colocated."""
+    prefill_tokens: int = 16384
+    """vllm: most tokens of one step of an engine; long prompts are prefilled in pieces of this many."""
+    max_sequences: int = 256
+    """vllm: most responses an engine samples at a time."""
+    cuda_graphs: bool = True
+    """vllm: capture the decoding steps. Starting takes some seconds longer."""
 
 
 @dataclass

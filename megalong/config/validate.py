@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from megalong.config.errors import ConfigError
 from megalong.config.model_shape import ModelShape
-from megalong.config.tree import AdvantageKind, FrameSampling, Recompute, RunConfig
+from megalong.config.tree import AdvantageKind, FrameSampling, Recompute, RolloutEngine, RunConfig
 
 Task = Literal["sft", "grpo", "eval", "cache-embeddings"]
 
@@ -36,6 +36,7 @@ def validate(config: RunConfig, *, task: Task, world_size: int, model: ModelShap
         problems += _vision_problems(config, model=model)
     if task == "grpo":
         problems += _grpo_problems(config)
+        problems += _rollout_problems(config)
     problems += _evaluation_problems(config, task)
     if problems:
         raise ConfigError(problems)
@@ -133,6 +134,11 @@ _GRPO_BOUNDS: tuple[_Bound, ...] = (
     _Bound("rollout.top_p", 0, 1, above=True),
     _Bound("rollout.top_k", 0),
     _Bound("rollout.batch_prompts", 1),
+    _Bound("rollout.engine_tp", 1),
+    _Bound("rollout.engines_per_node", 1),
+    _Bound("rollout.memory_share", 0, 1),
+    _Bound("rollout.prefill_tokens", 1),
+    _Bound("rollout.max_sequences", 1),
     _Bound("reward.overlong_buffer", 0),
 )
 
@@ -309,6 +315,17 @@ def _batch_problems(config: RunConfig, task: Task, *, world_size: int) -> Iterat
         yield (
             f"{share} is not a multiple of the {dp} replicas that {world_size} processes make; every replica takes the "
             f"same number per step: make {task}.batch_size a multiple of {updates * dp}"
+        )
+
+
+def _rollout_problems(config: RunConfig) -> Iterator[str]:
+    rollout = config.rollout
+    cut = [name for name, off in (("top_p", 1.0), ("top_k", 0)) if getattr(rollout, name) != off]
+    if rollout.engine is RolloutEngine.vllm and cut and rollout.temperature != 1:
+        yield (
+            f"rollout.engine=vllm with rollout.temperature={rollout.temperature:g} and rollout.{cut[0]}="
+            f"{getattr(rollout, cut[0])}: vLLM reports log-probabilities either at temperature 1 or after the cut, and "
+            "the trainer's are at the temperature and before it; change one of the two"
         )
 
 

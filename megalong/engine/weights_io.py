@@ -174,7 +174,7 @@ def _from_stage(buckets: Iterator[WeightBucket], stage: int, layout: ParallelLay
     while True:
         mine = next(buckets, None) if stage == layout.pp_rank else None
         shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in mine.tensors.items()} if mine else None
-        announced = broadcast_object((shapes, mine and mine.checksum), source=stage, group=layout.pp)
+        announced = broadcast_object((shapes, mine and int(mine.checksum)), source=stage, group=layout.pp)
         shapes, checksum = announced
         if shapes is None:
             return
@@ -183,4 +183,4 @@ def _from_stage(buckets: Iterator[WeightBucket], stage: int, layout: ParallelLay
             held = mine.tensors[name].contiguous() if mine else torch.empty(shape, dtype=dtype, device=layout.device)
             dist.broadcast(held, group_src=stage, group=layout.pp)
             tensors[name] = held
-        yield WeightBucket(tensors=tensors, checksum=checksum)
+        yield WeightBucket(tensors=tensors, checksum=torch.tensor(checksum, device=layout.device))

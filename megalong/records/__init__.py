@@ -165,16 +165,45 @@ class WeightBucket:
     """A bounded piece of the policy in Hugging Face names and shapes, on its way to a sampler."""
 
     tensors: dict[str, Tensor]
-    checksum: int  # bucket_checksum(tensors) at the sender
+    checksum: Tensor  # bucket_checksum(tensors) at the sender
 
 
-def bucket_checksum(tensors: dict[str, Tensor]) -> int:
-    """crc32 over names, shapes, dtypes and bytes, in order; sender and receiver call this one function."""
-    crc = 0
+def bucket_checksum(tensors: dict[str, Tensor]) -> Tensor:
+    """Checksum over names, shapes, dtypes and bytes, in order: 0-dim int64 on the tensors' device, not waited for.
+
+    Sender and receiver call this one function. Bytes are summed as int64 words (modulo 2^64), each weighed by an odd
+    factor of its row plus one of its column: any change of one word changes the sum.
+    """
+    total = None
     for name, tensor in tensors.items():
-        crc = zlib.crc32(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode(), crc)
-        crc = zlib.crc32(tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy(), crc)
-    return crc
+        header = zlib.crc32(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest = _word_sum(tensor) * (2 * header + 1) + header
+        total = digest if total is None else total * 3 + digest
+    return torch.zeros((), dtype=torch.int64) if total is None else total
+
+
+_ROW_WORDS = 4096
+
+
+def _word_sum(tensor: Tensor) -> Tensor:
+    """Weighted sum of the tensor's bytes as int64 words, 0-dim int64."""
+    data = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    if data.storage_offset() % 8 or data.data_ptr() % 8:
+        data = data.clone()  # words must be aligned
+    whole = len(data) // (8 * _ROW_WORDS) * 8 * _ROW_WORDS
+    rest = torch.nn.functional.pad(data[whole:], (0, -(len(data) - whole) % 8)).view(torch.int64)
+    total = (rest * _odd(len(rest), data.device)).sum()
+    if whole:
+        words_RW = data[:whole].view(torch.int64).view(-1, _ROW_WORDS)
+        rows_R, columns_W = words_RW.sum(1), words_RW.sum(0)
+        # Even row factors plus odd column factors: odd together.
+        total = total + (rows_R * (_odd(len(rows_R), data.device) + 1)).sum()
+        total = total + (columns_W * (_odd(_ROW_WORDS, data.device) * 0x9E3779B1)).sum()
+    return total
+
+
+def _odd(count: int, device: torch.device) -> Tensor:
+    return torch.arange(count, device=device) * 2 + 1
 
 
 __all__ = [

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     DynamicCache,
     GenerationConfig,
@@ -22,6 +22,7 @@ from transformers import (
 
 from megalong.records import MEDIA_TOKEN, WeightBucket, bucket_checksum
 from megalong.rollout.engine import Request, Sampled, Sampling, WeightSyncError
+from megalong.rollout.weight_check import WeightCheck
 
 
 class SeededSampler(LogitsProcessor):
@@ -70,51 +71,40 @@ class EmbeddedEngine:
         batch_prompts: int,
     ) -> None:  # fmt: skip
         self.model = model.to(device).eval().requires_grad_(False)
-        self.name_of = name_of
+        self.weights = WeightCheck(model, name_of=name_of)
         self.eos_id = eos_id
         self.device = device
         self.batch_prompts = batch_prompts
-        self._version = -1
-        self._broken: str | None = None
+        self.needs_weights = False
 
     @property
     def version(self) -> int:
-        return self._version
+        return self.weights.version
+
+    def release(self) -> None:
+        """Its weights are the trainer's size and stay where they are."""
+
+    def close(self) -> None:
+        """It is an object of the trainer's process."""
 
     @torch.no_grad()
     def load_weights(self, buckets: Iterable[WeightBucket], *, version: int) -> None:
         """See RolloutEngine. Buckets are copied one at a time."""
-        if version <= self._version:
-            raise WeightSyncError(f"weights of version {version} arrived after version {self._version}")
-        self._broken = f"the update to version {version} did not finish"
-        parameters = _parameters(self.model)
-        missing = set(parameters) if self._version < 0 else set()
+        update = self.weights.begin(version)
+        parameters = dict(self.model.named_parameters())
         for bucket in buckets:
             if bucket_checksum(bucket.tensors) != bucket.checksum:
                 raise WeightSyncError(
                     f"version {version}: a bucket's checksum is wrong ({list(bucket.tensors)[:3]} ..)"
                 )
-            for full_name, tensor in bucket.tensors.items():
-                name = self.name_of(full_name)
-                if name is None:
-                    continue
-                if name not in parameters:
-                    raise WeightSyncError(f"version {version}: the sampler has no weight {name!r}")
-                if parameters[name].shape != tensor.shape:
-                    raise WeightSyncError(
-                        f"version {version}: {name} is {tuple(tensor.shape)}, expected {tuple(parameters[name].shape)}"
-                    )
+            for name, tensor in update.of(bucket).items():
                 parameters[name].copy_(tensor)
-                missing.discard(name)
-        if missing:
-            raise WeightSyncError(f"version {version}: the first update leaves out {sorted(missing)[:5]}")
-        self._version, self._broken = version, None
+        update.end()
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request], *, sampling: Sampling) -> list[list[Sampled]]:
         """See RolloutEngine. Prompts are batched (left-padded) `batch_prompts` at a time, similar lengths together."""
-        if self._version < 0 or self._broken:
-            raise WeightSyncError(self._broken or "no weights were loaded before generate()")
+        self.weights.require()
         results: dict[int, list[Sampled]] = {}
         order = sorted(range(len(requests)), key=lambda index: len(requests[index].ids_P))
         for at in range(0, len(order), self.batch_prompts):
@@ -128,7 +118,7 @@ class EmbeddedEngine:
         ids_BP = torch.full((len(requests), longest), self.eos_id)
         mask_BP = torch.zeros((len(requests), longest), dtype=torch.int64)
         for row, request in enumerate(requests):
-            _check(request, group_size=group)
+            request.check(group_size=group)
             ids_BP[row, longest - len(request.ids_P) :] = torch.tensor(request.ids_P)
             mask_BP[row, longest - len(request.ids_P) :] = 1
         ids_BP, mask_BP = ids_BP.to(self.device), mask_BP.to(self.device)
@@ -181,37 +171,10 @@ class EmbeddedEngine:
         return cache
 
 
-def _check(request: Request, *, group_size: int) -> None:
-    """Each request by itself: in a batch, one's missing embedding and another's extra one would cancel out."""
-    if len(request.seeds) != group_size:
-        raise ValueError(f"{len(request.seeds)} seeds for a group of {group_size}")
-    places = request.ids_P.count(MEDIA_TOKEN)
-    given = 0 if request.embeds_ND is None else len(request.embeds_ND)
-    if places != given:
-        raise ValueError(f"the prompt has {places} vision-token places but {given} embeddings were given")
-    # generate() looks up the last token of the prompt itself, and the prefill takes what is before it.
-    if len(request.ids_P) < 2 or request.ids_P[-1] == MEDIA_TOKEN:
-        raise ValueError(
-            f"the prompt has {len(request.ids_P)} tokens and ends in {request.ids_P[-1:]}, expected at least two "
-            "tokens and a text token at the end"
-        )
-    if request.positions_P.shape[-1] != len(request.ids_P):
-        raise ValueError(f"{request.positions_P.shape[-1]} positions for a prompt of {len(request.ids_P)} tokens")
-    if (request.positions_P[..., -1] + 1 != request.next_position).any():
-        raise ValueError(
-            f"the prompt's last token is at position {request.positions_P[..., -1].tolist()}, so the response cannot "
-            f"start at {request.next_position}"
-        )
-
-
 def _left_padded_positions(requests: Sequence[Request], longest: int) -> Tensor:
     """[B, P], or [3, B, P] for M-RoPE; 0 under the padding."""
     padded = [F.pad(request.positions_P, (longest - len(request.ids_P), 0)) for request in requests]
     return torch.stack(padded, dim=-2)
-
-
-def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    return dict(model.named_parameters())  # a tied head appears once, under the embedding's name
 
 
 def _cut(ids: list[int], logprobs: list[float], *, eos_id: int) -> Sampled:

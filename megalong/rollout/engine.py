@@ -8,11 +8,15 @@ from typing import Protocol
 
 from torch import Tensor
 
-from megalong.records import WeightBucket
+from megalong.records import MEDIA_TOKEN, WeightBucket
 
 
 class WeightSyncError(Exception):
     """A weight update the engine refuses: wrong checksum, unknown or missing names, wrong shape or version."""
+
+
+class RolloutEngineError(Exception):
+    """The engine itself failed: its process ended, or it does not answer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +39,31 @@ class Request:
     next_position: int  # of the first response token
     embeds_ND: Tensor | None  # [N, D], in order of the MEDIA_TOKEN places
     seeds: tuple[int, ...]  # one per response: a response does not depend on what else is in the batch
+
+    def check(self, *, group_size: int) -> None:
+        """Raises ValueError for a request that no engine can take.
+
+        Each by itself: in a batch, one's missing embedding and another's extra one would cancel out.
+        """
+        if len(self.seeds) != group_size:
+            raise ValueError(f"{len(self.seeds)} seeds for a group of {group_size}")
+        places = self.ids_P.count(MEDIA_TOKEN)
+        given = 0 if self.embeds_ND is None else len(self.embeds_ND)
+        if places != given:
+            raise ValueError(f"the prompt has {places} vision-token places but {given} embeddings were given")
+        # generate() looks up the last token of the prompt itself, and the prefill takes what is before it.
+        if len(self.ids_P) < 2 or self.ids_P[-1] == MEDIA_TOKEN:
+            raise ValueError(
+                f"the prompt has {len(self.ids_P)} tokens and ends in {self.ids_P[-1:]}, expected at least two "
+                "tokens and a text token at the end"
+            )
+        if self.positions_P.shape[-1] != len(self.ids_P):
+            raise ValueError(f"{self.positions_P.shape[-1]} positions for a prompt of {len(self.ids_P)} tokens")
+        if (self.positions_P[..., -1] + 1 != self.next_position).any():
+            raise ValueError(
+                f"the prompt's last token is at position {self.positions_P[..., -1].tolist()}, so the response cannot "
+                f"start at {self.next_position}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,3 +88,13 @@ class RolloutEngine(Protocol):
     @property
     def version(self) -> int:
         """Version of the weights in use; -1 before the first update."""
+
+    @property
+    def needs_weights(self) -> bool:
+        """Whether release() threw the weights away, so that the next update must hold all of them."""
+
+    def release(self) -> None:
+        """Give back what memory the trainer may use until the next load_weights or generate."""
+
+    def close(self) -> None:
+        """End what the engine started. Nothing can be asked of it afterwards."""

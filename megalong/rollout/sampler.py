@@ -27,15 +27,42 @@ class GroupSampler:
     """Samples G responses per prompt with the weights loaded last."""
 
     def __init__(
-        self, engine: RolloutEngine, layout: ParallelLayout, *, decode: Callable[[Sequence[int]], str], seed: int
+        self,
+        engine: RolloutEngine | None,
+        layout: ParallelLayout,
+        *,
+        decode: Callable[[Sequence[int]], str],
+        seed: int,
     ) -> None:
-        self.engine = engine
+        self.engine = engine  # None: another rank of the replica drives one
         self.layout = layout
         self.decode = decode
         self.seed = seed
+        self.version = -1  # of the weights loaded last
+        self.needs_weights = False  # before the next sample, all of them
+        flags = gather_objects(engine is not None, group=layout.replica)
+        self._drivers = [rank for rank, has_engine in enumerate(flags) if has_engine]
 
     def load_weights(self, buckets: Iterable[WeightBucket], *, version: int) -> None:
-        self.engine.load_weights(buckets, version=version)
+        """See RolloutEngine. A rank without an engine takes part in making the buckets."""
+        if self.engine is None:
+            for _ in buckets:
+                pass
+        else:
+            self.engine.load_weights(buckets, version=version)
+        self.version, self.needs_weights = version, False
+
+    def release(self) -> None:
+        """The engines give back the memory that the trainer needs, until the next load_weights or sample."""
+        if self.engine is not None:
+            self.engine.release()
+        lost = self.engine is not None and self.engine.needs_weights
+        self.needs_weights = any(gather_objects(lost, group=self.layout.replica))
+
+    def close(self) -> None:
+        """End the engines."""
+        if self.engine is not None:
+            self.engine.close()
 
     def sample(
         self,
@@ -52,7 +79,7 @@ class GroupSampler:
         this step, on any replica, has had each prompt's sample before; by default no sample comes twice.
         """
         repeats = repeats or [0] * len(prompts)
-        first, last = shard_range(len(prompts), self.layout.replica_rank, self.layout.replica_size)
+        here = [owner == self.layout.replica_rank for owner in self.owners(len(prompts))]
         requests = [
             Request(
                 ids_P=prompt.ids_P,
@@ -67,9 +94,8 @@ class GroupSampler:
                     group_size=sampling.group_size,
                 ),
             )
-            for prompt, embeds_ND, repeat in zip(
-                prompts[first:last], embeds[first:last], repeats[first:last], strict=True
-            )
+            for prompt, embeds_ND, repeat, is_mine in zip(prompts, embeds, repeats, here, strict=True)
+            if is_mine
         ]
         mine = self.engine.generate(requests, sampling=sampling) if requests else []
         everyone = [group for part in gather_objects(mine, group=self.layout.replica) for group in part]
@@ -77,9 +103,9 @@ class GroupSampler:
 
     def owners(self, num_prompts: int) -> list[int]:
         """The rank of the replica that samples each prompt."""
-        size = self.layout.replica_size
-        shares = [shard_range(num_prompts, rank, size) for rank in range(size)]
-        return [rank for rank, (first, last) in enumerate(shares) for _ in range(first, last)]
+        size = len(self._drivers)
+        shares = [shard_range(num_prompts, index, size) for index in range(size)]
+        return [self._drivers[index] for index, (first, last) in enumerate(shares) for _ in range(first, last)]
 
     def _group(self, prompt: Prompt, sampled: Sequence[Sampled]) -> RolloutGroup:
         return RolloutGroup(
@@ -88,5 +114,5 @@ class GroupSampler:
             logprobs=tuple(response.logprobs for response in sampled),
             texts=tuple(self.decode(response.ids) for response in sampled),
             truncated=tuple(response.truncated for response in sampled),
-            weights_version=self.engine.version,
+            weights_version=self.version,
         )

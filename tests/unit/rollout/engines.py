@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,8 @@ from megalong.parallel.layout import ParallelLayout
 from megalong.records import WeightBucket
 from megalong.rollout.embedded import EmbeddedEngine
 from megalong.rollout.engine import Request, RolloutEngine
+from megalong.rollout.transfer import Transport
+from megalong.rollout.vllm_engine import VllmEngine, VllmSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +53,30 @@ def make_embedded(world: World, *, batch_prompts: int = 8, eos_id: int | None = 
     )
 
 
+def make_vllm(world: World, *, batch_prompts: int = 8, eos_id: int | None = None) -> VllmEngine:
+    """On the CPU; vLLM decides itself how many prompts it takes together."""
+    family = family_of(ModelConfig(path=str(world.path)))
+    return VllmEngine(
+        family.sampler_model(world.path, torch.float32),
+        name_of=family.sampler_name,
+        eos_id=world.eos_id if eos_id is None else eos_id,
+        settings=VllmSettings(
+            devices=(),
+            transport=Transport.file,
+            max_tokens=256,
+            prefill_tokens=256,
+            max_sequences=16,
+            memory_share=0.1,
+            cuda_graphs=False,
+            processed_logprobs=False,
+            discard_weights=False,
+            timeout_seconds=120,
+            log_file=Path(tempfile.mkdtemp()) / "engine.log",
+            seed=1,
+        ),
+    )
+
+
 def make_request(ids: Sequence[int], embeds_ND: torch.Tensor | None, seeds: tuple[int, ...]) -> Request:
     """Positions counted up from 0."""
     return Request(
@@ -56,7 +84,11 @@ def make_request(ids: Sequence[int], embeds_ND: torch.Tensor | None, seeds: tupl
     )
 
 
-ENGINES: dict[str, Callable[..., RolloutEngine]] = {"embedded": make_embedded}
+HAS_VLLM = importlib.util.find_spec("vllm") is not None
+ENGINES: dict[str, Callable[..., RolloutEngine]] = {
+    "embedded": make_embedded,
+    **({"vllm": make_vllm} if HAS_VLLM else {}),
+}
 
 
 def make_world(path: Path, layout: ParallelLayout, *, engine: str) -> World:

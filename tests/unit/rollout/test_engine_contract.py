@@ -14,18 +14,31 @@ from transformers import AutoModelForCausalLM
 
 from megalong.config.tree import OptimizerConfig
 from megalong.data.packing import GroupTokens, pack_groups
+from megalong.data.sequence import THINKING_TEMPLATE
 from megalong.engine.trainer import Trainer
+from megalong.models.longvila.demo_checkpoint import DemoModelSize, make_demo_checkpoint
 from megalong.records import MEDIA_TOKEN, FrameSelection, Prompt, Sample, WeightBucket, bucket_checksum
 from megalong.rollout.engine import Request, Sampled, Sampling, WeightSyncError
 
 GREEDY = Sampling(group_size=1, max_tokens=12, temperature=0.0, top_p=1.0, top_k=0)
 RANDOM = Sampling(group_size=3, max_tokens=10, temperature=1.0, top_p=1.0, top_k=0)
+WIDTH = 128
 Q_BIAS = "llm/model.layers.0.self_attn.q_proj.bias"
 
 
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tiny_checkpoint's, with heads of 32: vLLM's CPU attention has none smaller."""
+    size = DemoModelSize(
+        hidden=WIDTH, layers=2, intermediate=48, vocab=320, tower_hidden=16, tower_intermediate=24, tower_heads=2
+    )
+    folder = tmp_path_factory.mktemp("checkpoint") / "model"
+    return make_demo_checkpoint(folder, texts=[THINKING_TEMPLATE], seed=3, size=size)
+
+
 @pytest.fixture(scope="module", params=ENGINES)
-def world(request: pytest.FixtureRequest, layout: object, tiny_checkpoint: Path) -> World:
-    return make_world(tiny_checkpoint, layout, engine=request.param)
+def world(request: pytest.FixtureRequest, layout: object, checkpoint: Path) -> World:
+    return make_world(checkpoint, layout, engine=request.param)
 
 
 def text_request(length: int, *, seeds: tuple[int, ...] = (0,)) -> Request:
@@ -38,7 +51,7 @@ def video_request(text: int, frames: int, *, seeds: tuple[int, ...] = (0,)) -> R
     generator = torch.Generator().manual_seed(100 + frames)
     ids = list(text_request(text).ids_P)
     ids[3:3] = ([MEDIA_TOKEN] * 4 + [9]) * frames
-    return make_request(ids, torch.randn(4 * frames, 32, generator=generator), seeds)
+    return make_request(ids, torch.randn(4 * frames, WIDTH, generator=generator), seeds)
 
 
 def ragged_requests(*, seeds: tuple[int, ...] = (0,)) -> list[Request]:
@@ -78,8 +91,8 @@ class Plain:
 
 
 @pytest.fixture(scope="module")
-def plain(tiny_checkpoint: Path) -> Plain:
-    return Plain(tiny_checkpoint)
+def plain(checkpoint: Path) -> Plain:
+    return Plain(checkpoint)
 
 
 # ---- weights: nothing is sampled from weights that are not what the trainer sent
@@ -114,7 +127,11 @@ def test_refuses_to_sample_before_any_weights(world: World) -> None:
 BAD_UPDATES = {
     "wrong checksum": (flip_one_bit, False, "checksum is wrong"),
     "unknown name": (lambda t: t.update({"llm/model.oops": torch.zeros(2)}), True, "no weight 'model.oops'"),
-    "wrong shape": (lambda t: t.update({Q_BIAS: torch.zeros(31)}), True, r"q_proj\.bias is \(31,\), expected \(32,\)"),
+    "wrong shape": (
+        lambda t: t.update({Q_BIAS: torch.zeros(WIDTH - 1)}),
+        True,
+        r"q_proj\.bias is \(127,\), expected \(128,\)",
+    ),
     "a weight left out of the first update": (lambda t: t.pop(Q_BIAS), True, "leaves out .*q_proj.bias"),
 }
 
@@ -333,7 +350,7 @@ def test_requests_that_make_no_sense_are_refused(world: World) -> None:
 
 def test_embeddings_go_to_their_own_prompt(world: World, plain: Plain) -> None:
     """Two prompts with the same ids differ by their videos alone."""
-    one, other = video_request(6, 2), replace(video_request(6, 2), embeds_ND=torch.zeros(8, 32))
+    one, other = video_request(6, 2), replace(video_request(6, 2), embeds_ND=torch.zeros(8, WIDTH))
     for request, group in zip([one, other], world.engine().generate([one, other], sampling=GREEDY), strict=True):
         want = plain.logprobs(request, group[0].ids)
         torch.testing.assert_close(torch.tensor(group[0].logprobs), want, rtol=1e-5, atol=1e-5)
@@ -341,7 +358,7 @@ def test_embeddings_go_to_their_own_prompt(world: World, plain: Plain) -> None:
 
 def test_embeddings_are_counted_for_each_prompt(world: World) -> None:
     """5 for 4 places beside 7 for 8: the sums agree, and nothing is shifted into the other prompt."""
-    too_many = replace(video_request(6, 1), embeds_ND=torch.zeros(5, 32))
-    too_few = replace(video_request(6, 2), embeds_ND=torch.zeros(7, 32))
+    too_many = replace(video_request(6, 1), embeds_ND=torch.zeros(5, WIDTH))
+    too_few = replace(video_request(6, 2), embeds_ND=torch.zeros(7, WIDTH))
     with pytest.raises(ValueError, match="4 vision-token places but 5 embeddings"):
         world.engine().generate([too_many, too_few], sampling=GREEDY)

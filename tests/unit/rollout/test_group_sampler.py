@@ -18,7 +18,7 @@ class EchoEngine:
 
     def __init__(self) -> None:
         self.requests: list[Request] = []
-        self.version = 4
+        self.version = -1
 
     def load_weights(self, buckets: Iterable[WeightBucket], *, version: int) -> None:
         self.version = version
@@ -55,6 +55,7 @@ def test_seeds_differ_by_run_step_sample_response_and_repeat() -> None:
 def test_groups_are_in_the_order_of_the_prompts(layout: object) -> None:
     engine = EchoEngine()
     sampler = GroupSampler(engine, layout, decode=lambda ids: f"text {ids[0]}", seed=9)
+    sampler.load_weights([], version=4)
     groups = sampler.sample([prompt("b"), prompt("a")], [None, None], sampling=SAMPLING, step=5)
     assert [group.prompt.sample.sample_id for group in groups] == ["b", "a"]
     for group in groups:

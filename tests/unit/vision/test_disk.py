@@ -79,7 +79,7 @@ def rewrite(path: Path, tensor: Tensor, **changes: str) -> None:
     """The file with another tensor and a checksum that fits it, or with other metadata."""
     said = module._metadata(path.read_bytes())
     tensors = {"embeds_ND": tensor}
-    save_file(tensors, path, metadata={**said, "checksum": str(bucket_checksum(tensors)), **changes})
+    save_file(tensors, path, metadata={**said, "checksum": str(int(bucket_checksum(tensors))), **changes})
 
 
 def flip_a_byte(path: Path) -> None:

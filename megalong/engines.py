@@ -1,0 +1,146 @@
+"""The rollout engines of a run: which kind, on which GPUs, driven by which ranks."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from pathlib import Path
+
+import torch
+
+from megalong.config.errors import ConfigError
+from megalong.config.tree import EnginePlacement, RunConfig
+from megalong.config.tree import RolloutEngine as EngineChoice
+from megalong.config.validate import Task
+from megalong.engine.build import TORCH_DTYPE, family_of
+from megalong.parallel.collectives import gather_objects
+from megalong.parallel.layout import ParallelLayout
+from megalong.rollout.embedded import EmbeddedEngine
+from megalong.rollout.engine import RolloutEngine
+from megalong.rollout.transfer import Transport
+from megalong.rollout.vllm_engine import MODEL_TYPES, VllmEngine, VllmSettings
+
+logger = logging.getLogger(__name__)
+
+MEMORY_SHARE = {Transport.nccl: 0.9, Transport.ipc: 0.4, Transport.file: 0.2}
+"""rollout.memory_share=0: of a GPU of its own, of one that the trainer works on, of the host."""
+
+
+def build_engine(config: RunConfig, layout: ParallelLayout, *, task: Task, eos_id: int) -> RolloutEngine | None:
+    """The engine that this rank drives, None when it drives none (collective).
+
+    Raises ConfigError when the engines have no GPUs, or a replica no engine.
+    """
+    family = family_of(config.model)
+    path, dtype = Path(config.model.path), TORCH_DTYPE[config.model.dtype]
+    with torch.device("meta"):
+        model = family.sampler_model(path, dtype)
+    if not _takes_vllm(config, model.config.model_type, task=task, device=layout.device):
+        return EmbeddedEngine(
+            family.sampler_model(path, dtype),
+            name_of=family.sampler_name,
+            eos_id=eos_id,
+            device=layout.device,
+            batch_prompts=config.rollout.batch_prompts,
+        )
+    settings = _settings(config, layout, task=task)
+    has_engine = gather_objects(settings is not None, group=layout.replica)
+    if not any(has_engine):
+        raise ConfigError(
+            [
+                f"replica {layout.dp_rank} has no rollout engine: only the first {config.rollout.engines_per_node} "
+                "ranks of a node drive one (rollout.engines_per_node); raise it, or make replicas larger"
+            ]
+        )
+    if settings is None:
+        return None
+    return VllmEngine(model, name_of=family.sampler_name, eos_id=eos_id, settings=settings)
+
+
+def _takes_vllm(config: RunConfig, model_type: str, *, task: Task, device: torch.device) -> bool:
+    choice = config.rollout.engine
+    if choice is EngineChoice.vllm:
+        problems = []
+        if importlib.util.find_spec("vllm") is None:
+            problems.append("rollout.engine=vllm, but vLLM is not installed; pip install 'megalong[gpu]'")
+        if model_type not in MODEL_TYPES:
+            problems.append(
+                f"rollout.engine=vllm has no model for {model_type} (model.family={config.model.family}; it has "
+                f"{', '.join(MODEL_TYPES)}); set rollout.engine=embedded"
+            )
+        if problems:
+            raise ConfigError(problems)
+        return True
+    if choice is EngineChoice.embedded or device.type != "cuda" or task == "sft":
+        return False
+    return importlib.util.find_spec("vllm") is not None and model_type in MODEL_TYPES
+
+
+def _settings(config: RunConfig, layout: ParallelLayout, *, task: Task) -> VllmSettings | None:
+    """Of the engine that this rank drives; None without one."""
+    rollout = config.rollout
+    local_rank, local_size = (int(os.environ.get(name, default)) for name, default in _LOCAL.items())
+    devices, transport = _devices(config, layout.device, local_rank=local_rank, local_size=local_size)
+    if devices is None:
+        return None
+    temperature = config.eval.temperature if task == "eval" else rollout.temperature
+    return VllmSettings(
+        devices=devices,
+        transport=transport,
+        max_tokens=config.data.max_prompt_tokens + config.data.max_response_tokens,
+        prefill_tokens=rollout.prefill_tokens,
+        max_sequences=rollout.max_sequences,
+        memory_share=rollout.memory_share or MEMORY_SHARE[transport],
+        cuda_graphs=rollout.cuda_graphs and layout.device.type == "cuda",
+        processed_logprobs=temperature not in (0.0, 1.0),
+        discard_weights=config.model.train_llm and task != "eval",
+        timeout_seconds=60 * (config.parallel.timeout_minutes or 24 * 60),
+        log_file=Path(config.logger.run_dir) / f"engine_rank{layout.rank}.log",
+        seed=config.seed + layout.rank,
+    )
+
+
+_LOCAL = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+
+
+def _devices(
+    config: RunConfig, device: torch.device, *, local_rank: int, local_size: int
+) -> tuple[tuple[str, ...] | None, Transport]:
+    """CUDA_VISIBLE_DEVICES of the engine that a rank drives, None without one; how weights reach it."""
+    rollout = config.rollout
+    if device.type != "cuda":
+        return (), Transport.file
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
+    size, count = rollout.engine_tp, rollout.engines_per_node
+    free = names[local_size:]
+    apart = rollout.placement is EnginePlacement.disaggregated
+    if rollout.placement is EnginePlacement.auto:
+        apart = len(free) >= size
+    if not apart:
+        if local_size % size:
+            raise ConfigError(
+                [
+                    f"rollout.placement=colocated with rollout.engine_tp={size}: it does not divide the {local_size} "
+                    "processes of a node, whose GPUs the engines share"
+                ]
+            )
+        return (tuple(names[local_rank : local_rank + size]) if local_rank % size == 0 else None), Transport.ipc
+    if len(free) < size * count:
+        raise ConfigError(
+            [
+                f"rollout.placement=disaggregated: {count} engines (rollout.engines_per_node) of {size} GPUs "
+                f"(rollout.engine_tp) do not fit into the {len(free)} GPUs of the node that its {local_size} training "
+                "processes leave; start fewer processes or set rollout.placement=colocated"
+            ]
+        )
+    if count > local_size:
+        raise ConfigError(
+            [
+                f"rollout.engines_per_node={count} is more than the {local_size} training processes of a node, each of "
+                "which drives at most one; raise rollout.engine_tp instead"
+            ]
+        )
+    at = local_rank * size
+    return (tuple(free[at : at + size]) if local_rank < count else None), Transport.nccl

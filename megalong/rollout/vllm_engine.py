@@ -1,0 +1,329 @@
+"""The vLLM rollout engine as the trainer sees it: a process of its own, on GPUs of its own or on the trainer's."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import reduce_tensor
+from transformers import PreTrainedModel
+
+from megalong.records import WeightBucket, bucket_checksum
+from megalong.rollout.engine import Request, RolloutEngineError, Sampled, Sampling, WeightSyncError
+from megalong.rollout.transfer import Transport, pack_bucket
+from megalong.rollout.weight_check import Update, WeightCheck
+
+MODEL_TYPES = {"qwen2": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3": "qwen3"}
+"""The sampler model's config.model_type -> the vLLM model that has the same layers (vllm_worker.ARCHITECTURES)."""
+ARCHITECTURES = {"qwen2": "MediaQwen2", "qwen3": "MediaQwen3"}
+
+_START_SECONDS = 1200  # loading vLLM, building the model, capturing graphs
+_LOG_LINES = 15
+_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VllmSettings:
+    """Plain values of an engine."""
+
+    devices: tuple[str, ...]  # of CUDA_VISIBLE_DEVICES, one per tensor-parallel rank; () for the CPU
+    transport: Transport
+    max_tokens: int  # of a prompt and its response
+    prefill_tokens: int  # tokens of a step of the engine
+    max_sequences: int  # responses sampled at a time
+    memory_share: float  # of a GPU's (or the host's) memory, weights included
+    cuda_graphs: bool
+    processed_logprobs: bool  # log-probabilities at the sampling temperature, not at 1
+    discard_weights: bool  # release() throws the weights away: every update holds all of them
+    timeout_seconds: float  # that a call may last
+    log_file: Path
+    seed: int
+
+
+@dataclass(kw_only=True, slots=True)
+class _Sent:
+    """What was sent of an update. Checksums stay on their device: waiting for each would stop the stream of buckets."""
+
+    checksums: list[Tensor] = field(default_factory=list)
+    damaged: list[Tensor] = field(default_factory=list)  # per bucket, whether it is not what its checksum says
+    unanswered: int = 0
+
+
+class VllmEngine:
+    """See RolloutEngine. `model` gives sizes and names and may be on the meta device; its weights are not used.
+
+    name_of: as EmbeddedEngine's. Raises RolloutEngineError when the engine's process ends, fails or does not answer.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, *, name_of: Callable[[str], str | None], eos_id: int, settings: VllmSettings
+    ) -> None:
+        self.settings = settings
+        self.weights = WeightCheck(model, name_of=name_of)
+        self.width = model.config.hidden_size
+        self.dtype = model.dtype
+        self.has_mrope = "mrope_section" in (model.config.rope_parameters or {})
+        self.prefilled_tokens = 0  # prompt tokens computed since the start
+        self.handover_seconds = 0.0  # spent on embeddings on their way to the engine, since the start
+        self._asleep = False
+        self._group: Any = None  # of NCCL, with the engine's workers
+        self._folder = Path(tempfile.mkdtemp(prefix="megalong-engine-", dir=_memory_folder()))
+        write_config(model, self._folder, max_tokens=settings.max_tokens)
+        self._connection = self._start()
+        try:
+            self._call("start", folder=str(self._folder), eos_id=eos_id, settings=self._llm_settings())
+            self._init_transfer()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def version(self) -> int:
+        return self.weights.version
+
+    def load_weights(self, buckets: Iterable[WeightBucket], *, version: int) -> None:
+        """See RolloutEngine. While the engine loads a bucket, the next one is gathered and sent."""
+        update = self.weights.begin(version, everything=self.needs_weights)
+        self._call("start_update")
+        sent = _Sent()
+        try:
+            for bucket in buckets:
+                self._send_bucket(bucket, update, sent)
+        except WeightSyncError:
+            self._finish_update(sent)  # for the engine it is over
+            raise
+        update.end(self._finish_update(sent))
+
+    def _send_bucket(self, bucket: WeightBucket, update: Update, sent: _Sent) -> None:
+        tensors = update.of(bucket)
+        sent.damaged.append(bucket_checksum(bucket.tensors) != bucket.checksum)
+        if not tensors:
+            return
+        packed, manifest = pack_bucket(tensors)
+        sent.checksums.append(bucket_checksum(tensors))
+        self._send("update", {"manifest": manifest, "num_bytes": len(packed), "place": self._place(packed)})
+        sent.unanswered += 1
+        if self.settings.transport is Transport.nccl:
+            self._group.broadcast(packed, src=0, stream=torch.cuda.current_stream())
+            self._answer_all(sent, but=1)  # the engine loads it while the next one is gathered
+        else:
+            self._answer_all(sent)  # its place is free again when the engine has answered
+
+    def _answer_all(self, sent: _Sent, *, but: int = 0) -> None:
+        while sent.unanswered > but:
+            self._answer("update")
+            sent.unanswered -= 1
+
+    def _finish_update(self, sent: _Sent) -> str | None:
+        """What is wrong with the update that was sent."""
+        self._answer_all(sent)
+        wrong = self._call("finish_update", [int(checksum) for checksum in sent.checksums])
+        self._asleep = False
+        damaged = [index for index, flag in enumerate(sent.damaged) if flag]
+        return f"a bucket's checksum is wrong (number {damaged[0]})" if damaged else wrong
+
+    def generate(self, requests: Sequence[Request], *, sampling: Sampling) -> list[list[Sampled]]:
+        """See RolloutEngine. Embeddings are handed over once per prompt, and its keys and values computed once."""
+        self.weights.require()
+        for request in requests:
+            self._check(request, group_size=sampling.group_size)
+        if self._asleep:
+            self._call("wake")
+            self._asleep = False
+        started = time.perf_counter()
+        media = self._write_media([request.embeds_ND for request in requests if request.embeds_ND is not None])
+        self.handover_seconds += time.perf_counter() - started
+        stripped = [replace(request, embeds_ND=None) for request in requests]
+        groups, cached = self._call("generate", stripped, sampling=sampling, media=media)
+        self.prefilled_tokens += sum(
+            len(request.ids_P) - reused for request, group in zip(requests, cached, strict=True) for reused in group
+        )
+        return groups
+
+    def release(self) -> None:
+        """Give the GPU's memory back until the next load_weights (or generate, when weights are kept)."""
+        if self.settings.transport is not Transport.ipc or self._asleep:
+            return
+        self._call("sleep", level=2 if self.settings.discard_weights else 1)
+        self._asleep = True
+
+    @property
+    def needs_weights(self) -> bool:
+        """Whether release() threw the weights away."""
+        return self._asleep and self.settings.discard_weights
+
+    def close(self) -> None:
+        """End the process."""
+        self._connection.close()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=20)
+        self._process.kill()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _check(self, request: Request, *, group_size: int) -> None:
+        request.check(group_size=group_size)
+        length = len(request.ids_P)
+        counted = torch.arange(length).expand_as(request.positions_P)
+        if (request.embeds_ND is None or not self.has_mrope) and not torch.equal(request.positions_P, counted):
+            raise ValueError("the prompt's positions do not count up from 0, as those of this model must")
+        if request.embeds_ND is not None and request.embeds_ND.shape[1] != self.width:
+            raise ValueError(f"embeddings are {request.embeds_ND.shape[1]} wide, expected {self.width}")
+        if length >= self.settings.max_tokens:
+            raise ValueError(
+                f"the prompt has {length} tokens and the engine was made for {self.settings.max_tokens} with the "
+                "response; raise data.max_prompt_tokens"
+            )
+
+    def _llm_settings(self) -> dict[str, Any]:
+        settings = self.settings
+        graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"} if settings.cuda_graphs else None
+        return {
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "tensor_parallel_size": max(1, len(settings.devices)),
+            "max_model_len": settings.max_tokens,
+            "max_num_batched_tokens": settings.prefill_tokens,
+            "max_num_seqs": settings.max_sequences,
+            "gpu_memory_utilization": settings.memory_share,
+            "enforce_eager": not settings.cuda_graphs,
+            "enable_sleep_mode": settings.transport is Transport.ipc,
+            "logprobs_mode": "processed_logprobs" if settings.processed_logprobs else "raw_logprobs",
+            "seed": settings.seed,
+            "disable_log_stats": True,
+            **({"compilation_config": graphs} if graphs else {}),
+        }
+
+    def _init_transfer(self) -> None:
+        transport = self.settings.transport
+        if transport is not Transport.nccl:
+            self._call("init_transfer", {"transport": transport.value})
+            return
+        from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
+
+        place = {"master_address": "127.0.0.1", "master_port": _free_port()}
+        size = 1 + len(self.settings.devices)
+        self._send(
+            "init_transfer", {"transport": transport.value, "nccl": {**place, "rank_offset": 1, "world_size": size}}
+        )
+        self._group = NCCLWeightTransferEngine.trainer_init({**place, "world_size": size})
+        self._answer("init_transfer")
+
+    def _place(self, packed: Tensor) -> Any:
+        """Where the engine's workers find the bytes of a bucket (BucketInfo.place)."""
+        if self.settings.transport is Transport.nccl:
+            return None
+        if self.settings.transport is Transport.ipc:
+            torch.cuda.current_stream().synchronize()
+            self._held = packed  # until the next bucket, when this one was answered
+            return {str(torch.cuda.get_device_properties(packed.device).uuid): reduce_tensor(packed)[1]}
+        path = self._folder / "bucket"
+        torch.from_file(str(path), shared=True, size=len(packed), dtype=torch.uint8).copy_(packed)
+        return str(path)
+
+    def _write_media(self, embeds: Sequence[Tensor]) -> tuple[str, int, int] | None:
+        """The embeddings of all prompts, one after the other, in a file in memory: path, rows and width."""
+        if not embeds:
+            return None
+        path, rows = self._folder / "media", sum(map(len, embeds))
+        path.unlink(missing_ok=True)  # the workers may still map the last one
+        media = torch.from_file(str(path), shared=True, size=rows * self.width, dtype=self.dtype).view(rows, -1)
+        first = 0
+        for part in embeds:
+            media[first : first + len(part)].copy_(part)
+            first += len(part)
+        return str(path), rows, self.width
+
+    def _start(self) -> Connection:
+        environment = {name: value for name, value in os.environ.items() if name not in _TORCHRUN}
+        environment = {name: value for name, value in environment.items() if not name.startswith("TORCHELASTIC")}
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(self.settings.devices)
+        environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+        self.settings.log_file.parent.mkdir(parents=True, exist_ok=True)
+        ours, theirs = Pipe()
+        with theirs, self.settings.log_file.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "megalong.rollout.vllm_server", str(theirs.fileno())],
+                env=environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            )  # fmt: skip
+        return ours
+
+    def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        self._send(method, *args, **kwargs)
+        return self._answer(method)
+
+    def _send(self, method: str, *args: Any, **kwargs: Any) -> None:
+        try:
+            # Not send(): torch teaches it to share tensors, by handles that end with this process.
+            self._connection.send_bytes(pickle.dumps((method, args, kwargs)))
+        except OSError as error:
+            raise self._failure(method, "hung up") from error
+
+    def _answer(self, method: str) -> Any:
+        limit = _START_SECONDS if method == "start" else self.settings.timeout_seconds
+        started = time.monotonic()
+        try:
+            while not self._connection.poll(1.0):
+                self._require_alive(method)
+                if time.monotonic() - started > limit:
+                    self._process.kill()
+                    raise self._failure(method, f"did not answer within {limit:.0f} s; see rollout.timeout_minutes")
+            done, result = pickle.loads(self._connection.recv_bytes())
+        except (EOFError, OSError) as error:
+            raise self._failure(method, "ended") from error
+        if not done:
+            raise self._failure(method, f"failed:\n{result}")
+        return result
+
+    def _require_alive(self, method: str) -> None:
+        if self._process.poll() is not None:
+            raise self._failure(method, "ended")
+
+    def _failure(self, method: str, what: str) -> RolloutEngineError:
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=2)  # its exit code, when it is ending
+        code = self._process.poll()
+        lines = self.settings.log_file.read_text(errors="replace").splitlines()[-_LOG_LINES:]
+        return RolloutEngineError(
+            f"the vLLM engine (process {self._process.pid}, GPUs {','.join(self.settings.devices) or 'none'}, exit "
+            f"code {code}) {what} in {method}(). The end of {self.settings.log_file}:\n" + "\n".join(lines)
+        )
+
+
+def write_config(model: PreTrainedModel, folder: Path, *, max_tokens: int) -> None:
+    """config.json for vLLM: the sampler model's, as the vLLM model with the same layers. Raises ValueError for a model
+    that vllm_worker.py has no class for."""
+    config = model.config.to_dict()
+    if config["model_type"] not in MODEL_TYPES:
+        raise ValueError(
+            f"the vLLM engine has no model for {config['model_type']!r} (it has {', '.join(MODEL_TYPES)}); set "
+            "rollout.engine=embedded"
+        )
+    config["model_type"] = MODEL_TYPES[config["model_type"]]
+    config["architectures"] = [ARCHITECTURES[config["model_type"]]]
+    config["max_position_embeddings"] = max(max_tokens, config["max_position_embeddings"])
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def _memory_folder() -> str | None:
+    """A folder in memory, where the system has one."""
+    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

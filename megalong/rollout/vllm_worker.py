@@ -1,0 +1,218 @@
+"""Inside vLLM's processes: LLMs that take embeddings for media places, and the receiver of weight buckets.
+
+vLLM imports this module in every worker (as its worker extension). All of vLLM's plug-in points that megalong uses are
+here and in vllm_server.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import rebuild_cuda_tensor
+from vllm import ModelRegistry
+from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo, worker_init_process_group
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.models.interfaces import SupportsMRoPE, SupportsMultiModal
+from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
+from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.inputs import MultiModalFeatureSpec
+from vllm.multimodal.processing import BaseMultiModalProcessor, BaseProcessingInfo
+from vllm.multimodal.processing.dummy_inputs import BaseDummyInputsBuilder
+
+from megalong.records import bucket_checksum
+from megalong.rollout.transfer import MEDIA_ITEM_TOKENS, TRANSFER_BACKEND, Manifest, Transport, unpack_bucket
+
+
+class MediaInfo(BaseProcessingInfo):
+    """One modality, whose items are given as embeddings: nothing is encoded here."""
+
+    def get_supported_mm_limits(self) -> Mapping[str, int | None]:
+        return {"video": None}
+
+    def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
+        return {"video": MEDIA_ITEM_TOKENS}
+
+
+class NoDummyMedia(BaseDummyInputsBuilder[MediaInfo]):
+    """vLLM profiles encoders with dummy inputs; there is no encoder."""
+
+    def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
+        raise TypeError("embeddings have no dummy text")
+
+    def get_dummy_mm_data(self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Mapping[str, Any]) -> dict:
+        raise TypeError("embeddings have no dummy data")
+
+
+class NoProcessor(BaseMultiModalProcessor[MediaInfo]):
+    """Prompts arrive processed (vllm_server.engine_input)."""
+
+    def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]) -> dict:
+        raise TypeError("prompts arrive processed")
+
+    def _get_prompt_updates(self, *args: Any) -> Sequence[Any]:
+        raise TypeError("prompts arrive processed")
+
+
+class TakesMedia(SupportsMultiModal, SupportsMRoPE):
+    """Media places of a prompt are filled with rows of a tensor that open_media maps, positions as the prompt has them.
+
+    An item of a prompt carries `rows` [2], the first and the last + 1 of its rows, and `positions` [3, n] of the tokens
+    since the item before it; those of the last item reach to the end of the prompt.
+    """
+
+    media_ND: Tensor | None = None
+
+    def embed_multimodal(self, **kwargs: Any) -> list[Tensor]:
+        device = next(self.parameters()).device
+        return [
+            self.media_ND[first:last].to(device, non_blocking=True) for first, last in torch.as_tensor(kwargs["rows"])
+        ]
+
+    def embed_ids_and_media(
+        self, input_ids: Tensor, multimodal_embeddings: Any = None, *, is_multimodal: Tensor | None = None
+    ) -> Tensor:
+        return SupportsMultiModal.embed_input_ids(self, input_ids, multimodal_embeddings, is_multimodal=is_multimodal)
+
+    def get_mrope_input_positions(
+        self, input_tokens: list[int], mm_features: list[MultiModalFeatureSpec]
+    ) -> tuple[Tensor, int]:
+        if not mm_features:
+            return torch.arange(len(input_tokens)).expand(3, -1), 0
+        positions = torch.cat([item.data["positions"].data for item in mm_features], dim=1)
+        return positions, int(positions[0, -1]) + 1 - len(input_tokens)
+
+
+_register = MULTIMODAL_REGISTRY.register_processor(NoProcessor, info=MediaInfo, dummy_inputs=NoDummyMedia)
+
+
+@_register
+class MediaQwen2(Qwen2ForCausalLM, TakesMedia):
+    """Qwen2, Qwen2.5 and the LLMs of LongVILA and Qwen2.5-VL."""
+
+    embed_input_ids = TakesMedia.embed_ids_and_media
+
+
+@_register
+class MediaQwen3(Qwen3ForCausalLM, TakesMedia):
+    """Qwen3."""
+
+    embed_input_ids = TakesMedia.embed_ids_and_media
+
+
+ARCHITECTURES = {"qwen2": MediaQwen2, "qwen3": MediaQwen3}
+"""model_type of config.json -> class; the name in its `architectures` is the class's."""
+
+
+@dataclass
+class BucketInit(WeightTransferInitInfo):
+    """How buckets come. nccl: the group to join (see vLLM's NCCLWeightTransferInitInfo)."""
+
+    transport: str
+    nccl: dict[str, Any] | None = None
+
+
+@dataclass
+class BucketInfo(WeightTransferUpdateInfo):
+    """A bucket: what is in its bytes and where they are."""
+
+    manifest: Manifest
+    num_bytes: int
+    place: Any = None  # file: a path; ipc: {GPU uuid: arguments of rebuild_cuda_tensor}; nccl: None
+
+
+class BucketTransfer(WeightTransferEngine[BucketInit, BucketInfo]):
+    """Takes buckets one by one and loads them; a wrong checksum is refused by finish_weight_update.
+
+    Over NCCL no bucket may be refused on arrival: the trainer would wait forever in the broadcast of the next.
+    """
+
+    init_info_cls = BucketInit
+    update_info_cls = BucketInfo
+
+    def init_transfer_engine(self, init_info: BucketInit) -> None:
+        self.transport = Transport(init_info.transport)
+        self.group = None
+        if self.transport is Transport.nccl:
+            info = NCCLWeightTransferInitInfo(**init_info.nccl)
+            self.group = worker_init_process_group(info, self.parallel_config)
+
+    def start_weight_update(self) -> None:
+        self.checksums: list[Tensor] = []
+        self.error: Exception | None = None
+        initialize_layerwise_reload(self.model)
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        # Without the base class's wait for the device: the next bucket may be on its way while this one is loaded.
+        self.receive_weights(self.parse_update_info(update_info))
+
+    def receive_weights(self, update_info: BucketInfo) -> None:
+        packed = self._receive(update_info)
+        tensors = unpack_bucket(packed, update_info.manifest)
+        self.checksums.append(bucket_checksum(tensors))
+        if self.error is not None:
+            return
+        try:
+            self.model.load_weights(tensors.items())
+        except Exception as error:  # noqa: BLE001 - told to the trainer by finish_weight_update, see above
+            self.error = error
+
+    def _receive(self, info: BucketInfo) -> Tensor:
+        """[num_bytes] uint8."""
+        if self.transport is Transport.file:
+            return torch.from_file(info.place, shared=True, size=info.num_bytes, dtype=torch.uint8).clone()
+        if self.transport is Transport.ipc:
+            uuid = str(torch.cuda.get_device_properties(self.device).uuid)
+            arguments = list(info.place[uuid])
+            arguments[6] = self.device.index  # the sender's index of this GPU need not be ours
+            return rebuild_cuda_tensor(*arguments).clone()
+        packed = torch.empty(info.num_bytes, dtype=torch.uint8, device=self.device)
+        self.group.broadcast(packed, src=0, stream=torch.cuda.current_stream())
+        return packed
+
+    def finish_weight_update(self) -> None:
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        finalize_layerwise_reload(self.model, self.model_config)
+
+    def check(self, expected: Sequence[int]) -> str | None:
+        """What is wrong with the update that was just finished; None: nothing."""
+        if self.error is not None:
+            return f"vLLM could not load the weights: {type(self.error).__name__}: {self.error}"
+        received = [int(checksum) for checksum in self.checksums]
+        if received != list(expected):
+            wrong = [index for index, pair in enumerate(zip(received, expected, strict=False)) if pair[0] != pair[1]]
+            return f"a bucket's checksum is wrong (after the transfer; number {wrong[:3]} of {len(expected)})"
+        return None
+
+    def shutdown(self) -> None:
+        self.group = None
+
+    @staticmethod
+    def trainer_send_weights(iterator: Iterable[Any], trainer_args: Any) -> None:
+        raise TypeError("megalong.rollout.vllm_engine sends the buckets")
+
+
+class WorkerExtension:
+    """Methods that vllm_server calls on every worker by collective_rpc."""
+
+    def open_media(self, path: str, rows: int, width: int) -> None:
+        """Map the embeddings of the next prompts: [rows, width] in the model's dtype."""
+        model = self.model_runner.get_model()
+        dtype = next(model.parameters()).dtype
+        media = torch.from_file(path, shared=True, size=rows * width, dtype=dtype)
+        model.media_ND = media.view(rows, width)
+
+    def check_update(self, checksums: Sequence[int]) -> str | None:
+        return self.weight_transfer_engine.check(checksums)
+
+
+for _class in ARCHITECTURES.values():
+    ModelRegistry.register_model(_class.__name__, _class)
+WeightTransferEngineFactory.register_engine(TRANSFER_BACKEND, BucketTransfer)

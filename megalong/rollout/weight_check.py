@@ -1,0 +1,74 @@
+"""What every engine asks of a weight update: versions go up, names and shapes are known, nothing is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from megalong.records import WeightBucket
+from megalong.rollout.engine import WeightSyncError
+
+
+class WeightCheck:
+    """The state of a sampler's weights. `model` gives the names and shapes of its parameters.
+
+    name_of: sync name to the name of the model's parameter, None for a weight that the model has no part for.
+    """
+
+    def __init__(self, model: nn.Module, *, name_of: Callable[[str], str | None]) -> None:
+        # A tied head appears once, under the embedding's name.
+        self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        self.name_of = name_of
+        self.version = -1
+        self._broken: str | None = None
+
+    def require(self) -> None:
+        """Raises WeightSyncError when there are no weights to sample with."""
+        if self.version < 0 or self._broken:
+            raise WeightSyncError(self._broken or "no weights were loaded before generate()")
+
+    def begin(self, version: int, *, everything: bool = False) -> Update:
+        """An update starts; until it ends well there are no weights. everything: it must hold every weight, and may be
+        of the version that was there before."""
+        if version < self.version or (version == self.version and not everything):
+            raise WeightSyncError(f"weights of version {version} arrived after version {self.version}")
+        everything = everything or self.version < 0 or self._broken is not None
+        self._broken = f"the update to version {version} did not finish"
+        return Update(self, version, missing=set(self.shapes) if everything else set())
+
+    def ended(self, version: int) -> None:
+        self.version, self._broken = version, None
+
+
+class Update:
+    """One update of the weights that a WeightCheck watches."""
+
+    def __init__(self, check: WeightCheck, version: int, *, missing: set[str]) -> None:
+        self.check, self.version, self.missing = check, version, missing
+
+    def of(self, bucket: WeightBucket) -> dict[str, Tensor]:
+        """The bucket's tensors by the model's names. Raises WeightSyncError for an unknown name or a wrong shape."""
+        tensors = {}
+        for full_name, tensor in bucket.tensors.items():
+            name = self.check.name_of(full_name)
+            if name is None:
+                continue
+            if name not in self.check.shapes:
+                raise WeightSyncError(f"version {self.version}: the sampler has no weight {name!r}")
+            if self.check.shapes[name] != tensor.shape:
+                raise WeightSyncError(
+                    f"version {self.version}: {name} is {tuple(tensor.shape)}, expected "
+                    f"{tuple(self.check.shapes[name])}"
+                )
+            tensors[name] = tensor
+            self.missing.discard(name)
+        return tensors
+
+    def end(self, wrong: str | None = None) -> None:
+        """The update is complete. Raises WeightSyncError when it is not, or for what the engine found `wrong`."""
+        if wrong:
+            raise WeightSyncError(f"version {self.version}: {wrong}")
+        if self.missing:
+            raise WeightSyncError(f"version {self.version}: the update leaves out {sorted(self.missing)[:5]}")
+        self.check.ended(self.version)
