@@ -17,7 +17,7 @@ from checkpoints_tools.errors import ConvertError
 from checkpoints_tools.hf_folder import HfFolder, joined
 from checkpoints_tools.megatron_folder import MegatronFolder, check_checkpoint, megatron_checkpoint
 from checkpoints_tools.pickled_files import safetensors_name
-from checkpoints_tools.places import Blueprint, check_folder, read_blueprint
+from checkpoints_tools.places import Blueprint, Place, check_folder, read_blueprint
 from checkpoints_tools.safetensors_files import SafetensorsFile, Slot, reshard, write_index
 from megalong.models.names import canonical
 
@@ -100,11 +100,15 @@ def write_export(plan: ExportPlan, target: Path, *, progress: Callable[[int], ob
             file_of[name].put(plan.folder.tensors[name].name, tensor)
             progress(tensor.nbytes)
 
+        def make(place: Place) -> list[Tensor]:
+            parts = place.entry.join([plan.checkpoint.read_place(place)])
+            names = map(canonical, place.entry.hf)
+            return [tensor.to(plan.dtypes[name]).contiguous() for name, tensor in zip(names, parts, strict=True)]
+
         places = plan.blueprint.places
-        for place, whole in zip(places, ahead(plan.checkpoint.read_place, places), strict=True):
-            parts = place.entry.join([whole])
+        for place, parts in zip(places, ahead(make, places), strict=True):
             for name, tensor in zip(place.entry.hf, parts, strict=True):
-                put(canonical(name), tensor.to(plan.dtypes[canonical(name)]))
+                put(canonical(name), tensor)
         for name, tensor in plan.folder.tensors.items():
             if name not in plan.dtypes:
                 put(name, plan.folder.read(tensor))

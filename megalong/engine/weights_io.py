@@ -128,7 +128,8 @@ def export_weights(
 ) -> Iterator[WeightBucket]:
     """Stream the model in Hugging Face names and shapes, at most about bucket_bytes at a time (a larger tensor gets
     a bucket of its own). `table` names what this pipeline stage holds. Every rank of the replica must iterate; every
-    rank receives every bucket: first those of the first stage, then those of the next one.
+    rank receives every bucket: first those of the first stage, then those of the next one. Tensors may be the
+    parameters themselves: who keeps one copies it.
     """
     sent: set[str] = set()
     for stage in range(layout.pp_size):

@@ -1,7 +1,8 @@
 """Weight tables: one declarative list per family maps Megatron's tensors to Hugging Face's, in both directions.
 
 The same table serves the initial load, weight sync to the sampler, and export. An entry
-knows how its Hugging Face tensors are cut over tensor-parallel ranks and how the cuts are put together again.
+knows how its Hugging Face tensors are cut over tensor-parallel ranks and how the cuts are put together again. What is
+cut or joined may share the memory of what was given.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Rows:
         return tensors[0].chunk(size)[rank]
 
     def join(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return (torch.cat(list(shards)),)
+        return (_whole(shards),)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,7 +56,7 @@ class Columns:
         return tensors[0].chunk(size, dim=1)[rank]
 
     def join(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return (torch.cat(list(shards), dim=1),)
+        return (_whole(shards, dim=1),)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,7 +74,7 @@ class VocabRows:
         return padded.chunk(size)[rank]
 
     def join(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return (torch.cat(list(shards))[: self.vocab],)
+        return (_whole(shards)[: self.vocab],)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,7 +89,7 @@ class GatedRows:
 
     def join(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
         halves = [shard.chunk(2) for shard in shards]
-        return torch.cat([half[0] for half in halves]), torch.cat([half[1] for half in halves])
+        return _whole([half[0] for half in halves]), _whole([half[1] for half in halves])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,10 +111,15 @@ class QkvRows:
         return torch.cat(by_kv_head, dim=1).flatten(0, 1).chunk(size)[rank]
 
     def join(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        whole = torch.cat(list(shards))
+        whole = _whole(shards)
         whole = whole.reshape(self.kv_heads, -1, *whole.shape[1:])
         sizes = (self.heads // self.kv_heads * self.head_dim, self.head_dim, self.head_dim)
         return tuple(part.reshape(-1, *part.shape[2:]).contiguous() for part in whole.split(sizes, dim=1))
+
+
+def _whole(shards: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """A single shard is the whole, not a copy: it may be the largest tensor of the model."""
+    return shards[0] if len(shards) == 1 else torch.cat(list(shards), dim=dim)
 
 
 Entry = Replicated | Rows | Columns | VocabRows | GatedRows | QkvRows
