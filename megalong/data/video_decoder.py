@@ -29,8 +29,9 @@ STREAMS = 14
 _SEGMENT_BYTES = 128 << 20  # pictures of a segment at full size that may be in memory at once
 _PACKAGES = {VideoDecoder.nvcodec: "PyNvVideoCodec", VideoDecoder.dali: "nvidia.dali"}  # auto takes the first there is
 CPU_PIXELS = 32_000_000
-"""video.decoder=auto: selections for which no more pixels than this must be decoded go to PyAV, by plan: a core takes
-0.1 to 0.3 s for them, in which a stream on the GPU has hardly opened its decoder, and next to no memory."""
+"""video.decoder=auto: selections for which no more pixels than this must be decoded go to PyAV, by plan. A core takes
+0.06 to 0.2 s for as many (B11, small), and a GPU tens of milliseconds to open a decoder, for segments that are too few
+to fill its streams."""
 
 
 class SegmentDecoder(Protocol):
