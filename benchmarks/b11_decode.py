@@ -62,10 +62,11 @@ def number_of(picture_HWC: np.ndarray) -> int:
 
 
 def write_clip(
-    path: Path, *, gop: int, crf: int, width: int = WIDTH, height: int = HEIGHT, frames: int = CLIP_SECONDS * FPS
-) -> None:
+    path: Path, *, gop: int, crf: int, width: int = WIDTH, height: int = HEIGHT, frames: int = CLIP_SECONDS * FPS,
+    seed: int = 0,
+) -> None:  # fmt: skip
     """H.264 with B-frames, all cores; every frame has other noise moving at its own speed."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     noise = rng.integers(0, 40, (height // 4 + 64, width // 4 + 64), np.uint8).repeat(4, 0).repeat(4, 1)
     chroma = np.full((height // 2, width), 128, np.uint8)
     with av.open(str(path), "w") as container:
@@ -82,7 +83,7 @@ def write_clip(
         container.mux(stream.encode(None))
 
 
-def write_hour(clip: Path, path: Path) -> None:
+def write_hour(clip: Path, path: Path, *, clip_seconds: int = CLIP_SECONDS) -> None:
     with av.open(str(clip)) as source, av.open(str(path), "w") as target:
         stream = source.streams.video[0]
         copy = target.add_stream_from_template(stream)
@@ -91,8 +92,8 @@ def write_hour(clip: Path, path: Path) -> None:
             for packet in source.demux(stream)
             if packet.size
         ]
-        span = round(CLIP_SECONDS / stream.time_base)
-        for turn in range(SECONDS // CLIP_SECONDS):
+        span = round(clip_seconds / stream.time_base)
+        for turn in range(SECONDS // clip_seconds):
             for data, pts, dts, is_key in packets:
                 packet = av.Packet(data)
                 packet.pts, packet.dts = pts + turn * span, dts + turn * span

@@ -19,12 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from steps import Bench, free, make_folder, parser_of, peak_gb, reset_peak, sample_of, save
+from steps import Bench, fill_randomly, free, make_folder, parser_of, peak_gb, reset_peak, sample_of, save
 from torch import Tensor
 
+from megalong.attention.shard import shard_tokens
 from megalong.data.packing import GroupTokens, pack_groups
+from megalong.engine.build import build_model
 from megalong.engine.weights_io import export_weights
 from megalong.engines import build_engine
+from megalong.objectives.logprobs import vocab_parallel_logprobs
 from megalong.parallel.layout import destroy_layout
 from megalong.records import MEDIA_TOKEN, FrameSelection, Prompt, WeightBucket
 from megalong.rollout.engine import Request, Sampling, WeightSyncError
@@ -51,7 +54,10 @@ class Session:
     """The trainer's model, the engine, and a clock."""
 
     def __init__(self, bench: Bench) -> None:
-        self.bench, self.model = bench, bench.trainer.model
+        self.bench = bench
+        # The model alone: beside its gradients and optimizer states, the engine would have no room on one GPU.
+        self.model = build_model(bench.config.model, bench.layout, sequence_parallel=False, load=False)
+        fill_randomly(self.model, bench.layout)
         started = time.perf_counter()
         engine = build_engine(bench.config, bench.layout, task="grpo", eos_id=bench.shape.vocab - 1)
         require(isinstance(engine, VllmEngine), "this rank drives no vLLM engine")
@@ -137,7 +143,13 @@ def gap(session: Session, make: Callable[..., Request], *, prompt: int, length: 
     )  # fmt: skip
     tokens = pack_groups([GroupTokens(prompt=prompt, responses=tuple(item.ids for item in responses))])
     session.engine.release()
-    trained_R = session.bench.trainer.logprobs([tokens], temperature=1.0)[0].float().cpu()
+    layout, llm = session.bench.layout, session.model.llm
+    with torch.no_grad():
+        hidden_RD = session.model(shard_tokens(tokens, layout.context, multiple=llm.sequence_multiple), None)
+        targets_R = tokens.targets_R.to(layout.device)
+        vocab = session.bench.shape.vocab
+        trained_R, _ = vocab_parallel_logprobs(hidden_RD, llm.head_weight, targets_R, group=layout.tp, real_vocab=vocab)
+    trained_R = trained_R.float().cpu()
     sampled_R = torch.tensor([value for item in responses for value in item.logprobs])
     gaps_R: Tensor = (trained_R - sampled_R).abs()
     return {"gap_mean": gaps_R.mean().item(), "gap_max": gaps_R.max().item(), "mean_logprob": sampled_R.mean().item()}

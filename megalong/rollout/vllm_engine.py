@@ -24,7 +24,7 @@ from torch.multiprocessing.reductions import reduce_tensor
 from transformers import PreTrainedModel
 
 from megalong.records import WeightBucket, bucket_checksum
-from megalong.rollout.engine import Request, RolloutEngineError, Sampled, Sampling, WeightSyncError
+from megalong.rollout.engine import Request, RolloutEngineError, Sampled, Sampling
 from megalong.rollout.transfer import Transport, pack_bucket
 from megalong.rollout.weight_check import Update, WeightCheck
 
@@ -98,13 +98,18 @@ class VllmEngine:
 
     def load_weights(self, buckets: Iterable[WeightBucket], *, version: int) -> None:
         """See RolloutEngine. While the engine loads a bucket, the next one is gathered and sent."""
-        update = self.weights.begin(version, everything=self.needs_weights)
+        if self._asleep:
+            torch.cuda.empty_cache()  # what the trainer has let go of is the engine's now
+        # On the CPU vLLM keeps packed copies of whole layers (BucketTransfer.start_weight_update).
+        update = self.weights.begin(version, again=self.needs_weights, in_parts=bool(self.settings.devices))
         self._call("start_update")
         sent = _Sent()
         try:
             for bucket in buckets:
                 self._send_bucket(bucket, update, sent)
-        except WeightSyncError:
+        except RolloutEngineError:
+            raise
+        except Exception:
             self._finish_update(sent)  # for the engine it is over
             raise
         update.end(self._finish_update(sent))

@@ -146,7 +146,11 @@ class BucketTransfer(WeightTransferEngine[BucketInit, BucketInfo]):
     def start_weight_update(self) -> None:
         self.checksums: list[Tensor] = []
         self.error: Exception | None = None
-        initialize_layerwise_reload(self.model)
+        # On a GPU the parameters are what the layers compute with and are written in place. On the CPU layers keep a
+        # packed copy, which only vLLM's reloading makes anew, of layers whose weights all come.
+        self.layerwise = self.device.type == "cpu"
+        if self.layerwise:
+            initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         # Without the base class's wait for the device: the next bucket may be on its way while this one is loaded.
@@ -168,10 +172,12 @@ class BucketTransfer(WeightTransferEngine[BucketInit, BucketInfo]):
         if self.transport is Transport.file:
             return torch.from_file(info.place, shared=True, size=info.num_bytes, dtype=torch.uint8).clone()
         if self.transport is Transport.ipc:
-            uuid = str(torch.cuda.get_device_properties(self.device).uuid)
-            arguments = list(info.place[uuid])
-            arguments[6] = self.device.index  # the sender's index of this GPU need not be ours
-            return rebuild_cuda_tensor(*arguments).clone()
+            (uuid, arguments), *_ = info.place.items()
+            devices = range(torch.cuda.device_count())
+            (index,) = [at for at in devices if str(torch.cuda.get_device_properties(at).uuid) == uuid]
+            # The sender counts its GPUs in its own way. Another GPU of this engine copies from there.
+            packed = rebuild_cuda_tensor(*arguments[:6], index, *arguments[7:])
+            return packed.to(self.device, copy=True)
         packed = torch.empty(info.num_bytes, dtype=torch.uint8, device=self.device)
         self.group.broadcast(packed, src=0, stream=torch.cuda.current_stream())
         return packed
@@ -179,7 +185,8 @@ class BucketTransfer(WeightTransferEngine[BucketInit, BucketInfo]):
     def finish_weight_update(self) -> None:
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
-        finalize_layerwise_reload(self.model, self.model_config)
+        if self.layerwise:
+            finalize_layerwise_reload(self.model, self.model_config)
 
     def check(self, expected: Sequence[int]) -> str | None:
         """What is wrong with the update that was just finished; None: nothing."""

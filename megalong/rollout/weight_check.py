@@ -28,14 +28,17 @@ class WeightCheck:
         if self.version < 0 or self._broken:
             raise WeightSyncError(self._broken or "no weights were loaded before generate()")
 
-    def begin(self, version: int, *, everything: bool = False) -> Update:
-        """An update starts; until it ends well there are no weights. everything: it must hold every weight, and may be
-        of the version that was there before."""
-        if version < self.version or (version == self.version and not everything):
+    def begin(self, version: int, *, again: bool = False, in_parts: bool = True) -> Update:
+        """An update starts; until it ends well there are no weights.
+
+        again: the weights were thrown away, so it must hold all of them, and may be of the version that they had.
+        in_parts: it may hold some of them, when there are others already; False: all or none.
+        """
+        if version < self.version or (version == self.version and not again):
             raise WeightSyncError(f"weights of version {version} arrived after version {self.version}")
-        everything = everything or self.version < 0 or self._broken is not None
+        needs_all = again or self.version < 0 or self._broken is not None
         self._broken = f"the update to version {version} did not finish"
-        return Update(self, version, missing=set(self.shapes) if everything else set())
+        return Update(self, version, needs_all=needs_all, in_parts=in_parts)
 
     def ended(self, version: int) -> None:
         self.version, self._broken = version, None
@@ -44,8 +47,9 @@ class WeightCheck:
 class Update:
     """One update of the weights that a WeightCheck watches."""
 
-    def __init__(self, check: WeightCheck, version: int, *, missing: set[str]) -> None:
-        self.check, self.version, self.missing = check, version, missing
+    def __init__(self, check: WeightCheck, version: int, *, needs_all: bool, in_parts: bool) -> None:
+        self.check, self.version, self.needs_all, self.in_parts = check, version, needs_all, in_parts
+        self.missing = set(check.shapes)
 
     def of(self, bucket: WeightBucket) -> dict[str, Tensor]:
         """The bucket's tensors by the model's names. Raises WeightSyncError for an unknown name or a wrong shape."""
@@ -69,6 +73,7 @@ class Update:
         """The update is complete. Raises WeightSyncError when it is not, or for what the engine found `wrong`."""
         if wrong:
             raise WeightSyncError(f"version {self.version}: {wrong}")
-        if self.missing:
+        some = len(self.missing) < len(self.check.shapes)
+        if self.missing and (self.needs_all or (some and not self.in_parts)):
             raise WeightSyncError(f"version {self.version}: the update leaves out {sorted(self.missing)[:5]}")
         self.check.ended(self.version)

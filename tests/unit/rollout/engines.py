@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -30,19 +30,34 @@ class World:
     model: PolicyModel
     layout: ParallelLayout
     eos_id: int
-    make: Callable[..., RolloutEngine]
+    name: str  # of the engine
+    maker: Callable[..., RolloutEngine]
+    made: list[RolloutEngine] = field(default_factory=list)
+
+    def make(self, **settings: float) -> RolloutEngine:
+        """An engine without weights. temperature: what its log-probabilities are for."""
+        engine = self.maker(self, **settings)
+        self.made.append(engine)
+        return engine
+
+    def close(self) -> None:
+        """End all engines that were made."""
+        while self.made:
+            self.made.pop().close()
 
     def buckets(self, *, bucket_bytes: int = 20_000) -> Iterator[WeightBucket]:
         return export_weights(self.model, self.model.weight_table(), self.layout, bucket_bytes=bucket_bytes)
 
-    def engine(self, **settings: int) -> RolloutEngine:
+    def engine(self, **settings: float) -> RolloutEngine:
         """An engine with the policy's weights, version 0."""
-        engine = self.make(self, **settings)
+        engine = self.make(**settings)
         engine.load_weights(self.buckets(), version=0)
         return engine
 
 
-def make_embedded(world: World, *, batch_prompts: int = 8, eos_id: int | None = None) -> EmbeddedEngine:
+def make_embedded(
+    world: World, *, batch_prompts: int = 8, eos_id: int | None = None, temperature: float = 1.0
+) -> EmbeddedEngine:
     family = family_of(ModelConfig(path=str(world.path)))
     return EmbeddedEngine(
         family.sampler_model(world.path, torch.float32),
@@ -53,7 +68,9 @@ def make_embedded(world: World, *, batch_prompts: int = 8, eos_id: int | None = 
     )
 
 
-def make_vllm(world: World, *, batch_prompts: int = 8, eos_id: int | None = None) -> VllmEngine:
+def make_vllm(
+    world: World, *, batch_prompts: int = 8, eos_id: int | None = None, temperature: float = 1.0
+) -> VllmEngine:
     """On the CPU; vLLM decides itself how many prompts it takes together."""
     family = family_of(ModelConfig(path=str(world.path)))
     return VllmEngine(
@@ -68,7 +85,7 @@ def make_vllm(world: World, *, batch_prompts: int = 8, eos_id: int | None = None
             max_sequences=16,
             memory_share=0.1,
             cuda_graphs=False,
-            processed_logprobs=False,
+            processed_logprobs=temperature != 1,
             discard_weights=False,
             timeout_seconds=120,
             log_file=Path(tempfile.mkdtemp()) / "engine.log",
@@ -95,4 +112,4 @@ def make_world(path: Path, layout: ParallelLayout, *, engine: str) -> World:
     config = ModelConfig(path=str(path), dtype=Dtype.float32)
     model = build_model(config, layout, sequence_parallel=False)
     eos_id = family_of(config).read_tokens(path).eos_id
-    return World(path=path, model=model, layout=layout, eos_id=eos_id, make=ENGINES[engine])
+    return World(path=path, model=model, layout=layout, eos_id=eos_id, name=engine, maker=ENGINES[engine])

@@ -41,6 +41,12 @@ def world(request: pytest.FixtureRequest, layout: object, checkpoint: Path) -> W
     return make_world(checkpoint, layout, engine=request.param)
 
 
+@pytest.fixture(autouse=True)
+def no_engine_left(world: World) -> Iterator[None]:
+    yield
+    world.close()
+
+
 def text_request(length: int, *, seeds: tuple[int, ...] = (0,)) -> Request:
     ids = torch.randint(0, 300, (length,), generator=torch.Generator().manual_seed(length)).tolist()
     return make_request(ids, None, seeds)
@@ -118,7 +124,7 @@ def flip_one_bit(tensors: dict[str, Tensor]) -> None:
 
 
 def test_refuses_to_sample_before_any_weights(world: World) -> None:
-    engine = world.make(world)
+    engine = world.make()
     assert engine.version == -1
     with pytest.raises(WeightSyncError, match="no weights were loaded"):
         engine.generate([text_request(4)], sampling=GREEDY)
@@ -140,7 +146,7 @@ BAD_UPDATES = {
 def test_refuses_a_wrong_update_and_samples_again_after_a_right_one(
     world: World, change: Callable[[dict[str, Tensor]], None], good_checksum: bool, message: str
 ) -> None:
-    engine = world.make(world)
+    engine = world.make()
     with pytest.raises(WeightSyncError, match=message):
         engine.load_weights(spoilt(world, change, good_checksum=good_checksum), version=0)
     assert engine.version == -1
@@ -183,6 +189,10 @@ def test_later_updates_may_leave_out_frozen_weights(world: World) -> None:
         bucket for bucket in spoilt(world, lambda t: t.update({Q_BIAS: t[Q_BIAS] + 3.0})) if Q_BIAS in bucket.tensors
     ]
     before = engine.generate([text_request(9)], sampling=GREEDY)
+    if world.name == "vllm":  # on the CPU; GPUs take parts (tests/gpu)
+        with pytest.raises(WeightSyncError, match="leaves out"):
+            engine.load_weights(changed, version=1)
+        return
     engine.load_weights(changed, version=1)
     assert engine.version == 1
     after = engine.generate([text_request(9)], sampling=GREEDY)
@@ -205,9 +215,13 @@ def test_greedy_tokens_and_logprobs_equal_plain_transformers(world: World, plain
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_logprobs_are_of_the_tempered_distribution(world: World, plain: Plain, temperature: float) -> None:
-    sampling = replace(RANDOM, temperature=temperature, top_k=5, top_p=0.9)
+    # vllm has log-probabilities before a cut at temperature 1 only; a config that asks for others is refused.
+    cut = {"top_k": 5, "top_p": 0.9} if world.name != "vllm" or temperature == 1 else {}
+    sampling = replace(RANDOM, temperature=temperature, **cut)
     requests = ragged_requests(seeds=(1, 2, 3))
-    for request, group in zip(requests, world.engine().generate(requests, sampling=sampling), strict=True):
+    for request, group in zip(
+        requests, world.engine(temperature=temperature).generate(requests, sampling=sampling), strict=True
+    ):
         assert len(group) == 3
         for response in group:
             want = plain.logprobs(request, response.ids, temperature=temperature)
