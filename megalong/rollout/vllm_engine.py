@@ -82,6 +82,7 @@ class VllmEngine:
         self.handover_seconds = 0.0  # spent on embeddings on their way to the engine, since the start
         self._asleep = False
         self._group: Any = None  # of NCCL, with the engine's workers
+        self._held: Tensor | None = None  # the bucket that the engine reads by CUDA IPC
         self._folder = Path(tempfile.mkdtemp(prefix="megalong-engine-", dir=_memory_folder()))
         write_config(model, self._folder, max_tokens=settings.max_tokens)
         self._connection = self._start()
@@ -128,6 +129,9 @@ class VllmEngine:
             self._answer_all(sent, but=1)  # the engine loads it while the next one is gathered
         else:
             self._answer_all(sent)  # its place is free again when the engine has answered
+            if self.settings.transport is Transport.ipc:
+                self._held = None
+                torch.cuda.ipc_collect()  # else torch keeps what was shared until it runs out of memory
 
     def _answer_all(self, sent: _Sent, *, but: int = 0) -> None:
         while sent.unanswered > but:
@@ -233,7 +237,7 @@ class VllmEngine:
             return None
         if self.settings.transport is Transport.ipc:
             torch.cuda.current_stream().synchronize()
-            self._held = packed  # until the next bucket, when this one was answered
+            self._held = packed  # until the engine has answered
             return {str(torch.cuda.get_device_properties(packed.device).uuid): reduce_tensor(packed)[1]}
         path = self._folder / "bucket"
         torch.from_file(str(path), shared=True, size=len(packed), dtype=torch.uint8).copy_(packed)
