@@ -6,7 +6,9 @@
 # MODEL_PATH  checkpoint folder (config.json, llm/, vision_tower/, mm_projector/)
 # DATA        training manifest (.jsonl)
 # RECIPE      environment: a recipe other than grpo_7b_256f.yaml, e.g. launch/recipes/grpo_7b_512f.yaml
-# GPUS        environment: processes on this node (default 8)
+# GPUS        environment: GPUs of this node (default 8)
+# ENGINE_GPUS environment: how many of them vLLM engines have for themselves, one each (default 0: they share the
+#             trainer's); set parallel.* for the GPUs that are left
 # MEGALONG_DRY_RUN=1 prints the command instead of running it.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
@@ -20,4 +22,10 @@ shift 2
 RECIPE=${RECIPE:-$ROOT/launch/recipes/grpo_7b_256f.yaml}
 GPUS=${GPUS:-8}
 
-torchrun_local "$GPUS" grpo "$RECIPE" "gpus=$GPUS" "model.path=$MODEL_PATH" "data.train=$DATA" "$@"
+ENGINE_GPUS=${ENGINE_GPUS:-0}
+if ((ENGINE_GPUS > 0)); then
+  set -- rollout.placement=disaggregated "rollout.engines_per_node=$ENGINE_GPUS" "$@"
+fi
+TRAINERS=$((GPUS - ENGINE_GPUS))
+
+torchrun_local "$TRAINERS" grpo "$RECIPE" "gpus=$TRAINERS" "model.path=$MODEL_PATH" "data.train=$DATA" "$@"

@@ -74,6 +74,17 @@ def test_8_gpu_script_takes_another_recipe_and_size() -> None:
     assert command[8:13] == ["-m", "megalong", "grpo", "launch/recipes/grpo_7b_512f.yaml", "gpus=4"]
 
 
+def test_8_gpu_script_leaves_gpus_to_engines() -> None:
+    (command,) = commands(dry_run("grpo_7b_8xa100.sh", "m", "d", "parallel.tp=2", ENGINE_GPUS="2"))
+    assert command[4:6] == ["--nproc-per-node", "6"]
+    overrides = command[12:]
+    assert overrides == [
+        *("gpus=6", "model.path=m", "data.train=d"),
+        *("rollout.placement=disaggregated", "rollout.engines_per_node=2", "parallel.tp=2"),
+    ]
+    check_recipe_and_overrides(command, task="grpo")
+
+
 @pytest.mark.parametrize("script", ["grpo_7b_8xa100.sh", "sft_7b_8xa100.sh"])
 def test_missing_arguments_print_the_usage(script: str) -> None:
     done = dry_run(script, "only-a-model")
