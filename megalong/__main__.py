@@ -11,10 +11,14 @@ RECIPE_VERBS = {
     "sft": "chain-of-thought supervised fine-tuning",
     "grpo": "group-relative policy optimisation on video questions",
     "eval": "accuracy on a manifest (eval.manifest)",
+    "check-sync": "compare weights and log-probabilities of the trainer and its rollout engine",
     "cache-embeddings": "decode and encode the videos of data.train and eval.manifest into video.cache_dir",
     "make-demo-data": "draw the demo's videos and manifests and make its tiny model",
     "plan": "print the resolved config, layout, tokens per prompt and memory per GPU; needs no GPU",
 }
+
+FAILURES = ("RunFailedError", "RolloutEngineError", "WeightSyncError")
+"""Errors of the machine or of the rollout engine, by name as in _is."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -38,7 +42,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run one verb.
 
     What the user gave (config, manifest, checkpoint) ends it with one message and exit code 2, the machine (memory,
-    other ranks) with one message and 1, a stuck phase with its stacks and 3; any other error keeps its traceback.
+    other ranks, the rollout engine) or a check that fails with one message and 1, a stuck phase with its stacks and 3;
+    any other error keeps its traceback.
     """
     args = build_parser().parse_args(argv)
     # megatron-core says once per module that it falls back to torch's own kernels, as meant on a CPU.
@@ -53,14 +58,14 @@ def main(argv: list[str] | None = None) -> int:
         if not _is_complete(error):
             raise
         print(f"megalong {args.verb}: {error}", file=sys.stderr)  # noqa: T201
-        return 1 if _is(error, "RunFailedError") else 2
+        return 1 if _is(error, *FAILURES) else 2
     return 0
 
 
 def _is_complete(error: Exception) -> bool:
     """Errors whose message says what to change; all others keep their traceback."""
     given = ("ConfigError", "ManifestError", "CheckpointError", "EmbeddingCacheError", "FileNotFoundError")
-    return _is(error, *given, "RunFailedError")
+    return _is(error, *given, *FAILURES)
 
 
 def _is(error: Exception, *names: str) -> bool:
@@ -92,6 +97,7 @@ def _run_recipe(args: argparse.Namespace) -> int:
     import torch
 
     from megalong.cache_embeddings import cache_embeddings
+    from megalong.checking import check_sync
     from megalong.evaluating import evaluate
     from megalong.failures import failures_reported
     from megalong.grpo import train_grpo
@@ -99,7 +105,13 @@ def _run_recipe(args: argparse.Namespace) -> int:
     from megalong.sft import train_sft
 
     timer = PhaseTimer(torch.cuda.synchronize if torch.cuda.is_available() else None)
-    verbs = {"sft": train_sft, "grpo": train_grpo, "eval": evaluate, "cache-embeddings": cache_embeddings}
+    verbs = {
+        "sft": train_sft,
+        "grpo": train_grpo,
+        "eval": evaluate,
+        "check-sync": check_sync,
+        "cache-embeddings": cache_embeddings,
+    }
     with failures_reported(config, timer):
         verbs[args.verb](config, timer)
     return 0

@@ -1,4 +1,4 @@
-"""What sft, grpo and eval share: opening a run, its batches, checkpoints, and an orderly end."""
+"""What sft, grpo, eval and check-sync share: opening a run, its batches, checkpoints, and an orderly end."""
 
 from __future__ import annotations
 
@@ -211,7 +211,7 @@ def _start(config: RunConfig, *, task: Task, timer: PhaseTimer) -> Run:
     shape = read_model_shape(config.model.path, family=config.model.family, video=config.video)
     validate(config, task=task, world_size=world_size, model=shape)
     check_store(config)
-    start = None if task == "eval" else resume_point(config)
+    start = None if task in ("eval", "check-sync") else resume_point(config)
     family = family_of(config.model)
     layout = layout_of(config, shape)
     seed_everything(config.seed)
@@ -234,6 +234,8 @@ def _start(config: RunConfig, *, task: Task, timer: PhaseTimer) -> Run:
         trainer.keep_reference()
     resumed = load_checkpoint(start, trainer) if start is not None else {}
     vision.weights_changed()
+    # A check leaves the folder of the run that it checks as it is.
+    writes = layout.is_main and task != "check-sync"
     run = Run(
         config=config,
         layout=layout,
@@ -259,14 +261,14 @@ def _start(config: RunConfig, *, task: Task, timer: PhaseTimer) -> Run:
             wandb=config.logger.wandb,
             wandb_project=config.logger.wandb_project,
             config=config,
-            is_main=layout.is_main,
+            is_main=writes,
             resume_step=trainer.step,
         ),
         timer=timer,
         resumed=resumed,
         step_before=trainer.step,
     )
-    if layout.is_main:
+    if writes:
         save_config(config, Path(config.logger.run_dir) / "config.yaml")
     return run
 

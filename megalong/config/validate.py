@@ -13,7 +13,7 @@ from megalong.config.errors import ConfigError
 from megalong.config.model_shape import ModelShape
 from megalong.config.tree import AdvantageKind, FrameSampling, Recompute, RolloutEngine, RunConfig
 
-Task = Literal["sft", "grpo", "eval", "cache-embeddings"]
+Task = Literal["sft", "grpo", "eval", "check-sync", "cache-embeddings"]
 
 TEXT_TOKENS = 256
 """Room for the system prompt, the question and the chat markers beside a video's tokens."""
@@ -36,6 +36,7 @@ def validate(config: RunConfig, *, task: Task, world_size: int, model: ModelShap
         problems += _vision_problems(config, model=model)
     if task == "grpo":
         problems += _grpo_problems(config)
+    if task in ("grpo", "check-sync"):
         problems += _rollout_problems(config)
     problems += _evaluation_problems(config, task)
     if problems:
@@ -128,6 +129,9 @@ _GRPO_BOUNDS: tuple[_Bound, ...] = (
     _Bound("grpo.kl_coef", 0),
     _Bound("grpo.dynamic_sampling_max_batches", 1),
     _Bound("grpo.tis_cap", 0),
+    _Bound("reward.overlong_buffer", 0),
+)
+_ROLLOUT_BOUNDS: tuple[_Bound, ...] = (
     _Bound("rollout.group_size", 1),
     # At temperature 0 all responses of a group are equal and there is nothing to learn from.
     _Bound("rollout.temperature", 0, above=True),
@@ -139,7 +143,6 @@ _GRPO_BOUNDS: tuple[_Bound, ...] = (
     _Bound("rollout.memory_share", 0, 1),
     _Bound("rollout.prefill_tokens", 1),
     _Bound("rollout.max_sequences", 1),
-    _Bound("reward.overlong_buffer", 0),
 )
 
 
@@ -151,6 +154,8 @@ def _out_of_bounds(config: RunConfig, task: Task) -> Iterator[str]:
     bounds = _BOUNDS
     if task in ("sft", "grpo"):
         bounds += _TRAINING_BOUNDS + (_SFT_BOUNDS if task == "sft" else _GRPO_BOUNDS)
+    if task in ("grpo", "check-sync"):
+        bounds += _ROLLOUT_BOUNDS
     for bound in bounds:
         value = _value(config, bound.key)
         if not bound.holds(value):
@@ -158,7 +163,7 @@ def _out_of_bounds(config: RunConfig, task: Task) -> Iterator[str]:
 
 
 def _missing(config: RunConfig, task: Task) -> Iterator[str]:
-    if task != "eval" and OmegaConf.is_missing(cast(Any, config.data), "train"):
+    if task not in ("eval", "check-sync") and OmegaConf.is_missing(cast(Any, config.data), "train"):
         yield f"data.train has no value; {task} needs a manifest to train on: set data.train"
 
 
@@ -350,7 +355,7 @@ def _grpo_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _evaluation_problems(config: RunConfig, task: Task) -> Iterator[str]:
-    if task == "cache-embeddings":
+    if task in ("cache-embeddings", "check-sync"):
         return
     asked = [
         key

@@ -51,7 +51,10 @@ def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    assert all(verb in text for verb in ("sft", "grpo", "eval", "cache-embeddings", "plan", "make-demo-data", "report"))
+    assert all(
+        verb in text
+        for verb in ("sft", "grpo", "eval", "check-sync", "cache-embeddings", "plan", "make-demo-data", "report")
+    )
 
 
 @pytest.mark.parametrize("arguments", [[], ["train"], ["sft"], ["plan", "r.yaml", "--task", "dpo"]])
