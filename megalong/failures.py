@@ -146,7 +146,10 @@ def memory_advice(phase: str, config: RunConfig) -> str:
     model, parallel = config.model, config.parallel
     spread = f"more GPUs per replica (parallel.tp={parallel.tp}, cp={parallel.cp}, pp={parallel.pp})"
     if phase == "rollout":
-        return f"lower rollout.batch_prompts={config.rollout.batch_prompts} or data.max_response_tokens; {spread}"
+        return (
+            f"lower rollout.batch_prompts={config.rollout.batch_prompts} (embedded engine), rollout.memory_share "
+            f"(vllm) or data.max_response_tokens; {spread}"
+        )
     if phase in ("data", "eval"):
         return (
             f"lower video.tower_batch_frames={config.video.tower_batch_frames}, rollout.batch_prompts="

@@ -41,7 +41,8 @@ def train_grpo(config: RunConfig, timer: PhaseTimer | None = None) -> None:
     for step in run.steps(total):
         started = time.perf_counter()
         scored, dropped = sample_groups(run, batches, step=step)
-        run.sampler.release()
+        with run.timer("rollout"):
+            run.sampler.release()
         with run.timer("logprob"):
             updates = add_logprobs(run, pack_updates(run, scored))
         with run.timer("train"):

@@ -99,8 +99,7 @@ class VllmEngine:
 
     def load_weights(self, buckets: Iterable[WeightBucket], *, version: int) -> None:
         """See RolloutEngine. While the engine loads a bucket, the next one is gathered and sent."""
-        if self._asleep:
-            torch.cuda.empty_cache()  # what the trainer has let go of is the engine's now
+        self._make_room()
         # On the CPU vLLM keeps packed copies of whole layers (BucketTransfer.start_weight_update).
         update = self.weights.begin(version, again=self.needs_weights, in_parts=bool(self.settings.devices))
         self._call("start_update")
@@ -152,6 +151,7 @@ class VllmEngine:
         for request in requests:
             self._check(request, group_size=sampling.group_size)
         if self._asleep:
+            self._make_room()
             self._call("wake")
             self._asleep = False
         started = time.perf_counter()
@@ -175,6 +175,11 @@ class VllmEngine:
     def needs_weights(self) -> bool:
         """Whether release() threw the weights away."""
         return self._asleep and self.settings.discard_weights
+
+    def _make_room(self) -> None:
+        """Before the engine wakes up: what the trainer has let go of is the engine's."""
+        if self._asleep:
+            torch.cuda.empty_cache()
 
     def close(self) -> None:
         """End the process."""

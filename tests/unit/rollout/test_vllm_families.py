@@ -38,9 +38,9 @@ def qwen3() -> PreTrainedModel:
     )
 
 
-def load(engine: RolloutEngine, model: PreTrainedModel) -> None:
+def load(engine: RolloutEngine, model: PreTrainedModel, *, version: int = 0) -> None:
     tensors = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    engine.load_weights([WeightBucket(tensors=tensors, checksum=bucket_checksum(tensors))], version=0)
+    engine.load_weights([WeightBucket(tensors=tensors, checksum=bucket_checksum(tensors))], version=version)
 
 
 def video_request(*, mrope: bool) -> Request:
@@ -68,6 +68,33 @@ def text_request(*, mrope: bool) -> Request:
     )  # fmt: skip
 
 
+def engine_of(model: PreTrainedModel, folder: Path) -> VllmEngine:
+    settings = VllmSettings(
+        devices=(), transport=Transport.file, max_tokens=512, prefill_tokens=32, max_sequences=8, memory_share=0.1,
+        cuda_graphs=False, processed_logprobs=False, discard_weights=False, timeout_seconds=120,
+        log_file=folder / "engine.log", seed=1,
+    )  # fmt: skip
+    return VllmEngine(model, name_of=str, eos_id=EOS, settings=settings)
+
+
+def test_a_group_is_prefilled_once(tmp_path: Path) -> None:
+    """The others take all whole blocks (128 tokens on the CPU) from the first; nothing is left after new weights."""
+    model = qwen3()
+    request = Request(
+        ids_P=tuple(index % 300 for index in range(300)), positions_P=torch.arange(300), next_position=300,
+        embeds_ND=None, seeds=tuple(range(8)),
+    )  # fmt: skip
+    engine = engine_of(model, tmp_path)
+    try:
+        for version in range(2):
+            load(engine, model, version=version)
+            before = engine.prefilled_tokens
+            engine.generate([request], sampling=replace(GREEDY, group_size=8, max_tokens=2))
+            assert engine.prefilled_tokens - before == 300 + 7 * (300 - 256)
+    finally:
+        engine.close()
+
+
 @pytest.mark.parametrize("make", [qwen2_5_vl, qwen3], ids=["qwen2_5_vl", "qwen3"])
 def test_greedy_tokens_and_logprobs_equal_the_embedded_engine_s(make: object, tmp_path: Path) -> None:
     torch.manual_seed(11)
@@ -83,12 +110,7 @@ def test_greedy_tokens_and_logprobs_equal_the_embedded_engine_s(make: object, tm
         counted = replace(requests[0], positions_P=torch.arange(44).expand(3, -1), next_position=44)
         (group,), (other,) = (embedded.generate([item], sampling=GREEDY) for item in (requests[0], counted))
         assert abs(group[0].logprobs[0] - other[0].logprobs[0]) > 1e-2
-    settings = VllmSettings(
-        devices=(), transport=Transport.file, max_tokens=256, prefill_tokens=32, max_sequences=8, memory_share=0.1,
-        cuda_graphs=False, processed_logprobs=False, discard_weights=False, timeout_seconds=120,
-        log_file=tmp_path / "engine.log", seed=1,
-    )  # fmt: skip
-    engine = VllmEngine(model, name_of=str, eos_id=EOS, settings=settings)
+    engine = engine_of(model, tmp_path)
     try:
         load(engine, model)
         for want, got in zip(
