@@ -7,12 +7,16 @@ prefix, the responses and context-parallel shards be separate calls.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 # Legend: b batch, Q query heads, K key/value heads (Q a multiple of K), t query rows, s key rows, d head width.
 Saved = tuple[Tensor | int | None, ...]
@@ -161,21 +165,92 @@ KERNELS: dict[str, KernelEntry] = {
 }
 CUDNN_FROM_TOKENS = 16384
 """cuDNN builds a plan per shape: worth it for long sequences, not for many short ones of different lengths."""
+LARGEST_ERROR = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
+"""Of an output or gradient, relative to its norm, in the comparison that `auto` makes with the definition."""
 
 
-def choose_kernel(name: str, *, device: torch.device, dtype: torch.dtype, num_tokens: int) -> Kernel:
-    """The kernel of that name, or for `auto` the fastest that takes the input. Raises ValueError if it does not."""
+def choose_kernel(name: str, *, device: torch.device, dtype: torch.dtype, num_tokens: int, head_dim: int) -> Kernel:
+    """The kernel of that name, or for `auto` the fastest that takes the input and is correct on this very device.
+
+    num_tokens: keys of the call. `auto` tries each candidate once per device, dtype and head width against the
+    definition; the choice and its reason are logged once. Raises ValueError if a named kernel does not take the input.
+    """
     if name == "auto":
-        if device.type == "cpu":
-            name = "cpu_flash"
-        elif dtype in _HALF:
-            name = "cudnn" if num_tokens >= CUDNN_FROM_TOKENS else "flash"
-        else:
-            name = "plain"
+        long = num_tokens >= CUDNN_FROM_TOKENS
+        return KERNELS[_fastest(device=device, dtype=dtype, head_dim=head_dim, long=long)].make()
     entry = KERNELS[name]
-    if entry.device not in ("any", device.type) or dtype not in entry.dtypes:
+    if not _takes(entry, device=device, dtype=dtype):
         raise ValueError(
             f"model.attention={name} runs on {entry.device} with {[str(kind) for kind in entry.dtypes]}, "
             f"not on {device.type} with {dtype}; set model.attention=auto"
         )
+    _log_forced(name, device=device, dtype=dtype)
     return entry.make()
+
+
+def _takes(entry: KernelEntry, *, device: torch.device, dtype: torch.dtype) -> bool:
+    return entry.device in ("any", device.type) and dtype in entry.dtypes
+
+
+@cache
+def _log_forced(name: str, *, device: torch.device, dtype: torch.dtype) -> None:
+    logger.info("attention of %s on %s: %s, as model.attention says", dtype, device, name)
+
+
+@cache
+def _fastest(*, device: torch.device, dtype: torch.dtype, head_dim: int, long: bool) -> str:
+    """The name that `auto` stands for; long: for calls on at least CUDNN_FROM_TOKENS keys."""
+    fast = ("cpu_flash",) if device.type == "cpu" else ("cudnn", "flash") if long else ("flash", "cudnn")
+    candidates = [name for name in fast if _takes(KERNELS[name], device=device, dtype=dtype)]
+    where = f"attention of {dtype}, heads {head_dim} wide, on {device}"
+    if device.type == "cuda":
+        where += f", {'at least' if long else 'below'} {CUDNN_FROM_TOKENS:,} keys"
+    for name in candidates:
+        defect = _defect(name, device=device, dtype=dtype, head_dim=head_dim)
+        if not defect:
+            logger.info("%s: %s, the fastest that takes them; equal to the definition here", where, name)
+            return name
+        logger.warning("%s: not %s, %s", where, name, defect)
+    message = "%s: plain, whole score matrices, since no fast kernel %s"
+    if candidates:
+        logger.warning(message, where, "is correct here")
+    else:
+        logger.info(message, where, "takes them")
+    return "plain"
+
+
+@cache
+def _defect(name: str, *, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """What is wrong with a kernel on a small problem: "" when output, log-sum-exp and gradients are those of `plain`.
+
+    Causal and unmasked, grouped heads, and in the backward the output and log-sum-exp of another call merged in.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def random(heads: int, rows: int) -> Tensor:
+        return torch.randn(1, heads, rows, head_dim, generator=generator).to(device, dtype)
+
+    kernel, plain = KERNELS[name].make(), PlainKernel()
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for causal, rows, keys in ((True, 128, 128), (False, 64, 192)):
+        parts = query, *_ = random(4, rows), random(2, keys), random(2, keys)
+        how = {"causal": causal, "scale": head_dim**-0.5}
+        exact = [part.to(wide) for part in parts]
+        out, lse = plain.forward(*exact, **how)
+        # Half of every row's probability lies on keys of another call, whose values are zero.
+        merged = (out / 2).to(dtype), lse + 0.6931471805599453
+        grad = torch.randn(query.shape, generator=generator).to(device, dtype)
+        try:
+            got = [*kernel.forward(*parts, **how), *kernel.backward(grad, *parts, *merged, **how)]
+        except torch.OutOfMemoryError:
+            raise  # says nothing about the kernel
+        except RuntimeError as error:
+            return f"which fails: {str(error).splitlines()[0]}"
+        backward = plain.backward(grad.to(wide), *exact, merged[0].to(wide), merged[1], **how)
+        for what, ours, want in zip(
+            ("output", "log-sum-exp", "dQ", "dK", "dV"), got, (out, lse, *backward), strict=True
+        ):
+            gap = float((ours.to(wide) - want).norm() / want.norm())
+            if not gap <= LARGEST_ERROR[dtype]:
+                return f"whose {what} is off by {gap:.1e} of its norm ({'causal' if causal else 'unmasked'})"
+    return ""

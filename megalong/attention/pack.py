@@ -204,7 +204,7 @@ def _batches(call: Call, device: torch.device) -> tuple[_Batch, _Batch]:
 
 def _kernel_of(name: str, call: Call, query: Tensor) -> Kernel:
     longest = max(last - first for first, last in call.keys)
-    return choose_kernel(name, device=query.device, dtype=query.dtype, num_tokens=longest)
+    return choose_kernel(name, device=query.device, dtype=query.dtype, num_tokens=longest, head_dim=query.shape[-1])
 
 
 def pack_attention(

@@ -23,7 +23,7 @@ class LayerSpec(Enum):
 
 
 class AttentionKernel(Enum):
-    auto = "auto"  # the fastest that takes the device and dtype
+    auto = "auto"  # the fastest that takes the device and dtype, and is correct there
     plain = "plain"
     cpu_flash = "cpu_flash"
     flash = "flash"

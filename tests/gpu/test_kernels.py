@@ -97,6 +97,16 @@ def test_vocabulary_shards_add_up(group: object) -> None:
     assert_close((logprobs_R, entropy_R, sum(hidden_grads), torch.cat(grads_VD)), want)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_automatic_attention_finds_its_fast_kernels_correct(dtype: torch.dtype, head_dim: int) -> None:
+    from megalong.attention.kernels import CudaFlashKernel, CudnnKernel, choose_kernel
+
+    how = {"device": torch.device("cuda", 0), "dtype": dtype, "head_dim": head_dim}
+    assert isinstance(choose_kernel("auto", num_tokens=131_072, **how), CudnnKernel)
+    assert isinstance(choose_kernel("auto", num_tokens=512, **how), CudaFlashKernel)
+
+
 def test_memory_stays_at_one_step(group: object) -> None:
     from megalong_kernels import logprob as kernels
 

@@ -6,7 +6,7 @@ and the tower. The kernels alone are in tests/unit/attention, the layouts in tes
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
@@ -105,15 +105,15 @@ def make_subject(folder: Path, layout: ParallelLayout, *, family: str) -> Subjec
 def subject(
     request: pytest.FixtureRequest, layout: ParallelLayout, tiny_checkpoint: Path,
     tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Subject]:  # fmt: skip
+) -> Subject:  # fmt: skip
     family = request.param
     written = tiny_vl.WRITERS.get(family)
     folder = written(tmp_path_factory.mktemp(family)) if written else tiny_checkpoint
-    yield make_subject(folder, layout, family=family)
+    return make_subject(folder, layout, family=family)
 
 
 @pytest.mark.parametrize("group_size", [1, 4, 8])
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(data=st.data())
 def test_a_shared_prefix_trains_like_separate_sequences(subject: Subject, group_size: int, data: st.DataObject) -> None:
     """One or two questions about the same videos, each with its group."""
