@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from megalong.config.errors import ConfigError
-from megalong.config.tree import EnginePlacement, RunConfig
+from megalong.config.tree import EnginePlacement, RolloutConfig, RunConfig
 from megalong.config.tree import RolloutEngine as EngineChoice
 from megalong.config.validate import Task
 from megalong.engine.build import TORCH_DTYPE, family_of
@@ -81,7 +82,7 @@ def _settings(config: RunConfig, layout: ParallelLayout, *, task: Task) -> VllmS
     """Of the engine that this rank drives; None without one."""
     rollout = config.rollout
     local_rank, local_size = (int(os.environ.get(name, default)) for name, default in _LOCAL.items())
-    devices, transport = _devices(config, layout.device, local_rank=local_rank, local_size=local_size)
+    devices, transport = place_engine(rollout, _gpu_names(layout.device), local_rank=local_rank, local_size=local_size)
     if devices is None:
         return None
     temperature = config.eval.temperature if task == "eval" else rollout.temperature
@@ -104,21 +105,36 @@ def _settings(config: RunConfig, layout: ParallelLayout, *, task: Task) -> VllmS
 _LOCAL = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
 
 
-def _devices(
-    config: RunConfig, device: torch.device, *, local_rank: int, local_size: int
-) -> tuple[tuple[str, ...] | None, Transport]:
-    """CUDA_VISIBLE_DEVICES of the engine that a rank drives, None without one; how weights reach it."""
-    rollout = config.rollout
+def _gpu_names(device: torch.device) -> list[str]:
+    """What CUDA_VISIBLE_DEVICES calls the GPUs of the node; [] when the run is on the CPU."""
     if device.type != "cuda":
-        return (), Transport.file
+        return []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    names = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
+    return visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
+
+
+def place_engine(
+    rollout: RolloutConfig, names: Sequence[str], *, local_rank: int, local_size: int
+) -> tuple[tuple[str, ...] | None, Transport]:
+    """CUDA_VISIBLE_DEVICES of the engine that a rank drives, None without one; how weights reach it.
+
+    names: of the node's GPUs, none for the CPU; its local_size training processes are on the first of them. Raises
+    ConfigError when the engines do not fit.
+    """
+    if not names:
+        return (), Transport.file
     size, count = rollout.engine_tp, rollout.engines_per_node
     free = names[local_size:]
     apart = rollout.placement is EnginePlacement.disaggregated
     if rollout.placement is EnginePlacement.auto:
         apart = len(free) >= size
     if not apart:
+        if len(names) < local_size:
+            raise ConfigError(
+                f"rollout.engine=vllm, colocated: a process sees {len(names)} GPU(s) (CUDA_VISIBLE_DEVICES) and its "
+                f"node has {local_size} training processes, each on one of its own; let every process see all of them, "
+                "as torchrun does, or set rollout.engine=embedded"
+            )
         if local_size % size:
             raise ConfigError(
                 [

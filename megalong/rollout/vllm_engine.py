@@ -32,6 +32,9 @@ MODEL_TYPES = {"qwen2": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3": "qwen3"}
 """The sampler model's config.model_type -> the vLLM model that has the same layers (vllm_worker.ARCHITECTURES)."""
 ARCHITECTURES = {"qwen2": "MediaQwen2", "qwen3": "MediaQwen3"}
 
+SERVER = "megalong.rollout.vllm_server"
+"""Module that the engine's process runs."""
+
 _START_SECONDS = 1200  # loading vLLM, building the model, capturing graphs
 _LOG_LINES = 15
 _TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -270,7 +273,7 @@ class VllmEngine:
         ours, theirs = Pipe()
         with theirs, self.settings.log_file.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "megalong.rollout.vllm_server", str(theirs.fileno())],
+                [sys.executable, "-m", SERVER, str(theirs.fileno())],
                 env=environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
         return ours
@@ -294,7 +297,7 @@ class VllmEngine:
                 self._require_alive(method)
                 if time.monotonic() - started > limit:
                     self._process.kill()
-                    raise self._failure(method, f"did not answer within {limit:.0f} s; see rollout.timeout_minutes")
+                    raise self._failure(method, f"did not answer within {limit:.0f} s; see parallel.timeout_minutes")
             done, result = pickle.loads(self._connection.recv_bytes())
         except (EOFError, OSError) as error:
             raise self._failure(method, "ended") from error

@@ -1,0 +1,122 @@
+"""VllmEngine when its process dies, hangs or answers with an error: tried with a program in vLLM's place."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import fake_server
+import pytest
+import torch
+from engines import make_request
+
+from megalong.config.tree import ModelConfig
+from megalong.engine.build import family_of
+from megalong.records import WeightBucket, bucket_checksum
+from megalong.rollout import vllm_engine
+from megalong.rollout.engine import RolloutEngineError, Sampling
+from megalong.rollout.transfer import Transport
+from megalong.rollout.vllm_engine import VllmEngine, VllmSettings
+
+GREEDY = Sampling(group_size=1, max_tokens=4, temperature=0.0, top_p=1.0, top_k=0)
+SECONDS = 2.0
+"""timeout_seconds of the engines here."""
+
+Make = Callable[..., VllmEngine]
+
+
+@pytest.fixture
+def make(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
+    """An engine whose process does `fault` in `method`."""
+    monkeypatch.setattr(vllm_engine, "SERVER", fake_server.__name__)
+    family = family_of(ModelConfig(path=str(tiny_checkpoint)))
+    made: list[VllmEngine] = []
+
+    def engine(fault: str, *, method: str = "generate") -> VllmEngine:
+        monkeypatch.setenv("FAKE_ENGINE", fault)
+        monkeypatch.setenv("FAKE_METHOD", method)
+        settings = VllmSettings(
+            devices=(), transport=Transport.file, max_tokens=64, prefill_tokens=64, max_sequences=4, memory_share=0.1,
+            cuda_graphs=False, processed_logprobs=False, discard_weights=False, timeout_seconds=SECONDS,
+            log_file=tmp_path / "run" / "engine.log", seed=1,
+        )  # fmt: skip
+        with torch.device("meta"):
+            model = family.sampler_model(tiny_checkpoint, torch.float32)
+        made.append(VllmEngine(model, name_of=family.sampler_name, eos_id=0, settings=settings))
+        return made[-1]
+
+    yield engine
+    for item in made:
+        item.close()
+
+
+def buckets(engine: VllmEngine) -> list[WeightBucket]:
+    """Any weights of the right names and shapes."""
+    tensors = {f"llm/{name}": torch.zeros(shape) for name, shape in engine.weights.shapes.items()}
+    return [WeightBucket(tensors=tensors, checksum=bucket_checksum(tensors))]
+
+
+def failure(engine: VllmEngine) -> str:
+    """The message of the RolloutEngineError that generate() ends with."""
+    engine.load_weights(buckets(engine), version=0)
+    with pytest.raises(RolloutEngineError) as caught:
+        engine.generate([make_request([1, 2, 3], None, (0,))], sampling=GREEDY)
+    return str(caught.value)
+
+
+def is_gone(pid: int) -> bool:
+    """A process that was ended but not waited for would still be there."""
+    return not Path(f"/proc/{pid}").exists()
+
+
+@pytest.mark.parametrize(("fault", "code"), [("exit", 7), ("kill", -9)])
+def test_a_process_that_dies_is_reported_with_its_code_and_log(make: Make, fault: str, code: int) -> None:
+    engine = make(fault)
+    started = time.monotonic()
+    message = failure(engine)
+    assert time.monotonic() - started < SECONDS + 3
+    assert f"process {engine._process.pid}, GPUs none, exit code {code}) ended in generate()" in message
+    assert message.endswith(f"engine.log:\nline before the {fault}")
+    assert is_gone(engine._process.pid)
+    with pytest.raises(RolloutEngineError, match=r"in generate\(\)"):
+        engine.generate([make_request([1, 2, 3], None, (0,))], sampling=GREEDY)
+
+
+def test_a_process_that_hangs_is_ended_after_the_timeout(make: Make) -> None:
+    engine = make("hang")
+    started = time.monotonic()
+    message = failure(engine)
+    assert SECONDS <= time.monotonic() - started < SECONDS + 4
+    assert "exit code -9) did not answer within 2 s; see parallel.timeout_minutes in generate()" in message
+    assert "line before the hang" in message
+    assert is_gone(engine._process.pid)
+
+
+def test_an_error_of_the_engine_arrives_with_its_traceback(make: Make) -> None:
+    engine = make("error")
+    message = failure(engine)
+    assert "exit code None) failed:\nTraceback ..\nValueError: no such token in generate()" in message
+    pid = engine._process.pid
+    assert not is_gone(pid), "it may be asked again"
+    engine.close()
+    assert is_gone(pid)
+
+
+@pytest.mark.parametrize("method", ["start_update", "update", "finish_update"])
+def test_a_process_that_dies_in_an_update_leaves_no_weights(make: Make, method: str) -> None:
+    engine = make("exit", method=method)
+    with pytest.raises(RolloutEngineError, match=rf"exit code 7\) ended in {method}\(\)"):
+        engine.load_weights(buckets(engine), version=0)
+    assert engine.version == -1
+
+
+def test_a_process_that_does_not_start_leaves_nothing_behind(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders: list[str] = []
+    mkdtemp = vllm_engine.tempfile.mkdtemp
+    monkeypatch.setattr(vllm_engine.tempfile, "mkdtemp", lambda **rest: folders.append(mkdtemp(**rest)) or folders[-1])
+    with pytest.raises(RolloutEngineError, match=r"exit code 7\) ended in start\(\)"):
+        make("exit", method="start")
+    (folder,) = folders
+    assert not os.path.exists(folder)
