@@ -18,6 +18,7 @@ def run_all(folder: Path) -> None:
     sys.path.insert(0, str(BENCHMARKS))
     for name, options in {
         "b2_train_step": ["--prefix", "48"],
+        "b10_offload": [],
         "figure1": ["--gpus", "1", "--frames", "4", "--plot", str(folder / "figure1.png")],
         "b7_scaling": ["--gpus", "1", "--prefix", "48"],
         "longest": ["--gpus", "1", "--tp", "1", "--frames", "4"],
@@ -63,3 +64,16 @@ def test_b7_and_longest_measure_their_points(rows):
     (row,) = rows["longest"]
     assert {"vision", "forward", "backward", "optimizer"} <= set(row["phases"])
     assert len(row["peak_gb"]) == 1
+
+
+def test_b10_times_what_it_compared(rows):
+    forms = ["kept", "offload", "save_on_cpu"]
+    checks, timed = rows["b10_offload"][:3], rows["b10_offload"][3:]
+    assert [row["form"] for row in checks] == [row["form"] for row in timed] == forms
+    assert max(row["gradient"] for row in checks) < 1e-6  # a CPU adds up in one order
+    for row in timed:
+        assert row["status"] == "measured"
+        assert row["grad_norm"] == pytest.approx(timed[0]["grad_norm"], rel=1e-6)
+    assert {"slower" in row for row in timed} == {True, False}
+    # 4 layers, 96 + 4 * 8 tokens: input and output of 256 numbers, and a sum for each of 8 heads.
+    assert timed[0]["kept_gb"] == pytest.approx(4 * 128 * (2 * 256 * 2 + 8 * 4) / 1e9)
