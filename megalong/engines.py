@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from megalong.config.errors import ConfigError
-from megalong.config.tree import EnginePlacement, RolloutConfig, RunConfig
+from megalong.config.tree import MEMORY_SHARE, EnginePlacement, RolloutConfig, RunConfig
 from megalong.config.tree import RolloutEngine as EngineChoice
 from megalong.config.validate import Task
 from megalong.engine.build import TORCH_DTYPE, family_of
@@ -24,8 +24,12 @@ from megalong.rollout.vllm_engine import MODEL_TYPES, VllmEngine, VllmSettings
 
 logger = logging.getLogger(__name__)
 
-MEMORY_SHARE = {Transport.nccl: 0.9, Transport.ipc: 0.4, Transport.file: 0.2}
-"""rollout.memory_share=0: of a GPU of its own, of one that the trainer works on, of the host."""
+SHARES = {
+    Transport.nccl: MEMORY_SHARE[EnginePlacement.disaggregated],
+    Transport.ipc: MEMORY_SHARE[EnginePlacement.colocated],
+    Transport.file: 0.2,
+}
+"""rollout.memory_share=0: the last one is of the host's memory."""
 
 
 def build_engine(config: RunConfig, layout: ParallelLayout, *, task: Task, eos_id: int) -> RolloutEngine | None:
@@ -92,7 +96,7 @@ def _settings(config: RunConfig, layout: ParallelLayout, *, task: Task) -> VllmS
         max_tokens=config.data.max_prompt_tokens + config.data.max_response_tokens,
         prefill_tokens=rollout.prefill_tokens,
         max_sequences=rollout.max_sequences,
-        memory_share=rollout.memory_share or MEMORY_SHARE[transport],
+        memory_share=rollout.memory_share or SHARES[transport],
         cuda_graphs=rollout.cuda_graphs and layout.device.type == "cuda",
         processed_logprobs=temperature not in (0.0, 1.0),
         discard_weights=config.model.train_llm and task != "eval",

@@ -9,6 +9,7 @@ from megalong.config import costs
 from megalong.config.errors import ConfigError
 from megalong.config.load import config_yaml
 from megalong.config.model_shape import ModelShape
+from megalong.config.plan_engine import EnginePlan, plan_engine
 from megalong.config.shapes import SHIPPED_SHAPES, read_model_shape
 from megalong.config.tree import Dtype, Recompute, RolloutEngine, RunConfig
 from megalong.config.validate import Task, frames_per_video, prompt_tokens
@@ -78,6 +79,7 @@ class Plan:
     step_store: int  # bytes of it and of its GPU tier that a step needs per process, when no two samples share a video
     host_activations: int  # bytes of pinned host memory for offloaded activations, per process
     flops: dict[str, int]
+    engine: EnginePlan | None  # None: no vLLM engine
     flops_repeated: int  # the same step with every response carrying its own prompt
 
     @property
@@ -141,6 +143,7 @@ def plan(config: RunConfig, task: Task, shape: ModelShape, *, note: str = "") ->
         step_store=-(-batch_size // layout.dp) * (1 << (share - 1).bit_length()) if kept else 0,
         host_activations=0 if task == "eval" else _host_activations(config, shape, layout=layout, lengths=lengths),
         flops=_flops(config, task, shape, lengths=lengths, batch_size=batch_size, shared=True),
+        engine=_engine(config, task, shape, layout=layout, lengths=lengths),
         flops_repeated=sum(_flops(config, task, shape, lengths=lengths, batch_size=batch_size, shared=False).values()),
     )
 
@@ -212,7 +215,7 @@ def _memory(
         memory["tower on one batch of frames"] = frames * shape.vision.frame_elements * element
     if task != "eval":
         memory |= _activation_memory(config, shape, layout=layout, lengths=lengths, stage=stage, element=element)
-    if _samples_embedded(config, task):
+    if _samples_embedded(config, task, shape):
         kv = costs.kv_bytes_per_token(shape, element=element)
         prompts = 1 if task == "eval" else min(config.rollout.batch_prompts, config.grpo.batch_size // layout.dp)
         memory["embedded sampler: weights"] = element * costs.llm_params(shape)
@@ -300,9 +303,29 @@ def _element(config: RunConfig) -> int:
     return 4 if config.model.dtype is Dtype.float32 else 2
 
 
-def _samples_embedded(config: RunConfig, task: Task) -> bool:
+def _engine(config: RunConfig, task: Task, shape: ModelShape, *, layout: Layout, lengths: Lengths) -> EnginePlan | None:
+    """The vLLM engine of a run on GPUs, beside the states of the fullest pipeline stage."""
+    if task == "sft" or not config.gpus or _samples_embedded(config, task, shape):
+        return None
+    element = _element(config)
+    of_stages = (
+        _weight_memory(config, task, shape, layout=layout, stage=stage, element=element) for stage in range(layout.pp)
+    )
+    states = max(sum(memory.values()) for memory in of_stages)
+    stores_on_gpu = shape.vision is not None and config.video.cache_embeddings
+    store = round(config.video.cache_gpu_gib * GIB) if stores_on_gpu else 0
+    return plan_engine(
+        config.rollout, shape, prompt=lengths.prompt, response=lengths.response, group=lengths.group, element=element,
+        trainer=states + store + RUNTIME_BYTES,
+    )  # fmt: skip
+
+
+def _samples_embedded(config: RunConfig, task: Task, shape: ModelShape) -> bool:
+    """Deepstack, embeddings wider than the LLM, is not for vLLM's models; that vLLM is installed is assumed."""
+    deepstack = shape.vision is not None and shape.vision.embed_width > shape.hidden
     engine = config.rollout.engine
-    return task != "sft" and (engine is RolloutEngine.embedded or (engine is RolloutEngine.auto and not config.gpus))
+    chosen = engine is RolloutEngine.auto and (deepstack or not config.gpus)
+    return task != "sft" and (engine is RolloutEngine.embedded or chosen)
 
 
 def _flops(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from megalong.config.plan import GIB, GPU_STORE, Layout, Plan
+from megalong.config.plan_engine import EnginePlan
+from megalong.config.tree import EnginePlacement
 
 BUDGETS_GIB = {"80 GB (A100, H100)": 79, "141 GB (H200)": 139}
 """What a card of that name leaves to a process."""
@@ -17,6 +19,7 @@ def render(plan: Plan) -> str:
             _layout_text(plan.layout),
             _lengths_text(plan),
             _memory_text(plan),
+            *([_engine_text(plan.engine)] if plan.engine else []),
             *([_store_text(plan)] if plan.video_embeddings else []),
             _flops_text(plan),
         ]
@@ -69,6 +72,19 @@ def _memory_text(plan: Plan) -> str:
             ("offloaded activations, pinned host memory per process", f"{plan.host_activations / GIB:,.2f} GiB")
         )
     return _table(f"memory per {where} (activations: upper estimate)", rows)
+
+
+def _engine_text(engine: EnginePlan) -> str:
+    rows = [(name, f"{value / GIB:,.2f} GiB") for name, value in engine.memory.items()]
+    rows.append(("needed on each of its GPUs", f"{engine.memory_total / GIB:,.2f} GiB"))
+    if EnginePlacement.colocated in engine.shares:
+        rows.append(("colocated: the trainer keeps", f"{engine.trainer / GIB:,.2f} GiB"))
+    for placement, share in engine.shares.items():
+        for card, budget in BUDGETS_GIB.items():
+            problem = engine.problem(placement, card=budget * GIB)
+            verdict = f"does NOT fit ({problem})" if problem else "fits"
+            rows.append((f"{placement.name} on {card}", f"{share * budget:,.2f} GiB for the engine, {verdict}"))
+    return _table(f"vLLM rollout engine of {engine.gpus} GPU(s), per GPU (where vLLM is installed)", rows)
 
 
 def _store_text(plan: Plan) -> str:

@@ -101,6 +101,10 @@ class EnginePlacement(Enum):
     colocated = "colocated"  # the trainer's GPUs: the engine sleeps while the trainer works; weights by CUDA IPC
 
 
+MEMORY_SHARE = {EnginePlacement.disaggregated: 0.9, EnginePlacement.colocated: 0.4}
+"""rollout.memory_share=0: of a GPU of the engine's own, of one that the trainer works on."""
+
+
 @dataclass
 class ModelConfig:
     family: str = "longvila"

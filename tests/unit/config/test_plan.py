@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ from megalong.config.load import load_config
 from megalong.config.longvila_shape import read_longvila_shape
 from megalong.config.model_shape import ModelShape
 from megalong.config.plan import GIB, GPU_STORE, RUNTIME_BYTES, Plan, plan, planned_processes, shape_for_planning
+from megalong.config.plan_engine import EnginePlan
 from megalong.config.plan_text import render
 from megalong.config.shapes import SHIPPED_SHAPES
+from megalong.config.tree import EnginePlacement
 from megalong.config.validate import Task, validate
 
 RECIPE = """
@@ -238,3 +241,76 @@ def test_modes_that_share_less_are_said_not_to_be_planned(recipe: Path, shape: M
     note = planned(recipe, shape, overrides=("mr_sp.mode=stage1+2",)).note
     assert note == "memory and FLOPs are those of mr_sp.mode=shared_prefix; mr_sp.mode=stage1+2 needs more of both"
     assert f"# note\n{note}" in render(planned(recipe, shape, overrides=("mr_sp.mode=stage1+2",)))
+
+
+COLOCATED, DISAGGREGATED = EnginePlacement.colocated, EnginePlacement.disaggregated
+H200, A100 = 139 * GIB, 79 * GIB
+
+
+def engine_of(recipe: Path, shape: ModelShape, *overrides: str, task: Task = "grpo") -> EnginePlan:
+    result = planned(recipe, shape, task=task, overrides=overrides).engine
+    assert result is not None
+    return result
+
+
+def test_the_vllm_engine_of_an_hour_of_video(recipe: Path, shape: ModelShape) -> None:
+    engine = engine_of(recipe, shape)
+    assert engine.memory == {
+        "LLM weights": 2 * 7_615_616_512,
+        # 28 layers of 4 heads of 128 keys and values, 2 bytes each; the prompt once and 8 responses.
+        "keys and values of a group": 2 * 28 * 4 * 128 * 2 * 933_648,
+        "a layer on 16,384 tokens": 2 * 16_384 * (4 * 3584 + 3 * 18_944),
+    }
+    assert (engine.gpus, engine.shares) == (1, {DISAGGREGATED: 0.9, COLOCATED: 0.4})
+    # The trainer keeps weights, reference, gradients and optimizer states, and the tower; not its activations.
+    memory = planned(recipe, shape).memory
+    kept = ("LLM weights", "tower and projector weights", "reference policy weights", "gradients (float32)",
+            "optimizer: master and moments", "runtime: context, NCCL, sleeping sampler")  # fmt: skip
+    assert engine.trainer == sum(memory[name] for name in kept)
+    assert engine.problem(DISAGGREGATED, card=A100) == ""
+    assert engine.problem(COLOCATED, card=H200).startswith("too small a share")  # 0.4 of 139 is less than 66
+    lines = [" ".join(line.split()) for line in render(planned(recipe, shape)).splitlines()]
+    assert "needed on each of its GPUs 66.22 GiB" in lines
+    assert "disaggregated on 80 GB (A100, H100) 71.10 GiB for the engine, fits" in lines
+    assert any(line.startswith("colocated on 141 GB (H200) 55.60 GiB for the engine, does NOT fit") for line in lines)
+
+
+def test_an_engine_over_several_gpus(recipe: Path, shape: ModelShape) -> None:
+    one, four, eight = (engine_of(recipe, shape, f"rollout.engine_tp={tp}").memory for tp in (1, 4, 8))
+    assert four["LLM weights"] * 4 == one["LLM weights"]
+    assert four["keys and values of a group"] * 4 == one["keys and values of a group"]
+    assert four["a layer on 16,384 tokens"] == 2 * 16_384 * (4 * 3584 + 3 * 18_944 // 4)
+    # Two ranks share each of the 4 key-value heads.
+    assert eight["keys and values of a group"] == four["keys and values of a group"]
+    assert eight["LLM weights"] * 8 == one["LLM weights"]
+
+
+def test_an_engine_beside_the_trainer_needs_room_for_both(recipe: Path, shape: ModelShape) -> None:
+    colocated = "rollout.placement=colocated"
+    for share, problem in ((0.4, "too small a share"), (0.6, ""), (0.85, "no room beside the trainer's states")):
+        engine = engine_of(recipe, shape, colocated, f"rollout.memory_share={share}")
+        assert list(engine.shares.values()) == [share]
+        found = engine.problem(COLOCATED, card=H200)
+        assert found.startswith(problem), share
+        assert bool(found) is bool(problem)
+    # What the trainer does not keep makes room: of 139 GiB the engine has 118.15.
+    apart = engine_of(recipe, shape, "rollout.placement=disaggregated", "rollout.memory_share=0.85")
+    assert apart.problem(DISAGGREGATED, card=H200) == ""
+    assert "colocated: the trainer keeps" not in render(
+        planned(recipe, shape, overrides=("rollout.placement=disaggregated",))
+    )
+    more = engine_of(recipe, shape, colocated, "video.cache_gpu_gib=5")
+    assert more.trainer == engine_of(recipe, shape, colocated).trainer + 5 * GIB
+    less = engine_of(recipe, shape, colocated, "eval.manifest=e.jsonl", task="eval")
+    assert less.trainer < engine_of(recipe, shape, colocated).trainer / 2
+
+
+def test_runs_without_a_vllm_engine(recipe: Path, shape: ModelShape) -> None:
+    for task, override in (("sft", "seed=1"), ("grpo", "gpus=0"), ("grpo", "rollout.engine=embedded")):
+        result = planned(recipe, shape, task=task, overrides=(override,))
+        assert result.engine is None
+        assert "vLLM" not in render(result)
+    deepstack = replace(shape, vision=replace(shape.vision, embed_width=2 * shape.hidden))
+    result = planned(recipe, deepstack)
+    assert result.engine is None
+    assert "embedded sampler: weights" in result.memory

@@ -1,0 +1,58 @@
+"""What a vLLM rollout engine will need of its GPUs, on GPUs of its own or beside the trainer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megalong.config import costs
+from megalong.config.model_shape import ModelShape
+from megalong.config.tree import MEMORY_SHARE, EnginePlacement, RolloutConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EnginePlan:
+    """Bytes on each GPU of one engine."""
+
+    gpus: int  # rollout.engine_tp
+    shares: dict[EnginePlacement, float]  # of a GPU's memory, for each placement that the run may take
+    memory: dict[str, int]
+    trainer: int  # what the trainer keeps on a GPU while the engine is awake
+
+    @property
+    def memory_total(self) -> int:
+        return sum(self.memory.values())
+
+    def problem(self, placement: EnginePlacement, *, card: int) -> str:
+        """Why it does not fit on cards of so many bytes; "" when it does."""
+        share = self.shares[placement] * card
+        if self.memory_total > share:
+            return "too small a share: raise rollout.memory_share or rollout.engine_tp"
+        if placement is EnginePlacement.colocated and share + self.trainer > card:
+            return "no room beside the trainer's states: lower rollout.memory_share or spread the trainer"
+        return ""
+
+
+def plan_engine(
+    rollout: RolloutConfig, shape: ModelShape, *, prompt: int, response: int, group: int, element: int, trainer: int
+) -> EnginePlan:
+    """Weights / engine_tp (norms, whole on every rank, are not worth a line), keys and values of one group, whose
+    responses share the prompt's, and what a step of prefill_tokens rows holds of one layer: the residual stream, the
+    norm's output, an input and an output (4 x hidden), and gate, up and product of the MLP.
+
+    A key-value head that several ranks share is kept by each. trainer: bytes, see EnginePlan.
+    """
+    tp = rollout.engine_tp
+    kv_heads = max(1, shape.kv_heads // tp)
+    kv = costs.kv_bytes_per_token(shape, element=element) // shape.kv_heads * kv_heads
+    memory = {
+        "LLM weights": element * -(-costs.llm_params(shape) // tp),
+        "keys and values of a group": kv * costs.shared_tokens(prompt, response, group),
+        f"a layer on {rollout.prefill_tokens:,} tokens": rollout.prefill_tokens
+        * element
+        * (4 * shape.hidden + 3 * shape.ffn // tp),
+    }
+    asked = [rollout.placement]
+    if rollout.placement is EnginePlacement.auto:
+        asked = [EnginePlacement.disaggregated, EnginePlacement.colocated]
+    shares = {placement: rollout.memory_share or MEMORY_SHARE[placement] for placement in asked}
+    return EnginePlan(gpus=tp, shares=shares, memory=memory, trainer=trainer)
