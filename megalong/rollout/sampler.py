@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 
+import torch
 from torch import Tensor
 
 from megalong.parallel.collectives import gather_objects
@@ -41,10 +42,12 @@ class GroupSampler:
         self.version = -1  # of the weights loaded last
         self.needs_weights = False  # before the next sample, all of them
         flags = gather_objects(engine is not None, group=layout.replica)
+        self._released = False
         self._drivers = [rank for rank, has_engine in enumerate(flags) if has_engine]
 
     def load_weights(self, buckets: Iterable[WeightBucket], *, version: int) -> None:
         """See RolloutEngine. A rank without an engine takes part in making the buckets."""
+        self._make_room()
         if self.engine is None:
             for _ in buckets:
                 pass
@@ -58,6 +61,15 @@ class GroupSampler:
             self.engine.release()
         lost = self.engine is not None and self.engine.needs_weights
         self.needs_weights = any(gather_objects(lost, group=self.layout.replica))
+        self._released = True
+
+    def _make_room(self) -> None:
+        """Before an engine wakes up: one on several GPUs needs those of ranks without an engine, too."""
+        if self._released and len(self._drivers) < self.layout.replica_size:
+            if self.engine is None:
+                torch.cuda.empty_cache()
+            gather_objects(None, group=self.layout.replica)  # nobody goes on before all have done it
+        self._released = False
 
     def close(self) -> None:
         """End the engines."""
@@ -78,6 +90,7 @@ class GroupSampler:
         embeds: [N, D'] of each prompt that this rank owns (owners); the others' are not read. repeats: how many times
         this step, on any replica, has had each prompt's sample before; by default no sample comes twice.
         """
+        self._make_room()
         repeats = repeats or [0] * len(prompts)
         here = [owner == self.layout.replica_rank for owner in self.owners(len(prompts))]
         requests = [

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
+import pytest
 import torch
 
 from megalong.records import FrameSelection, Prompt, Sample, WeightBucket
@@ -83,3 +85,34 @@ def test_version_follows_the_weights(layout: object) -> None:
     sampler = GroupSampler(EchoEngine(), layout, decode=str, seed=9)
     sampler.load_weights([], version=7)
     assert sampler.sample([prompt("a")], [None], sampling=SAMPLING, step=1)[0].weights_version == 7
+
+
+@pytest.mark.parametrize("action", ["load_weights", "sample"])
+def test_a_rank_without_an_engine_makes_room_before_any_engine_wakes_up(
+    layout: object, monkeypatch: pytest.MonkeyPatch, action: str
+) -> None:
+    """This rank's GPU holds a part of the engine that another rank of the replica drives."""
+    happened: list[str] = []
+
+    def gather(item: object, *, group: object) -> list[object]:
+        happened.append("gather")
+        return [item, True]  # the other rank has an engine; its samples are not looked at
+
+    monkeypatch.setattr("megalong.rollout.sampler.gather_objects", gather)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: happened.append("emptied"))
+    two_ranks = replace(layout, replica_size=2)
+    sampler = GroupSampler(None, two_ranks, decode=str, seed=9)
+    buckets = (happened.append("bucket") for _ in range(1))
+    sampler.release()
+    happened.clear()
+    if action == "load_weights":
+        sampler.load_weights(buckets, version=1)
+        assert happened == ["emptied", "gather", "bucket"]
+        happened.clear()
+        sampler.load_weights([], version=2)
+        assert happened == [], "nothing was released since"
+    else:
+        monkeypatch.setattr(sampler, "owners", lambda count: [1] * count)
+        with pytest.raises(TypeError):  # True is no list of groups
+            sampler.sample([prompt("a")], [None], sampling=SAMPLING, step=1)
+        assert happened == ["emptied", "gather", "gather"]
