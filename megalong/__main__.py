@@ -62,10 +62,6 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-FAILURES = ("RunFailedError", "RolloutEngineError", "WeightSyncError")
-"""Errors of the machine; the others are about what the user gave."""
-
-
 def _is_complete(error: Exception) -> bool:
     """Errors whose message says what to change; all others keep their traceback."""
     given = ("ConfigError", "ManifestError", "CheckpointError", "EmbeddingCacheError", "FileNotFoundError")

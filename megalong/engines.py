@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from megalong.config.errors import ConfigError
 from megalong.config.tree import MEMORY_SHARE, EnginePlacement, RolloutConfig, RunConfig
 from megalong.config.tree import RolloutEngine as EngineChoice
-from megalong.config.validate import Task
+from megalong.config.validate import Task, vllm_problems
 from megalong.engine.build import TORCH_DTYPE, family_of
 from megalong.parallel.collectives import gather_objects
 from megalong.parallel.layout import ParallelLayout
@@ -21,8 +20,6 @@ from megalong.rollout.embedded import EmbeddedEngine
 from megalong.rollout.engine import RolloutEngine
 from megalong.rollout.transfer import Transport
 from megalong.rollout.vllm_engine import MODEL_TYPES, VllmEngine, VllmSettings
-
-logger = logging.getLogger(__name__)
 
 SHARES = {
     Transport.nccl: MEMORY_SHARE[EnginePlacement.disaggregated],
@@ -79,7 +76,10 @@ def _takes_vllm(config: RunConfig, model_type: str, *, task: Task, device: torch
         return True
     if choice is EngineChoice.embedded or device.type != "cuda" or task == "sft":
         return False
-    return importlib.util.find_spec("vllm") is not None and model_type in MODEL_TYPES
+    takes = importlib.util.find_spec("vllm") is not None and model_type in MODEL_TYPES
+    if takes and task != "eval" and (problems := list(vllm_problems(config))):
+        raise ConfigError(problems)
+    return takes
 
 
 def _settings(config: RunConfig, layout: ParallelLayout, *, task: Task) -> VllmSettings | None:

@@ -36,8 +36,8 @@ def validate(config: RunConfig, *, task: Task, world_size: int, model: ModelShap
         problems += _vision_problems(config, model=model)
     if task == "grpo":
         problems += _grpo_problems(config)
-    if task in ("grpo", "check-sync"):
-        problems += _rollout_problems(config)
+    if task in ("grpo", "check-sync") and config.rollout.engine is RolloutEngine.vllm:
+        problems += vllm_problems(config)
     problems += _evaluation_problems(config, task)
     if problems:
         raise ConfigError(problems)
@@ -154,7 +154,7 @@ def _out_of_bounds(config: RunConfig, task: Task) -> Iterator[str]:
     bounds = _BOUNDS
     if task in ("sft", "grpo"):
         bounds += _TRAINING_BOUNDS + (_SFT_BOUNDS if task == "sft" else _GRPO_BOUNDS)
-    if task in ("grpo", "check-sync"):
+    if task in ("grpo", "eval", "check-sync"):
         bounds += _ROLLOUT_BOUNDS
     for bound in bounds:
         value = _value(config, bound.key)
@@ -323,14 +323,15 @@ def _batch_problems(config: RunConfig, task: Task, *, world_size: int) -> Iterat
         )
 
 
-def _rollout_problems(config: RunConfig) -> Iterator[str]:
+def vllm_problems(config: RunConfig) -> Iterator[str]:
+    """What vLLM cannot sample for training; rollout.engine=auto is checked when it has taken vLLM."""
     rollout = config.rollout
     cut = [name for name, off in (("top_p", 1.0), ("top_k", 0)) if getattr(rollout, name) != off]
-    if rollout.engine is RolloutEngine.vllm and cut and rollout.temperature != 1:
+    if cut and rollout.temperature != 1:
         yield (
-            f"rollout.engine=vllm with rollout.temperature={rollout.temperature:g} and rollout.{cut[0]}="
-            f"{getattr(rollout, cut[0])}: vLLM reports log-probabilities either at temperature 1 or after the cut, and "
-            "the trainer's are at the temperature and before it; change one of the two"
+            f"rollout.engine={rollout.engine.name} takes vLLM, with rollout.temperature={rollout.temperature:g} and "
+            f"rollout.{cut[0]}={getattr(rollout, cut[0])}: vLLM reports log-probabilities either at temperature 1 or "
+            "after the cut, and the trainer's are at the temperature and before it; change one of the two"
         )
 
 
