@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -87,7 +88,7 @@ class VllmEngine:
         self._group: Any = None  # of NCCL, with the engine's workers
         self._held: Tensor | None = None  # the bucket that the engine reads by CUDA IPC
         self._folder = Path(tempfile.mkdtemp(prefix="megalong-engine-", dir=_memory_folder()))
-        write_config(model, self._folder, max_tokens=settings.max_tokens)
+        write_config(model, self._folder, max_tokens=settings.max_tokens, eos_id=eos_id)
         self._connection = self._start()
         try:
             self._call("start", folder=str(self._folder), eos_id=eos_id, settings=self._llm_settings())
@@ -143,6 +144,7 @@ class VllmEngine:
     def _finish_update(self, sent: _Sent) -> str | None:
         """What is wrong with the update that was sent."""
         self._answer_all(sent)
+        self._make_room()  # keys and values wake up where the buckets were gathered
         wrong = self._call("finish_update", [int(checksum) for checksum in sent.checksums])
         self._asleep = False
         damaged = [index for index, flag in enumerate(sent.damaged) if flag]
@@ -185,11 +187,13 @@ class VllmEngine:
             torch.cuda.empty_cache()
 
     def close(self) -> None:
-        """End the process."""
+        """End the process, and its workers."""
         self._connection.close()
-        with suppress(subprocess.TimeoutExpired):
+        try:
             self._process.wait(timeout=20)
-        self._process.kill()
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _check(self, request: Request, *, group_size: int) -> None:
@@ -248,7 +252,7 @@ class VllmEngine:
             self._held = packed  # until the engine has answered
             return {str(torch.cuda.get_device_properties(packed.device).uuid): reduce_tensor(packed)[1]}
         path = self._folder / "bucket"
-        torch.from_file(str(path), shared=True, size=len(packed), dtype=torch.uint8).copy_(packed)
+        shared_tensor(path, (len(packed),), torch.uint8).copy_(packed)
         return str(path)
 
     def _write_media(self, embeds: Sequence[Tensor]) -> tuple[str, int, int] | None:
@@ -257,7 +261,7 @@ class VllmEngine:
             return None
         path, rows = self._folder / "media", sum(map(len, embeds))
         path.unlink(missing_ok=True)  # the workers may still map the last one
-        media = torch.from_file(str(path), shared=True, size=rows * self.width, dtype=self.dtype).view(rows, -1)
+        media = shared_tensor(path, (rows, self.width), self.dtype)
         first = 0
         for part in embeds:
             media[first : first + len(part)].copy_(part)
@@ -273,8 +277,10 @@ class VllmEngine:
         ours, theirs = Pipe()
         with theirs, self.settings.log_file.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", SERVER, str(theirs.fileno())],
+                [sys.executable, "-m", SERVER, str(theirs.fileno()), str(os.getpid()), str(self._folder)],
                 env=environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                # Signals of torchrun and Ctrl-C go to all of the trainer's session, which ends its step first.
+                start_new_session=True,
             )  # fmt: skip
         return ours
 
@@ -320,7 +326,7 @@ class VllmEngine:
         )
 
 
-def write_config(model: PreTrainedModel, folder: Path, *, max_tokens: int) -> None:
+def write_config(model: PreTrainedModel, folder: Path, *, max_tokens: int, eos_id: int) -> None:
     """config.json for vLLM: the sampler model's, as the vLLM model with the same layers. Raises ValueError for a model
     that vllm_worker.py has no class for."""
     config = model.config.to_dict()
@@ -331,8 +337,25 @@ def write_config(model: PreTrainedModel, folder: Path, *, max_tokens: int) -> No
         )
     config["model_type"] = MODEL_TYPES[config["model_type"]]
     config["architectures"] = [ARCHITECTURES[config["model_type"]]]
+    config["eos_token_id"] = eos_id  # vLLM ends responses at the checkpoint's, too
     config["max_position_embeddings"] = max(max_tokens, config["max_position_embeddings"])
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def shared_tensor(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A file as a tensor. Raises RolloutEngineError when there is no room: a write would end the process (SIGBUS)."""
+    num_bytes = torch.Size(shape).numel() * dtype.itemsize
+    try:
+        with path.open("ab") as file:
+            os.posix_fallocate(file.fileno(), 0, num_bytes)
+    except OSError as error:
+        free = shutil.disk_usage(path.parent).free
+        raise RolloutEngineError(
+            f"{path}: {num_bytes / 2**30:.2f} GiB for the rollout engine, and {free / 2**30:.2f} are free "
+            f"({error.strerror}); give the container more shared memory (docker: --ipc=host or --shm-size) or lower "
+            "data.max_prompt_tokens"
+        ) from error
+    return torch.from_file(str(path), shared=True, size=num_bytes // dtype.itemsize, dtype=dtype).view(shape)
 
 
 def _memory_folder() -> str | None:

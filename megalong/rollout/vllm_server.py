@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
+import signal
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
@@ -208,6 +212,19 @@ def serve(connection: Connection) -> None:
         connection.send_bytes(pickle.dumps(reply))
 
 
+def end_with(trainer: int, folder: str) -> None:
+    """Wait until the process `trainer` is gone, then end this one and its workers, whatever they wait for.
+
+    A trainer that was killed cannot hang up on a call in progress, nor delete its folder of shared memory.
+    """
+    while os.getppid() == trainer:
+        time.sleep(1)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.killpg(os.getpgid(0), signal.SIGKILL)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the trainer saves first (Slurm tells every process)
+    threading.Thread(target=end_with, args=(int(sys.argv[2]), sys.argv[3]), daemon=True).start()
     with Connection(int(sys.argv[1])) as trainer:
         serve(trainer)

@@ -1,0 +1,103 @@
+"""What VllmEngine does around the engine's process: its files, and that neither outlives the trainer."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from engines import HAS_VLLM
+from omegaconf import OmegaConf
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from megalong.config.errors import ConfigError
+from megalong.config.tree import RunConfig
+from megalong.engines import _takes_vllm
+from megalong.rollout.engine import RolloutEngineError
+from megalong.rollout.vllm_engine import shared_tensor, write_config
+
+TRAINER = """
+import subprocess, sys, time, os
+fd, folder = sys.argv[1:]
+command = [sys.executable, "-m", "megalong.rollout.vllm_server", fd, str(os.getpid()), folder]
+print(subprocess.Popen(command, pass_fds=[int(fd)], start_new_session=True).pid, flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_shared_tensor_is_the_file(tmp_path: Path) -> None:
+    tensor = shared_tensor(tmp_path / "media", (3, 5), torch.bfloat16)
+    tensor.copy_(torch.arange(15.0).view(3, 5))
+    assert (tmp_path / "media").stat().st_size == 30
+    mapped = torch.from_file(str(tmp_path / "media"), shared=True, size=15, dtype=torch.bfloat16)
+    assert torch.equal(mapped.view(3, 5), tensor)
+
+
+def test_no_room_for_a_shared_tensor_is_said_before_it_is_written(tmp_path: Path) -> None:
+    with pytest.raises(RolloutEngineError, match=r"media: 1048576.00 GiB .* --shm-size"):
+        shared_tensor(tmp_path / "media", (1 << 50,), torch.uint8)
+
+
+def test_responses_end_where_the_tokenizer_says_and_not_at_the_ends_of_the_checkpoint(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 16}
+    with torch.device("meta"):
+        model = Qwen2ForCausalLM(
+            Qwen2Config(**sizes, num_attention_heads=1, num_key_value_heads=1, eos_token_id=[3, 4])
+        )
+    write_config(model, tmp_path, max_tokens=8, eos_id=5)
+    assert json.loads((tmp_path / "config.json").read_text())["eos_token_id"] == 5
+
+
+def test_auto_refuses_what_vllm_cannot_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """rollout.engine=vllm is refused by validate(); auto is vLLM only where it is installed."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    config = OmegaConf.structured(RunConfig)
+    config.rollout.temperature = 0.7
+    gpu = torch.device("cuda")
+    assert _takes_vllm(config, "qwen2", task="grpo", device=gpu)
+    config.rollout.top_p = 0.9
+    with pytest.raises(ConfigError, match=r"rollout.engine=auto takes vLLM.*temperature=0.7 and rollout.top_p=0.9"):
+        _takes_vllm(config, "qwen2", task="grpo", device=gpu)
+    assert _takes_vllm(config, "qwen2", task="eval", device=gpu)  # reads no log-probabilities
+
+
+@pytest.mark.skipif(not HAS_VLLM, reason="vLLM is not installed")
+def test_a_killed_trainer_leaves_no_engine_and_no_shared_memory(tmp_path: Path) -> None:
+    """Though somebody else holds the trainer's end of the connection, as a forked child of it would."""
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    (folder / "media").touch()
+    reader, writer = os.pipe()
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", TRAINER, str(reader), str(folder)], pass_fds=[reader], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        engine = int(trainer.stdout.readline())
+        time.sleep(1)
+        assert _runs(engine)
+    finally:
+        trainer.kill()
+        trainer.wait()
+        os.close(reader)
+    limit = time.monotonic() + 120
+    while (folder.exists() or _runs(engine)) and time.monotonic() < limit:
+        time.sleep(0.2)
+    ended = not _runs(engine)
+    os.close(writer)
+    if not ended:
+        os.killpg(engine, signal.SIGKILL)
+    assert ended
+    assert not folder.exists()
+
+
+def _runs(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
