@@ -100,7 +100,8 @@ def _settings(config: RunConfig, layout: ParallelLayout, *, task: Task) -> VllmS
         cuda_graphs=rollout.cuda_graphs and layout.device.type == "cuda",
         processed_logprobs=temperature not in (0.0, 1.0),
         discard_weights=config.model.train_llm and task != "eval",
-        timeout_seconds=60 * (config.parallel.timeout_minutes or 24 * 60),
+        # Shorter than the watchdog's, which would end the run without the engine's log.
+        timeout_seconds=0.9 * 60 * (config.parallel.timeout_minutes or 24 * 60),
         log_file=Path(config.logger.run_dir) / f"engine_rank{layout.rank}.log",
         seed=config.seed + layout.rank,
     )

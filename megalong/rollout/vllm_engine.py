@@ -164,6 +164,8 @@ class VllmEngine:
         self.handover_seconds += time.perf_counter() - started
         stripped = [replace(request, embeds_ND=None) for request in requests]
         groups, cached = self._call("generate", stripped, sampling=sampling, media=media)
+        if media is not None:
+            Path(media[0]).unlink()
         self.prefilled_tokens += sum(
             len(request.ids_P) - reused for request, group in zip(requests, cached, strict=True) for reused in group
         )
@@ -260,7 +262,6 @@ class VllmEngine:
         if not embeds:
             return None
         path, rows = self._folder / "media", sum(map(len, embeds))
-        path.unlink(missing_ok=True)  # the workers may still map the last one
         media = shared_tensor(path, (rows, self.width), self.dtype)
         first = 0
         for part in embeds:

@@ -125,6 +125,8 @@ class Server:
                 index, place = map(int, output.request_id.split("/"))
                 done[index, place] = sampled_of(output.outputs[0])
                 cached[index, place] = output.num_cached_tokens or 0
+        if media is not None:
+            self.llm.collective_rpc("close_media")
         places = range(sampling.group_size)
         groups = [[done[index, place] for place in places] for index in range(len(requests))]
         return groups, [[cached[index, place] for place in places] for index in range(len(requests))]

@@ -216,6 +216,10 @@ class WorkerExtension:
         media = torch.from_file(path, shared=True, size=rows * width, dtype=dtype)
         model.media_ND = media.view(rows, width)
 
+    def close_media(self) -> None:
+        """Let go of them: their memory is the host's again."""
+        self.model_runner.get_model().media_ND = None
+
     def check_update(self, checksums: Sequence[int]) -> str | None:
         return self.weight_transfer_engine.check(checksums)
 
