@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -158,6 +159,12 @@ def test_no_exception_is_swallowed() -> None:
 def test_names_and_sizes_of_files() -> None:
     assert [str(path) for path in FILES if BANNED_NAMES & {path.stem, *path.parts[len(ROOT.parts) :]}] == []
     assert [str(path) for path in FILES if len(path.read_text().splitlines()) > MAX_LINES] == []
+
+
+def test_test_files_have_names_of_their_own() -> None:
+    """pytest imports them as top-level modules: two of one name end the collection of the whole suite."""
+    names = [path.name for path in Path(__file__).parents[1].rglob("test_*.py")]
+    assert sorted(name for name, count in Counter(names).items() if count > 1) == []
 
 
 def test_no_unfinished_work_markers() -> None:
