@@ -444,7 +444,7 @@ def test_run_steps_stop_after_the_step_in_progress_on_sigterm(layout: object) ->
 def test_weights_are_sent_once_per_update() -> None:
     sent: list[int] = []
     trainer = SimpleNamespace(num_updates=0, export_weights=lambda: [])
-    sampler = SimpleNamespace(load_weights=lambda buckets, version: sent.append(version))
+    sampler = SimpleNamespace(load_weights=lambda buckets, version: sent.append(version), needs_weights=False)
     run = run_module.Run(
         config=RunConfig(), layout=None, trainer=trainer, vision=None, builder=None, sampler=sampler, logger=None,
         timer=None, resumed={},
@@ -453,6 +453,9 @@ def test_weights_are_sent_once_per_update() -> None:
         trainer.num_updates = updates
         run.sync_weights()
     assert sent == [0, 1, 3]
+    sampler.needs_weights = True  # an engine that slept threw them away
+    run.sync_weights()
+    assert sent == [0, 1, 3, 3]
 
 
 def test_make_ready_leaves_out_the_prompts_of_unreadable_videos() -> None:
