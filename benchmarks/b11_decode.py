@@ -1,16 +1,18 @@
 """B11: an hour of 1080p 30 fps H.264 to 3,600 frames at 448 px in page-locked host memory, by each decoder.
 
 The hour is made here: a clip of moving noise with the frame number as a board of blocks, encoded once, its packets
-repeated. Every candidate's numbers are read back from its frames before its time counts. Writes b11_decode.json to
-FOLDER, where the videos stay for the next run.
+repeated. Every candidate's numbers are read back from its frames before its time counts. Rows are printed, and written
+to b11_decode.json in FOLDER, as they come; the videos stay there for the next run.
 
-    python benchmarks/b11_decode.py FOLDER [--part 600] [--limit 3600] [--streams 1 7 14 21] [--skip pyav16 ..]
+    python benchmarks/b11_decode.py FOLDER [--decoders nvcodec dali pyav ..] [--streams 1 7 14 21] [--limit 3600]
 
-pyav1: one thread (part of the hour). pyav16: 16 threads, each a segment of the hour. dali_file: DALI on the whole file,
-one stream, as its documentation shows it (part of the hour, at its start and at its end: does it slow down?).
-dali_N and nvcodec_N: ours with N decoding streams. What is timed on a part is scaled to the hour, and says so.
-small: milliseconds for one short video after the other, of one size and of changing sizes, where a stream's fixed costs
-count; the rule of video.decoder=auto stands on it.
+--decoders, in the order given (all of them by default):
+nvcodec and dali: ours with N decoding streams, nvcodec_N and dali_N. pyav: pyav16, 16 threads, each a segment of the
+hour, and pyav1, one thread. dali_file: DALI on the whole file, one stream, as its documentation shows it, at the hour's
+start and at its end (does it slow down?). small: milliseconds for one short video after the other, of one size and of
+changing sizes, where a stream's fixed costs count; the rule of video.decoder=auto stands on it.
+One stream and one thread are timed on --part seconds of the hour, the others on --limit; what is timed on a part is
+scaled to the hour, and says so.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
@@ -31,14 +33,15 @@ import numpy as np
 import torch
 
 from megalong.data.video import decode_frames, probe
-from megalong.data.video_decoder import STREAMS, CpuFrameDecoder, FrameDecoder, GpuFrameDecoder
+from megalong.data.video_decoder import STREAMS, CpuFrameDecoder, GpuFrameDecoder
 from megalong.records import FrameSelection
 
 WIDTH, HEIGHT, FPS, SECONDS, SIZE = 1920, 1080, 30, 3600, 448
 CLIP_SECONDS = 40
 BITS, COLUMNS = 12, 4
-BASELINES = ("pyav16", "pyav1", "dali_file", "dali_file_end", "dali_1", "nvcodec_1")
-
+PACKAGES = {"nvcodec": "PyNvVideoCodec", "dali": "nvidia.dali", "dali_file": "nvidia.dali"}
+"""What a decoder needs to be installed; it is left out, in so many words, otherwise."""
+DECODERS = ("nvcodec", "dali", "pyav", "dali_file", "small")
 
 SMALL = ((64, 64, 32), (320, 240, 60), (320, 240, 420), (640, 360, 140), (1280, 720, 35), (1280, 720, 300))
 """Width, height and frames of the short videos."""
@@ -83,7 +86,7 @@ def write_clip(
         container.mux(stream.encode(None))
 
 
-def write_hour(clip: Path, path: Path, *, clip_seconds: int = CLIP_SECONDS) -> None:
+def write_hour(clip: Path, path: Path, *, clip_seconds: int = CLIP_SECONDS, seconds: int = SECONDS) -> None:
     with av.open(str(clip)) as source, av.open(str(path), "w") as target:
         stream = source.streams.video[0]
         copy = target.add_stream_from_template(stream)
@@ -93,7 +96,7 @@ def write_hour(clip: Path, path: Path, *, clip_seconds: int = CLIP_SECONDS) -> N
             if packet.size
         ]
         span = round(clip_seconds / stream.time_base)
-        for turn in range(SECONDS // clip_seconds):
+        for turn in range(seconds // clip_seconds):
             for data, pts, dts, is_key in packets:
                 packet = av.Packet(data)
                 packet.pts, packet.dts = pts + turn * span, dts + turn * span
@@ -109,8 +112,9 @@ def choose(path: Path, frames: np.ndarray) -> FrameSelection:
     )  # fmt: skip
 
 
-def check(name: str, selection: FrameSelection, first: int, frames_FHWC: np.ndarray) -> None:
-    expected = [frame % (CLIP_SECONDS * FPS) for frame in selection.frames[first : first + len(frames_FHWC)]]
+def check(name: str, selection: FrameSelection, first: int, frames_FHWC: np.ndarray, *, clip_frames: int) -> None:
+    """End the program unless the frames, from `first` on, show their numbers, which start again every `clip_frames`."""
+    expected = [frame % clip_frames for frame in selection.frames[first : first + len(frames_FHWC)]]
     found = [number_of(picture) for picture in frames_FHWC]
     wrong = [place for place, pair in enumerate(zip(expected, found, strict=True)) if pair[0] != pair[1]]
     if wrong:
@@ -124,16 +128,27 @@ class Row:
     timed: str
 
 
-def timed(name: str, selection: FrameSelection, decode: Callable[[], tuple[int, np.ndarray]], *, share: float) -> Row:
-    """Decode, check, and scale what is `share` of the hour."""
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    first, frames_FHWC = decode()
-    seconds = time.perf_counter() - started
-    check(name, selection, first, frames_FHWC)
-    row = Row(name, seconds / share, "whole hour" if share == 1 else f"{share * 60:.0f} min, scaled")
-    print(f"{row.name:12} {row.seconds:8.1f} s  {len(selection.frames) / row.seconds:8.0f} frames/s  {row.timed}")
-    return row
+@dataclass(frozen=True, kw_only=True)
+class Hour:
+    """The long video, and how much of it is decoded: frames of the selection, one per second."""
+
+    selection: FrameSelection
+    clip_frames: int
+    few: int  # of one thread
+    part: int  # of one stream
+    most: int  # of several
+
+    def time(self, name: str, decode: Callable[[int, int], np.ndarray], *, first: int = 0, last: int) -> Row:
+        """Decode frames [first, last) of the selection, check them, scale their seconds to all of it."""
+        started = time.perf_counter()
+        frames_FHWC = decode(first, last)  # on the host: nothing is queued on a GPU behind it
+        seconds = time.perf_counter() - started
+        check(name, self.selection, first, frames_FHWC, clip_frames=self.clip_frames)
+        total = len(self.selection.frames)
+        share = (last - first) / total
+        row = Row(name, seconds / share, "all of it" if share == 1 else f"{last - first} s of {total}, scaled")
+        print(f"{row.name:14} {row.seconds:8.1f} s  {total / row.seconds:8.0f} frames/s  {row.timed}", flush=True)
+        return row
 
 
 def pyav_threads(selection: FrameSelection, last: int, threads: int) -> np.ndarray:
@@ -168,15 +183,16 @@ def dali_file(selection: FrameSelection, first: int, last: int) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def small_videos(folder: Path, decoders: dict[str, FrameDecoder]) -> list[Row]:
-    """Every fourth frame of a video of each of SMALL, four times; the median time of one, without its index."""
+def small_videos(folder: Path, *, sizes: Sequence[tuple[int, int, int]]) -> Iterator[Row]:
+    """Every fourth frame of a video of each size, four times; the median time of one, without its index."""
     videos = []
-    for width, height, frames in SMALL:
+    for width, height, frames in sizes:
         path = folder / f"small_{width}x{height}_{frames}.mp4"
         write_clip(path, gop=250, crf=32, width=width, height=height, frames=frames)
         videos.append(choose(path, np.arange(0, frames, 4)))
-    rows = []
-    for name, decoder in decoders.items():
+    kinds = [kind for kind in ("dali", "nvcodec") if is_installed(kind)]
+    for name in ("pyav1", *(f"{kind}_{STREAMS}" for kind in kinds)):
+        decoder = CpuFrameDecoder() if name == "pyav1" else ours(name.split("_")[0], STREAMS)
         milliseconds: dict[str, list[float]] = {}
         orders = {"one size": [video for video in videos for _ in range(5)], "changing sizes": videos * 4}
         for order, sequence in orders.items():
@@ -184,103 +200,117 @@ def small_videos(folder: Path, decoders: dict[str, FrameDecoder]) -> list[Row]:
                 started = time.perf_counter()
                 clip = decoder.decode(video, first=0, last=len(video.frames))
                 spent = (time.perf_counter() - started) * 1e3
-                check(name, video, 0, clip.frames_FHWC)
+                check(name, video, 0, clip.frames_FHWC, clip_frames=len(video.frames) * 4)
                 if order == "changing sizes" or place % 5:  # the first of one size finds the streams at another
                     milliseconds.setdefault(f"{order}, {Path(video.path).stem}", []).append(spent)
         if decoder.fallbacks:
             raise SystemExit(f"{name}: {decoder.fallbacks}")
         for what, spent in milliseconds.items():
-            print(f"{name:12} {np.median(spent):8.1f} ms  {what}")
-            rows.append(Row(name, float(np.median(spent)) / 1e3, what))
-    return rows
+            print(f"{name:14} {np.median(spent):8.1f} ms  {what}", flush=True)
+            yield Row(name, float(np.median(spent)) / 1e3, what)
+        decoder.close()
 
 
-def main() -> None:
+def rows_of(kind: str, hour: Hour, arguments: argparse.Namespace) -> Iterator[Row]:
+    """The rows of one of DECODERS, as they come."""
+    selection, total = hour.selection, len(hour.selection.frames)
+    if kind == "small":
+        yield from small_videos(arguments.folder, sizes=SMALL[:1] if arguments.tiny else SMALL)
+    elif kind == "pyav":
+        threads = min(16, os.cpu_count() or 1)
+        yield hour.time(f"pyav{threads}", lambda _, last: pyav_threads(selection, last, threads), last=hour.most)
+        one = lambda first, last: decode_frames(selection, first=first, last=last).frames_FHWC  # noqa: E731
+        yield hour.time("pyav1", one, last=hour.few)
+    elif kind == "dali_file":
+        whole = lambda first, last: dali_file(selection, first, last)  # noqa: E731
+        yield hour.time("dali_file", whole, last=hour.few)
+        yield hour.time("dali_file_end", whole, first=total - hour.few, last=total)
+    else:
+        for streams in arguments.streams:
+            decoder, name = ours(kind, streams), f"{kind}_{streams}"
+            decoder.decode(selection, first=0, last=min(hour.most, 32 * streams))  # starts the streams
+            clip = lambda first, last, of=decoder: of.decode(selection, first=first, last=last).frames_FHWC  # noqa: E731
+            row = hour.time(name, clip, last=hour.most if streams > 1 else hour.part)
+            if decoder.fallbacks:
+                raise SystemExit(f"{name}: {decoder.fallbacks}")
+            decoder.close()
+            yield row
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--part", type=int, default=300, help="seconds of the hour that slow candidates decode")
-    parser.add_argument("--limit", type=int, default=SECONDS, help="seconds of the hour that the others decode")
+    parser.add_argument("--decoders", nargs="*", choices=DECODERS, default=DECODERS)
     parser.add_argument("--streams", type=int, nargs="*", default=[1, 7, 14, 21])
+    parser.add_argument("--part", type=int, default=300, help="seconds of the hour that one stream decodes")
+    parser.add_argument("--limit", type=int, default=SECONDS, help="seconds of the hour that several decode")
     parser.add_argument("--gop", type=int, default=250)
     parser.add_argument("--crf", type=int, default=32, help="32: about 3.5 Mbit/s; DALI takes no file over 2 GiB whole")
-    parser.add_argument("--skip", nargs="*", default=[])
-    arguments = parser.parse_args()
-    arguments.folder.mkdir(parents=True, exist_ok=True)
-    hour = arguments.folder / f"hour_gop{arguments.gop}_crf{arguments.crf}.mp4"
-    if not hour.is_file():
-        started = time.perf_counter()
-        write_clip(arguments.folder / "clip.mp4", gop=arguments.gop, crf=arguments.crf)
-        write_hour(arguments.folder / "clip.mp4", hour)
-        print(f"made {hour.name} ({hour.stat().st_size / 1e9:.2f} GB) in {time.perf_counter() - started:.0f} s")
-    started = time.perf_counter()
-    frames = np.arange(0, probe(hour).num_frames, FPS)
-    print(f"index of {probe(hour).num_frames} frames: {time.perf_counter() - started:.1f} s (not in the times below)")
-    selection = choose(hour, frames)
-    part, total = arguments.part, len(frames)
-    rows: list[Row] = []
-
-    def is_skipped(name: str) -> bool:
-        return name in arguments.skip or name.rstrip("0123456789") in arguments.skip
-
-    def run(name: str, decode: Callable[[], tuple[int, np.ndarray]], *, share: float) -> None:
-        if not is_skipped(name):
-            rows.append(timed(name, selection, decode, share=share))
-
-    few, most = part // 5, min(arguments.limit, total)
-    run("pyav1", lambda: (0, decode_frames(selection, first=0, last=few).frames_FHWC), share=few / total)
-    run("pyav16", lambda: (0, pyav_threads(selection, most, min(16, os.cpu_count() or 1))), share=most / total)
-    for kind, package in (("dali_", "nvidia.dali"), ("nvcodec_", "PyNvVideoCodec")):
-        if not is_installed(package) or kind in arguments.skip:
-            print(f"{kind}: {package} is not installed, or skipped")
-            continue
-        for streams in arguments.streams:
-            if is_skipped(f"{kind}{streams}"):
-                continue
-            share = (most if streams > 1 else part) / total
-            decoder = ours(kind, streams)
-            decoder.decode(selection, first=0, last=min(most, 32 * streams))  # starts the streams
-            run(
-                f"{kind}{streams}",
-                lambda decoder=decoder, share=share: (
-                    0,
-                    decoder.decode(selection, first=0, last=round(total * share)).frames_FHWC,
-                ),
-                share=share,
-            )
-            if decoder.fallbacks:
-                raise SystemExit(f"{kind}{streams}: {decoder.fallbacks}")
-            decoder.close()
-        if kind == "dali_" and "dali_file" not in arguments.skip:
-            run("dali_file", lambda: (0, dali_file(selection, 0, few)), share=few / total)
-            run("dali_file_end", lambda: (total - few, dali_file(selection, total - few, total)), share=few / total)
-    for baseline in [row for row in rows if row.name in BASELINES]:
-        for row in rows:
-            if row.name.startswith(("dali_", "nvcodec_")) and row.name not in BASELINES:
-                print(f"{row.name:12} {baseline.seconds / row.seconds:6.2f} x {baseline.name}")
-    if "small" not in arguments.skip:
-        decoders: dict[str, FrameDecoder] = {"pyav1": CpuFrameDecoder()}
-        for kind, package in (("dali_", "nvidia.dali"), ("nvcodec_", "PyNvVideoCodec")):
-            if is_installed(package) and kind not in arguments.skip:
-                decoders[f"{kind}{STREAMS}"] = ours(kind, STREAMS)
-        rows += small_videos(arguments.folder, decoders)
-        for decoder in decoders.values():
-            decoder.close()
+    parser.add_argument("--tiny", action="store_true", help="eight seconds of 320 x 180, to try the script on a CPU")
+    arguments = parser.parse_args(argv)
+    hour = make_hour(arguments)
+    path = Path(hour.selection.path)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     report = {
-        "gpu": torch.cuda.get_device_name(), "cores": os.cpu_count(), "torch": torch.__version__, "gop": arguments.gop,
-        "bytes": hour.stat().st_size, "rows": [vars(row) for row in rows],
+        "gpu": gpu, "cores": os.cpu_count(), "torch": torch.__version__, "gop": arguments.gop,
+        "bytes": path.stat().st_size,
     }  # fmt: skip
-    (arguments.folder / "b11_decode.json").write_text(json.dumps(report, indent=1) + "\n")
+    rows: dict[str, list[Row]] = {}
+    for kind in arguments.decoders:
+        if not is_installed(kind):
+            print(f"{kind}: {PACKAGES[kind]} is not installed")
+            continue
+        for row in rows_of(kind, hour, arguments):
+            rows.setdefault(kind, []).append(row)
+            text = json.dumps({**report, "rows": [vars(row) for part in rows.values() for row in part]}, indent=1)
+            (arguments.folder / "b11_decode.json").write_text(text + "\n")
+    print_ratios([row for kind, part in rows.items() if kind != "small" for row in part])
 
 
-def is_installed(package: str) -> bool:
+def make_hour(arguments: argparse.Namespace) -> Hour:
+    """The video, which an earlier run may have made, and its selection."""
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    width, height, clip_seconds, seconds = (
+        (320, 180, 2, 8) if arguments.tiny else (WIDTH, HEIGHT, CLIP_SECONDS, SECONDS)
+    )
+    path = arguments.folder / f"{seconds}s_gop{arguments.gop}_crf{arguments.crf}.mp4"
+    if not path.is_file():
+        started = time.perf_counter()
+        clip = arguments.folder / "clip.mp4"
+        options = {"gop": arguments.gop, "crf": arguments.crf, "width": width, "height": height}
+        write_clip(clip, frames=clip_seconds * FPS, **options)
+        write_hour(clip, path, clip_seconds=clip_seconds, seconds=seconds)
+        print(
+            f"made {path.name} ({path.stat().st_size / 1e9:.2f} GB) in {time.perf_counter() - started:.0f} s",
+            flush=True,
+        )
+    started = time.perf_counter()
+    frames = np.arange(0, probe(path).num_frames, FPS)
+    print(f"index of {probe(path).num_frames} frames: {time.perf_counter() - started:.1f} s (not in the times below)")
+    most, part = min(arguments.limit, len(frames)), min(arguments.part, len(frames))
+    return Hour(
+        selection=choose(path, frames), clip_frames=clip_seconds * FPS, few=max(1, part // 5), part=part, most=most
+    )  # fmt: skip
+
+
+def print_ratios(rows: Sequence[Row]) -> None:
+    """Ours with several streams against each baseline that was timed."""
+    baselines = [row for row in rows if row.name.startswith(("pyav", "dali_file")) or row.name.endswith("_1")]
+    for baseline in baselines:
+        for row in rows:
+            if row not in baselines:
+                print(f"{row.name:14} {baseline.seconds / row.seconds:6.2f} x {baseline.name}")
+
+
+def is_installed(kind: str) -> bool:
     try:
-        return find_spec(package) is not None
+        return kind not in PACKAGES or find_spec(PACKAGES[kind]) is not None
     except ModuleNotFoundError:
         return False
 
 
 def ours(kind: str, streams: int) -> GpuFrameDecoder:
-    if kind == "dali_":
+    if kind == "dali":
         from megalong.data.video_dali import DaliDecoder as Decoder
     else:
         from megalong.data.video_nvcodec import NvCodecDecoder as Decoder

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from harness import run_world
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
+@pytest.fixture(autouse=True)
+def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scripts import each other by name."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
 def run_all(folder: Path) -> None:
-    """Each script's main, one after another in this process."""
+    """The main of each script that trains, one after another in this process."""
     sys.path.insert(0, str(BENCHMARKS))
     for name, options in {
         "b2_train_step": ["--prefix", "48"],
@@ -77,3 +85,18 @@ def test_b10_times_what_it_compared(rows):
     assert {"slower" in row for row in timed} == {True, False}
     # 4 layers, 96 + 4 * 8 tokens: input and output of 256 numbers, and a sum for each of 8 heads.
     assert timed[0]["kept_gb"] == pytest.approx(4 * 128 * (2 * 256 * 2 + 8 * 4) / 1e9)
+
+
+def test_b11_reads_the_numbers_of_the_frames_and_writes_its_rows(tmp_path, capsys):
+    script = importlib.import_module("b11_decode")
+    script.main([str(tmp_path), "--tiny", "--decoders", "small", "pyav", "--limit", "4"])
+    names = ["pyav1", "pyav1", f"pyav{min(16, os.cpu_count() or 1)}", "pyav1"]
+    rows = json.loads((tmp_path / "b11_decode.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == names
+    assert [row["timed"] for row in rows[2:]] == ["4 s of 8, scaled", "1 s of 8, scaled"]
+    assert min(row["seconds"] for row in rows) > 0
+    frames = np.stack([script.board(number, width=64, height=64)[..., None].repeat(3, 2) for number in (3, 5)])
+    selection = script.choose(tmp_path / "8s_gop250_crf32.mp4", np.array([63, 64]))
+    script.check("wrapped", selection, 0, frames[:1], clip_frames=60)
+    with pytest.raises(SystemExit, match=r"1 wrong frames, at \[1\]: \[5\]"):
+        script.check("wrong", selection, 0, frames, clip_frames=60)
