@@ -1,10 +1,16 @@
 """Whole GRPO steps of a random 7B LongVILA on hour-long 1080p videos: `megalong grpo` itself, files to new weights.
 
-Only the weights are not read from files but made on the GPUs, and a reward that random text can earn is added (a share
-of letters), so that every step has advantages and changes the weights. The run's own metrics.jsonl is the result: the
-phase table, and the gap between sampler's and trainer's log-probabilities.
+Only the weights are not read from files but made on the GPUs, nothing is saved, and a reward that random text can earn
+is added (a share of letters), so that every step has advantages and changes the weights. Every step of a part has a
+video of its own (with --videos as many as its steps), so that it is decoded, encoded, sampled and trained on.
 
-    torchrun --nproc-per-node 2 benchmarks/b12_grpo.py FOLDER [--frames 256] [--steps 10] [--overrides a.b=c ..]
+The parts follow one another in the same processes, with the same weights, engine and GPUs; each is
+FRAMES:STEPS[:MODE[:RECOMPUTE]], MODE one of mr_sp.mode's (shared_prefix) and RECOMPUTE keep_attention or full. The
+run's own metrics.jsonl is the result: the phase table of each part (medians without its first step), and the gap
+between sampler's and trainer's log-probabilities.
+
+    torchrun --nproc-per-node 2 benchmarks/b12_grpo.py FOLDER [--parts 256:10 512:10 512:1:none:full]
+        [--overrides a.b=c ..]
 """
 
 from __future__ import annotations
@@ -15,23 +21,31 @@ import os
 import statistics
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from b11_decode import write_clip, write_hour
-from steps import fill_randomly, make_folder
+from sessions import OUT_OF_MEMORY
+from steps import fill_randomly, free, is_out_of_memory, make_folder, peak_gb, reset_peak
 
+import megalong.grpo
 import megalong.run
 from megalong.config.load import load_config
-from megalong.config.tree import ModelConfig
+from megalong.config.tree import ModelConfig, MrSpMode, RunConfig
 from megalong.data.sequence import THINKING_TEMPLATE
 from megalong.engine.build import build_model
 from megalong.grpo import train_grpo
+from megalong.metrics import SECONDS
 from megalong.models.longvila.demo_checkpoint import DemoModelSize, train_tokenizer
 from megalong.models.policy import PolicyModel
 from megalong.parallel.layout import ParallelLayout, destroy_layout
 from megalong.records import Sample
 from megalong.rewards.functions import REWARDS
+from megalong.run import PromptBatches, Run, open_run
+from megalong.videos import vision_settings
+from megalong.vision.encode import VisionStage
 
 CLIP_SECONDS = 10
 QUESTION = "What happens at the end?\nA. It rains.\nB. It snows.\nC. The sun shines.\nD. Nothing."
@@ -58,73 +72,172 @@ def build_random(config: ModelConfig, layout: ParallelLayout, *, sequence_parall
     return model
 
 
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Steps of one kind."""
+
+    frames: int
+    steps: int
+    mode: str
+    recompute: str
+
+    @classmethod
+    def of(cls, text: str) -> Part:
+        frames, steps, *rest = text.split(":")
+        mode, recompute = [*rest, *("shared_prefix", "keep_attention")[len(rest) :]]
+        require_one_of(mode, [item.value for item in MrSpMode], text)
+        require_one_of(recompute, ["keep_attention", "full"], text)
+        return cls(frames=int(frames), steps=int(steps), mode=mode, recompute=recompute)
+
+    @property
+    def name(self) -> str:
+        return f"{self.frames} frames, {self.mode}, {self.recompute}"
+
+
+def require_one_of(value: str, choices: Sequence[str], text: str) -> None:
+    if value not in choices:
+        raise argparse.ArgumentTypeError(f"{text}: {value!r} is none of {', '.join(choices)}")
+
+
+class Session(Run):
+    """A run that one call of train_grpo hands on to the next, with other frames and another mode; nothing is saved."""
+
+    def change(self, config: RunConfig, part: Part) -> None:
+        trainer, old = self.trainer, self.vision
+        self.config = config
+        self.vision = VisionStage(trainer.model.vision, self.layout, vision_settings(config), videos=old.videos)
+        sharded = part.mode in ("stage1+2", "shared_prefix")
+        trainer.runner = replace(trainer.runner, sharded=sharded, embeddings=self.vision.embeddings)
+        trainer.keep_attention = part.recompute == "keep_attention"
+        old.close()
+        free(self.layout.device)
+
+    def save(self, batches: PromptBatches) -> Path:
+        return Path()
+
+    def close(self) -> None:
+        """At the very end: finish()."""
+
+    def finish(self) -> None:
+        super().close()
+
+
 def prepare(folder: Path, *, videos: int, tiny: bool) -> None:
-    """Model folder without weights, videos, manifest; `ready` at the end."""
+    """Model folder without weights, videos, manifest; `ready` at the end. Keeps what an earlier call made."""
+    if (folder / "ready").is_file():
+        return
     make_folder(folder, layers=2 if tiny else 28, tiny=tiny)
     train_tokenizer([THINKING_TEMPLATE, QUESTION], size=DemoModelSize(vocab=320)).save_pretrained(
         folder / "model" / "llm"
     )
     (folder / "recipe.yaml").write_text(RECIPE)
-    rows = []
-    for number in range(videos):
+
+    def write(number: int) -> dict[str, str]:
         clip, name = folder / f"clip{number}.mp4", f"hour{number}.mp4"
         size = {"width": 192, "height": 112} if tiny else {}
         write_clip(clip, gop=250, crf=32, frames=CLIP_SECONDS * 30, seed=number, **size)
         write_hour(clip, folder / name, clip_seconds=CLIP_SECONDS)
-        rows.append(
-            {"id": str(number), "problem": QUESTION, "answer": "A", "videos": name, "problem_type": "multiple choice"}
-        )
+        return {
+            "id": str(number), "problem": QUESTION, "answer": "A", "videos": name, "problem_type": "multiple choice"
+        }  # fmt: skip
+
+    with ThreadPoolExecutor(4) as pool:
+        rows = list(pool.map(write, range(videos)))
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "ready").touch()
 
 
-def table(file: Path, *, skip: int) -> dict[str, Any]:
-    """Medians over the steps but the first `skip`: what they warm up."""
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    steps = [row for row in rows if "loss" in row]
-    names = [name for name in steps[-1] if name.startswith("seconds") or name.startswith("sampler_gap")]
+def table(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Medians over the steps of a part but the first, which waits for the first decoding."""
+    names = [name for name in rows[-1] if name.startswith((SECONDS, "sampler_gap"))]
     names += ["reward", "grad_norm", "response_tokens", "tokens_per_second"]
-    medians = {name: statistics.median(row[name] for row in steps[skip:] if name in row) for name in names}
-    return {"steps": len(steps), **medians, "gap_worst": max(row["sampler_gap_sum"] for row in steps)}
+    timed = rows[1:] or rows
+    medians = {name: statistics.median(row[name] for row in timed if name in row) for name in names}
+    whole = [sum(value for name, value in row.items() if name.startswith(SECONDS)) for row in timed]
+    worst = max(row["sampler_gap_sum"] for row in rows)
+    return {
+        "step": statistics.median(whole), "fastest": min(whole), "slowest": max(whole), **medians, "gap_worst": worst
+    }  # fmt: skip
+
+
+def config_of(folder: Path, part: Part, *, args: argparse.Namespace, before: int) -> RunConfig:
+    frames = max(other.frames for other in args.parts)  # what the engine has room for
+    return load_config(
+        folder / "recipe.yaml",
+        [
+            f"model.path={folder / 'model'}", f"data.train={folder / 'train.jsonl'}",
+            f"logger.run_dir={folder / args.run}", f"mr_sp.mode={part.mode}", f"model.recompute={part.recompute}",
+            f"video.num_frames={part.frames}", f"data.max_prompt_tokens={257 * frames + 512}",
+            f"data.max_response_tokens={args.length}", f"grpo.steps={before + part.steps}",
+            f"data.pack_tokens={257 * frames + 512 + 8 * args.length}",
+            *args.overrides,
+        ],
+    )  # fmt: skip
+
+
+def run_parts(folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of the parts; what a part that does not fit leaves is an `out of memory` row, and the end."""
+    session: Session | None = None
+    file, rows, before = folder / args.run / "metrics.jsonl", [], 0
+
+    def open_session(config: RunConfig, **options: Any) -> Run:
+        nonlocal session
+        if session is None:
+            opened = open_run(config, **options)
+            session = Session(**{item.name: getattr(opened, item.name) for item in fields(opened)})
+        session.change(config, part)
+        return session
+
+    megalong.run.build_model, megalong.grpo.open_run = build_random, open_session
+    for part in args.parts:
+        try:
+            train_grpo(config_of(folder, part, args=args, before=before))
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            rows.append({"part": part.name, "status": "out of memory"})
+            report(rows[-1], args.json, rows)
+            # The other ranks may wait for this one in a collective.
+            os._exit(OUT_OF_MEMORY)
+        steps = [json.loads(line) for line in file.read_text().splitlines()] if session.layout.is_main else []
+        steps = [row for row in steps if "loss" in row][before:]
+        before += part.steps
+        if session.layout.is_main:
+            peak = peak_gb(session.layout.device)
+            rows.append({"part": part.name, "steps": len(steps), **table(steps), "peak_gb": peak})
+            report(rows[-1], args.json, rows)
+        reset_peak(session.layout.device)
+    session.finish()
+    return rows
+
+
+def report(row: dict[str, Any], file: Path | None, rows: Sequence[dict[str, Any]]) -> None:
+    for name, value in row.items():
+        print(f"{name:32} {value:.4g}" if isinstance(value, float) else f"{name:32} {value}", flush=True)
+    if file:
+        file.write_text(json.dumps(list(rows), indent=1))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="made anew")
-    parser.add_argument("--frames", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("folder", type=Path, help="of model, videos and runs; what is there is used again")
+    parser.add_argument("--parts", type=Part.of, nargs="+", default=[Part.of("256:10")])
     parser.add_argument("--length", type=int, default=512, help="tokens of a response")
-    parser.add_argument("--videos", type=int, default=2)
+    parser.add_argument("--videos", type=int, default=10)
+    parser.add_argument("--run", default="run", help="name of the run's folder in FOLDER")
+    parser.add_argument("--prepare", action="store_true", help="make the folder, and no more")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--overrides", nargs="*", default=[], metavar="a.b=c")
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args(argv)
-    folder, is_main = args.folder, int(os.environ.get("RANK", "0")) == 0
-    started = time.perf_counter()
-    if is_main:
-        prepare(folder, videos=args.videos, tiny=args.tiny)
-        print(f"videos and model folder: {time.perf_counter() - started:.0f} s", flush=True)
-    while not (folder / "ready").is_file():
+    if int(os.environ.get("RANK", "0")) == 0:
+        prepare(args.folder, videos=args.videos, tiny=args.tiny)
+    while not (args.folder / "ready").is_file():
         time.sleep(0.2)
-    megalong.run.build_model = build_random
+    if args.prepare:
+        return
     REWARDS["vowels"] = vowels
-    config = load_config(
-        folder / "recipe.yaml",
-        [
-            f"model.path={folder / 'model'}", f"data.train={folder / 'train.jsonl'}",
-            f"logger.run_dir={folder / 'run'}",
-            f"video.num_frames={args.frames}", f"data.max_prompt_tokens={257 * args.frames + 512}",
-            f"data.max_response_tokens={args.length}", f"grpo.steps={args.steps}", "data.pack_tokens=200000",
-            *args.overrides,
-        ],
-    )  # fmt: skip
-    train_grpo(config)
-    if is_main:
-        row = {"frames": args.frames, **table(folder / "run" / "metrics.jsonl", skip=min(2, args.steps - 1))}
-        for name, value in row.items():
-            print(f"{name:24} {value:.4g}" if isinstance(value, float) else f"{name:24} {value}")
-        if args.json:
-            args.json.write_text(json.dumps(row, indent=1))
+    run_parts(args.folder, args)
     destroy_layout()
 
 
