@@ -194,6 +194,7 @@ def _send(run: Run, *, version: int) -> Sent:
             sent.tensors += len(taken)
             sent.bytes += sum(tensor.nbytes for tensor in taken)
             yield bucket
+            del bucket, taken  # their memory is the next one's
 
     with run.timer.during("sync"):
         run.sampler.load_weights(counted(), version=version)

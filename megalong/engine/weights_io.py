@@ -141,6 +141,7 @@ def export_weights(
         for bucket in buckets:
             sent.update(bucket.tensors)
             yield bucket
+            del bucket  # its memory is the next one's
 
 
 def _joined(model: nn.Module, table: Sequence[Entry], layout: ParallelLayout) -> Iterator[tuple[str, Tensor]]:
@@ -179,9 +180,14 @@ def _from_stage(buckets: Iterator[WeightBucket], stage: int, layout: ParallelLay
         shapes, checksum = announced
         if shapes is None:
             return
-        tensors = {}
-        for name, (shape, dtype) in shapes.items():
-            held = mine.tensors[name].contiguous() if mine else torch.empty(shape, dtype=dtype, device=layout.device)
-            dist.broadcast(held, group_src=stage, group=layout.pp)
-            tensors[name] = held
+        if mine:
+            tensors = {name: tensor.contiguous() for name, tensor in mine.tensors.items()}
+        else:
+            tensors = {
+                name: torch.empty(shape, dtype=dtype, device=layout.device) for name, (shape, dtype) in shapes.items()
+            }
+        for tensor in tensors.values():
+            dist.broadcast(tensor, group_src=stage, group=layout.pp)
+            del tensor
         yield WeightBucket(tensors=tensors, checksum=torch.tensor(checksum, device=layout.device))
+        del mine, tensors  # their memory is the next one's

@@ -99,6 +99,8 @@ class EmbeddedEngine:
                 )
             for name, tensor in update.of(bucket).items():
                 parameters[name].copy_(tensor)
+                del tensor
+            del bucket  # its memory is the next one's
         update.end()
 
     @torch.no_grad()

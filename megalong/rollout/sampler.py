@@ -49,8 +49,8 @@ class GroupSampler:
         """See RolloutEngine. A rank without an engine takes part in making the buckets."""
         self._make_room()
         if self.engine is None:
-            for _ in buckets:
-                pass
+            for bucket in buckets:
+                del bucket  # its memory is the next one's
         else:
             self.engine.load_weights(buckets, version=version)
         self.version, self.needs_weights = version, False

@@ -11,8 +11,10 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, Pipe
@@ -37,6 +39,7 @@ SERVER = "megalong.rollout.vllm_server"
 """Module that the engine's process runs."""
 
 _START_SECONDS = 1200  # loading vLLM, building the model, capturing graphs
+_LOOK_SECONDS = 0.5  # between two looks at the engine's process while a collective with it is under way
 _LOG_LINES = 15
 _TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -86,7 +89,7 @@ class VllmEngine:
         self.handover_seconds = 0.0  # spent on embeddings on their way to the engine, since the start
         self._asleep = False
         self._group: Any = None  # of NCCL, with the engine's workers
-        self._held: Tensor | None = None  # the bucket that the engine reads by CUDA IPC
+        self._answers: list[Any] = []  # results that came while a collective was under way
         self._folder = Path(tempfile.mkdtemp(prefix="megalong-engine-", dir=_memory_folder()))
         write_config(model, self._folder, max_tokens=settings.max_tokens, eos_id=eos_id)
         self._connection = self._start()
@@ -111,10 +114,12 @@ class VllmEngine:
         try:
             for bucket in buckets:
                 self._send_bucket(bucket, update, sent)
+                del bucket  # its memory is the next one's, or the engine's
         except RolloutEngineError:
             raise
         except Exception:
-            self._finish_update(sent)  # for the engine it is over
+            if self._process.poll() is None:
+                self._finish_update(sent)  # for the engine it is over
             raise
         update.end(self._finish_update(sent))
 
@@ -128,12 +133,13 @@ class VllmEngine:
         self._send("update", {"manifest": manifest, "num_bytes": len(packed), "place": self._place(packed)})
         sent.unanswered += 1
         if self.settings.transport is Transport.nccl:
-            self._group.broadcast(packed, src=0, stream=torch.cuda.current_stream())
+            stream = torch.cuda.current_stream()
+            self._together("update", lambda: self._group.broadcast(packed, src=0, stream=stream))
             self._answer_all(sent, but=1)  # the engine loads it while the next one is gathered
         else:
-            self._answer_all(sent)  # its place is free again when the engine has answered
+            self._answer_all(sent)  # until then the engine reads the bucket
+            del packed
             if self.settings.transport is Transport.ipc:
-                self._held = None
                 torch.cuda.ipc_collect()  # else torch keeps what was shared until it runs out of memory
 
     def _answer_all(self, sent: _Sent, *, but: int = 0) -> None:
@@ -194,8 +200,7 @@ class VllmEngine:
         try:
             self._process.wait(timeout=20)
         except subprocess.TimeoutExpired:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+            self._kill()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _check(self, request: Request, *, group_size: int) -> None:
@@ -242,8 +247,38 @@ class VllmEngine:
         self._send(
             "init_transfer", {"transport": transport.value, "nccl": {**place, "rank_offset": 1, "world_size": size}}
         )
-        self._group = NCCLWeightTransferEngine.trainer_init({**place, "world_size": size})
+        self._group = self._together(
+            "init_transfer", lambda: NCCLWeightTransferEngine.trainer_init({**place, "world_size": size})
+        )
         self._answer("init_transfer")
+
+    def _together(self, method: str, collective: Callable[[], Any]) -> Any:
+        """The trainer's part of a collective that the engine was told to take part in.
+
+        It runs on a thread: a collective whose other side is gone may wait for ever, and cannot be called off. Whatever
+        ends it early, here or there, ends the engine, which cannot be called off either.
+        """
+        device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        done: Future[Any] = Future()
+
+        def run() -> None:
+            try:
+                if device is not None:
+                    torch.cuda.set_device(device)
+                done.set_result(collective())
+            except BaseException as error:  # noqa: BLE001 - raised again below
+                done.set_exception(error)
+
+        try:
+            threading.Thread(target=run, name="collective", daemon=True).start()
+            while not wait([done], timeout=_LOOK_SECONDS).done:
+                while self._connection.poll():
+                    self._answers.append(self._receive(method))
+                self._require_alive(method)
+            return done.result()
+        except BaseException:
+            self._kill()
+            raise
 
     def _place(self, packed: Tensor) -> Any:
         """Where the engine's workers find the bytes of a bucket (BucketInfo.place)."""
@@ -251,7 +286,6 @@ class VllmEngine:
             return None
         if self.settings.transport is Transport.ipc:
             torch.cuda.current_stream().synchronize()
-            self._held = packed  # until the engine has answered
             return {str(torch.cuda.get_device_properties(packed.device).uuid): reduce_tensor(packed)[1]}
         path = self._folder / "bucket"
         shared_tensor(path, (len(packed),), torch.uint8).copy_(packed)
@@ -297,20 +331,34 @@ class VllmEngine:
             raise self._failure(method, "hung up") from error
 
     def _answer(self, method: str) -> Any:
+        if self._answers:
+            return self._answers.pop(0)
         limit = _START_SECONDS if method == "start" else self.settings.timeout_seconds
         started = time.monotonic()
+        while not self._connection.poll(1.0):
+            self._require_alive(method)
+            if time.monotonic() - started > limit:
+                self._kill()
+                raise self._failure(method, f"did not answer within {limit:.0f} s; see parallel.timeout_minutes")
+        return self._receive(method)
+
+    def _receive(self, method: str) -> Any:
+        """The result that the engine has sent."""
         try:
-            while not self._connection.poll(1.0):
-                self._require_alive(method)
-                if time.monotonic() - started > limit:
-                    self._process.kill()
-                    raise self._failure(method, f"did not answer within {limit:.0f} s; see parallel.timeout_minutes")
             done, result = pickle.loads(self._connection.recv_bytes())
         except (EOFError, OSError) as error:
             raise self._failure(method, "ended") from error
         if not done:
             raise self._failure(method, f"failed:\n{result}")
         return result
+
+    def _kill(self) -> None:
+        """End the process and its workers at once, and the trainer's waiting for them in NCCL."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        if self._group is not None:
+            self._group.destroy()
 
     def _require_alive(self, method: str) -> None:
         if self._process.poll() is not None:
@@ -320,6 +368,8 @@ class VllmEngine:
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=2)  # its exit code, when it is ending
         code = self._process.poll()
+        if code is not None:
+            self._kill()  # what it leaves behind
         lines = self.settings.log_file.read_text(errors="replace").splitlines()[-_LOG_LINES:]
         return RolloutEngineError(
             f"the vLLM engine (process {self._process.pid}, GPUs {','.join(self.settings.devices) or 'none'}, exit "

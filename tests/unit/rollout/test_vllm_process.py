@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import fake_server
 import pytest
 import torch
+import torch.distributed as dist
 from engines import make_request
 
 from megalong.config.tree import ModelConfig
@@ -34,11 +39,11 @@ def make(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     family = family_of(ModelConfig(path=str(tiny_checkpoint)))
     made: list[VllmEngine] = []
 
-    def engine(fault: str, *, method: str = "generate") -> VllmEngine:
+    def engine(fault: str, *, method: str = "generate", transport: Transport = Transport.file) -> VllmEngine:
         monkeypatch.setenv("FAKE_ENGINE", fault)
         monkeypatch.setenv("FAKE_METHOD", method)
         settings = VllmSettings(
-            devices=(), transport=Transport.file, max_tokens=64, prefill_tokens=64, max_sequences=4, memory_share=0.1,
+            devices=(), transport=transport, max_tokens=64, prefill_tokens=64, max_sequences=4, memory_share=0.1,
             cuda_graphs=False, processed_logprobs=False, discard_weights=False, timeout_seconds=SECONDS,
             log_file=tmp_path / "run" / "engine.log", seed=1,
         )  # fmt: skip
@@ -120,3 +125,103 @@ def test_a_process_that_does_not_start_leaves_nothing_behind(make: Make, monkeyp
         make("exit", method="start")
     (folder,) = folders
     assert not os.path.exists(folder)
+
+
+# ---- collectives that the engine's workers take part in, over NCCL: tried with other things that wait
+
+
+class Group:
+    """vLLM's communicator, as far as VllmEngine knows it."""
+
+    def __init__(self, broadcast: Callable[[], None] = lambda: None) -> None:
+        self.act, self.destroyed = broadcast, False
+
+    def broadcast(self, packed: torch.Tensor, *, src: int, stream: object) -> None:
+        self.act()
+
+    def destroy(self) -> None:
+        self.destroyed = True
+
+
+def wait_for_the_engine() -> None:
+    """As vLLM's trainer_init does, in a store that the engine does not come to."""
+    dist.TCPStore("127.0.0.1", 0, world_size=2, is_master=True, timeout=timedelta(seconds=30), use_libuv=False)
+
+
+@pytest.fixture
+def make_nccl(make: Make, monkeypatch: pytest.MonkeyPatch) -> Make:
+    """As `make`; join: the trainer's part of making the group."""
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+
+    def engine(fault: str, *, method: str, join: Callable[[dict], Group]) -> VllmEngine:
+        module = ModuleType("nccl_engine")
+        module.NCCLWeightTransferEngine = SimpleNamespace(trainer_init=join)
+        monkeypatch.setitem(sys.modules, "vllm.distributed.weight_transfer.nccl_engine", module)
+        return make(fault, method=method, transport=Transport.nccl)
+
+    return engine
+
+
+@pytest.mark.parametrize(
+    ("fault", "what"),
+    [("exit", "exit code 7) ended in init_transfer()"), ("error", "failed:\nTraceback ..\nValueError: no such token")],
+)
+def test_an_engine_that_fails_before_it_joins_the_group_is_noticed_at_once(
+    make_nccl: Make, fault: str, what: str
+) -> None:
+    started = time.monotonic()
+    with pytest.raises(RolloutEngineError) as caught:
+        make_nccl(fault, method="init_transfer", join=lambda place: wait_for_the_engine())
+    assert time.monotonic() - started < 15, "the store's own limit is 30 s"
+    assert what in str(caught.value)
+    assert f"line before the {fault}" in str(caught.value)
+
+
+@pytest.mark.parametrize("fault", ["exit", "kill"])
+def test_an_engine_that_dies_in_a_broadcast_is_noticed_at_once(make_nccl: Make, fault: str) -> None:
+    group = Group(lambda: time.sleep(30))
+    engine = make_nccl(fault, method="update", join=lambda place: group)
+    started = time.monotonic()
+    with pytest.raises(RolloutEngineError, match=rf"exit code {7 if fault == 'exit' else -9}\) ended in update\(\)"):
+        engine.load_weights(buckets(engine), version=0)
+    assert time.monotonic() - started < SECONDS + 4
+    assert group.destroyed, "kernels that wait for the engine would keep the GPU"
+
+
+def test_an_error_between_a_bucket_s_announcement_and_its_broadcast_ends_the_engine(make_nccl: Make) -> None:
+    """The engine waits for bytes that will not come."""
+
+    def fail() -> None:
+        raise RuntimeError("unhandled cuda error")
+
+    engine = make_nccl("hang", method="update", join=lambda place: Group(fail))
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match="unhandled cuda error"):
+        engine.load_weights(buckets(engine), version=0)
+    assert time.monotonic() - started < SECONDS, "not after the engine's limit"
+    assert is_gone(engine._process.pid)
+
+
+def test_answers_that_come_before_a_collective_ends_are_not_lost(make_nccl: Make) -> None:
+    engine = make_nccl("", method="", join=lambda place: time.sleep(1.2) or Group(lambda: time.sleep(1.2)))
+    engine.load_weights(buckets(engine) * 2, version=3)
+    assert engine.version == 3
+    assert engine._answers == []
+
+
+def test_a_bucket_is_gone_when_the_next_one_is_made(make: Make) -> None:
+    engine = make("")
+    alive: list[weakref.ref] = []
+
+    def one_by_one() -> Iterator[WeightBucket]:
+        for name, shape in engine.weights.shapes.items():
+            assert [ref() for ref in alive] == [None] * len(alive)
+            tensors = {f"llm/{name}": torch.zeros(shape)}
+            alive.append(weakref.ref(tensors[f"llm/{name}"]))
+            bucket = WeightBucket(tensors=tensors, checksum=bucket_checksum(tensors))
+            del tensors
+            yield bucket
+            del bucket
+
+    engine.load_weights(one_by_one(), version=0)
+    assert len(alive) > 10
