@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from harness import run_world
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -100,3 +102,22 @@ def test_b11_reads_the_numbers_of_the_frames_and_writes_its_rows(tmp_path, capsy
     script.check("wrapped", selection, 0, frames[:1], clip_frames=60)
     with pytest.raises(SystemExit, match=r"1 wrong frames, at \[1\]: \[5\]"):
         script.check("wrong", selection, 0, frames, clip_frames=60)
+
+
+def test_b4_times_what_equals_the_definition(tmp_path):
+    script = importlib.import_module("b4_decode_attention")
+    script.main(["--tiny", "--json", str(tmp_path / "b4.json"), "--heads", "14/2", "7/1"])
+    rows = json.loads((tmp_path / "b4.json").read_text())["rows"]
+    forms = ["sdpa", "sdpa batched", "shared, torch"]
+    assert [(row["heads"], row["prefix"], row["form"]) for row in rows] == [
+        (heads, prefix, form) for prefix in (64, 160) for heads in ("14/2", "7/1") for form in forms
+    ]
+    assert max(row["error"] for row in rows) < 1e-2
+    # 8 responses of 21 tokens behind 64, keys and values of 2 heads of 128 numbers of 2 bytes.
+    assert rows[0]["bound_us"] == pytest.approx(8 * (64 + 21) * 1024 / 4.3e6)
+    assert rows[2]["bound_us"] == pytest.approx((64 + 8 * 21) * 1024 / 4.3e6)
+    shape = script.Shape(heads=14, kv_heads=2, width=128, prefix=32, responses=2, length=5)
+    layer = script.Layer(shape, device=torch.device("cpu"), seed=0)
+    own_only = script.Layer(dataclasses.replace(shape, prefix=0), device=torch.device("cpu"), seed=0)
+    with pytest.raises(SystemExit, match="wrong: relative error"):
+        script.check("wrong", script.sdpa(own_only)(), script.definition(layer))
