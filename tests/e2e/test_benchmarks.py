@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib
 import json
@@ -121,3 +122,27 @@ def test_b4_times_what_equals_the_definition(tmp_path):
     own_only = script.Layer(dataclasses.replace(shape, prefix=0), device=torch.device("cpu"), seed=0)
     with pytest.raises(SystemExit, match="wrong: relative error"):
         script.check("wrong", script.sdpa(own_only)(), script.definition(layer))
+
+
+def test_b5_compares_encoders_of_the_same_weights(tmp_path):
+    script = importlib.import_module("b5_encode")
+    script.main(["--tiny", "--json", str(tmp_path / "b5.json"), "--rounds", "1"])
+    first, *rows = json.loads((tmp_path / "b5.json").read_text())["rows"]
+    assert first["errors"]["ours, hf"] < 1e-2
+    assert max(first["errors"].values()) < 3e-2
+    assert [row["form"] for row in rows] == [
+        "hf, 64 frames", "hf, 8 frames", "ours, 64 frames", "ours, 8 frames", "ours, 8 frames, from host"
+    ]  # fmt: skip
+    assert rows[0]["ratio"] == 1
+    assert all(row["frames_per_s"] == pytest.approx(12 / row["seconds"]) for row in rows)
+    make_folder = importlib.import_module("steps").make_folder
+    hf = script.HfEncoder(script.read_spec(make_folder(tmp_path / "other", layers=1, tiny=True) / "model")).to(
+        torch.bfloat16
+    )
+    with pytest.raises(SystemExit, match="wrong: relative error"):  # other weights
+        script.check(hf, {"wrong": copy.deepcopy(hf).apply(shuffle)}, script.random_frames(1, 56, torch.device("cpu")))
+
+
+def shuffle(module: torch.nn.Module) -> None:
+    if isinstance(module, torch.nn.Linear):
+        module.weight.data = module.weight.data.flip(0)
