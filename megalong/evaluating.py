@@ -47,7 +47,6 @@ def evaluate_policy(run: Run, samples: Sequence[Sample], *, name: str, step: int
     dropped.jsonl: accuracy is over the whole manifest.
     """
     settings, layout = run.config.eval, run.layout
-    run.sync_weights()
     first, last = shard_range(len(samples), layout.dp_rank, layout.dp_size)
     mine = samples[first:last]
     sampling = Sampling(
@@ -68,7 +67,9 @@ def evaluate_policy(run: Run, samples: Sequence[Sample], *, name: str, step: int
             prompts, unusable = plan_prompts(run, batch)
             prompts, unreadable = make_ready(run, prompts)
             embeds = run.vision.embeddings_of(prompts, run.sampler.owners(len(prompts)))
+            run.sync_weights()  # not before: an engine on the trainer's GPUs sleeps but for sampling
             groups: list[RolloutGroup] = run.sampler.sample(prompts, embeds, sampling=sampling, step=step)
+            run.sampler.release()
             if settings.likelihood:
                 chosen.update(most_likely_options(run, groups))
         texts.update({group.prompt.sample.sample_id: group.texts for group in groups})

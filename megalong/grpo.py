@@ -35,21 +35,16 @@ def train_grpo(config: RunConfig, timer: PhaseTimer | None = None) -> None:
     settings = loss_settings(config)  # of a validated config
     batches = PromptBatches(run, samples, batch_size=config.grpo.batch_size)
     total = config.grpo.steps * config.grpo.updates_per_batch
-    run.sync_weights()
     if held_out:
         evaluate_if_due(run, held_out, step=run.trainer.step, total=total)
     for step in run.steps(total):
         started = time.perf_counter()
         scored, dropped = sample_groups(run, batches, step=step)
-        with run.timer("rollout"):
-            run.sampler.release()
         with run.timer("logprob"):
             updates = add_logprobs(run, pack_updates(run, scored))
         with run.timer("train"):
             stats = [run.trainer.train_step(tokens_of(b), grpo_loss(run, b, settings), temperature=temperature(run))
                      for b in updates]  # fmt: skip
-        with run.timer("sync"):
-            run.sync_weights()
         log_rollouts(run, step, scored, stats, dropped, seconds=time.perf_counter() - started)
         run.save_if_due(batches)
         if held_out and run.trainer.step < total:
@@ -118,6 +113,9 @@ def sample_batch(
         prompts, dropped = next(batches)
     with run.timer("rollout"):
         embeds = run.vision.embeddings_of(prompts, run.sampler.owners(len(prompts)))
+    with run.timer("sync"):
+        run.sync_weights()  # not before: an engine on the trainer's GPUs sleeps but for sampling
+    with run.timer("rollout"):
         sampling = Sampling(
             group_size=config.rollout.group_size,
             max_tokens=config.data.max_response_tokens,
@@ -127,6 +125,7 @@ def sample_batch(
         )
         repeats = count_repeats(run, prompts, seen)
         groups = run.sampler.sample(prompts, embeds, sampling=sampling, step=step, repeats=repeats)
+        run.sampler.release()
     with run.timer("reward"):
         scored = score_groups(
             groups,

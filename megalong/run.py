@@ -268,6 +268,7 @@ def _start(config: RunConfig, *, task: Task, timer: PhaseTimer) -> Run:
         resumed=resumed,
         step_before=trainer.step,
     )
+    run.sampler.release()  # until there is something to sample
     if writes:
         save_config(config, Path(config.logger.run_dir) / "config.yaml")
     return run

@@ -28,7 +28,6 @@ def train_sft(config: RunConfig, timer: PhaseTimer | None = None) -> None:
     total = config.sft.steps
     if held_out:
         evaluate_if_due(run, held_out, step=run.trainer.step, total=total)
-    run.sampler.release()  # an engine on the trainer's GPUs has nothing to do until the next evaluation
     for step in run.steps(total):
         started = time.perf_counter()
         with run.timer("data"):
@@ -40,7 +39,6 @@ def train_sft(config: RunConfig, timer: PhaseTimer | None = None) -> None:
         run.save_if_due(batches)
         if held_out and step < total:
             evaluate_if_due(run, held_out, step=step, total=total)
-            run.sampler.release()
     run.save(batches)
     if run.trainer.step == total:
         if held_out:

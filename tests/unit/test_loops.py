@@ -191,6 +191,9 @@ class Sampler:
     def owners(self, num_prompts: int) -> list[int]:
         return [0] * num_prompts
 
+    def release(self) -> None:
+        """Nothing sleeps here; tests/parallel/test_engine_sleeps.py is about that."""
+
     def sample(
         self,
         prompts: Sequence[Prompt],
@@ -212,7 +215,7 @@ def sample_groups(
 ) -> tuple[list[ScoredGroup], list[Dropped], Sampler, Batches]:
     sampler, batches = Sampler(mixed), Batches()
     run = fake_run(
-        layout, config=config(batch_size=2, **settings), sampler=sampler,
+        layout, config=config(batch_size=2, **settings), sampler=sampler, sync_weights=lambda: None,
         vision=SimpleNamespace(
             embeddings_of=lambda prompts, owners: [None] * len(prompts), release=lambda *, keep: None
         ),
