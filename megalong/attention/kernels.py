@@ -11,10 +11,13 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from megalong.attention.package_kernels import FlashAttn2Kernel, FlashAttn3Kernel, TransformerEngineKernel
 
 logger = logging.getLogger(__name__)
 
@@ -154,6 +157,8 @@ class KernelEntry:
     make: Callable[[], Kernel]
     device: str
     dtypes: tuple[torch.dtype, ...]
+    module: str = ""  # of the package it is from, when that is not torch
+    merges: bool = True  # used where the outputs of several calls are merged, and not only where a call is all there is
 
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -162,60 +167,107 @@ KERNELS: dict[str, KernelEntry] = {
     "cpu_flash": KernelEntry(make=CpuFlashKernel, device="cpu", dtypes=(torch.float64, torch.float32, torch.bfloat16)),
     "flash": KernelEntry(make=CudaFlashKernel, device="cuda", dtypes=_HALF),
     "cudnn": KernelEntry(make=CudnnKernel, device="cuda", dtypes=_HALF),
+    "flash_attn_2": KernelEntry(make=FlashAttn2Kernel, device="cuda", dtypes=_HALF, module="flash_attn"),
+    "flash_attn_3": KernelEntry(make=FlashAttn3Kernel, device="cuda", dtypes=_HALF, module="flash_attn_3"),
+    "te": KernelEntry(
+        make=TransformerEngineKernel, device="cuda", dtypes=_HALF, module="transformer_engine", merges=False
+    ),
 }
+FASTEST_FIRST = {
+    "cpu": ("cpu_flash",),
+    "cuda": ("flash_attn_3", "flash", "flash_attn_2", "cudnn", "te"),
+    "cuda, long": ("cudnn", "te", "flash_attn_3", "flash", "flash_attn_2"),
+}
+"""What `auto` tries, in this order. Of two that run the same algorithm torch's own is first: it takes our layout."""
 CUDNN_FROM_TOKENS = 16384
 """cuDNN builds a plan per shape: worth it for long sequences, not for many short ones of different lengths."""
 LARGEST_ERROR = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 """Of an output or gradient, relative to its norm, in the comparison that `auto` makes with the definition."""
 
 
-def choose_kernel(name: str, *, device: torch.device, dtype: torch.dtype, num_tokens: int, head_dim: int) -> Kernel:
+def choose_kernel(
+    name: str, *, device: torch.device, dtype: torch.dtype, num_tokens: int, head_dim: int, merged: bool
+) -> Kernel:
     """The kernel of that name, or for `auto` the fastest that takes the input and is correct on this very device.
 
-    num_tokens: keys of the call. `auto` tries each candidate once per device, dtype and head width against the
-    definition; the choice and its reason are logged once. Raises ValueError if a named kernel does not take the input.
+    num_tokens: keys of the call. merged: the call's output is merged with those of other calls. `auto` tries each
+    candidate once per device, dtype and head width against the definition; the choice and its reason are logged once.
+    Raises ValueError if a named kernel does not take the input.
     """
     if name == "auto":
         long = num_tokens >= CUDNN_FROM_TOKENS
-        return KERNELS[_fastest(device=device, dtype=dtype, head_dim=head_dim, long=long)].make()
+        return KERNELS[_fastest(device=device, dtype=dtype, head_dim=head_dim, long=long, merged=merged)].make()
+    problem = kernel_problem(name, device=device, dtype=dtype)
+    if not problem and merged and not KERNELS[name].merges:
+        problem = (
+            f"model.attention={name} computes sequences that stand alone, but a shared prefix and sequences cut over a "
+            "ring are calls whose outputs are merged; set model.attention=auto, or mr_sp.mode=stage1+2 and "
+            "parallel.cp_a2a to parallel.cp"
+        )
+    if problem:
+        raise ValueError(problem)
+    _log_once(logging.INFO, f"attention of {dtype} on {device}: {name}, as model.attention says")
+    return KERNELS[name].make()
+
+
+@cache
+def kernel_problem(name: str, *, device: torch.device, dtype: torch.dtype) -> str:
+    """Why a kernel cannot run there; "" when it can, or for `auto`."""
+    if name == "auto":
+        return ""
     entry = KERNELS[name]
     if not _takes(entry, device=device, dtype=dtype):
-        raise ValueError(
+        return (
             f"model.attention={name} runs on {entry.device} with {[str(kind) for kind in entry.dtypes]}, "
             f"not on {device.type} with {dtype}; set model.attention=auto"
         )
-    _log_forced(name, device=device, dtype=dtype)
-    return entry.make()
+    if not _is_installed(entry):
+        return (
+            f"model.attention={name} needs the Python module {entry.module}, which is not installed; install it or set "
+            "model.attention=auto"
+        )
+    return ""
 
 
 def _takes(entry: KernelEntry, *, device: torch.device, dtype: torch.dtype) -> bool:
     return entry.device in ("any", device.type) and dtype in entry.dtypes
 
 
-@cache
-def _log_forced(name: str, *, device: torch.device, dtype: torch.dtype) -> None:
-    logger.info("attention of %s on %s: %s, as model.attention says", dtype, device, name)
+def _is_installed(entry: KernelEntry) -> bool:
+    return not entry.module or find_spec(entry.module) is not None
 
 
 @cache
-def _fastest(*, device: torch.device, dtype: torch.dtype, head_dim: int, long: bool) -> str:
+def _log_once(level: int, message: str) -> None:
+    logger.log(level, "%s", message)
+
+
+@cache
+def _fastest(*, device: torch.device, dtype: torch.dtype, head_dim: int, long: bool, merged: bool) -> str:
     """The name that `auto` stands for; long: for calls on at least CUDNN_FROM_TOKENS keys."""
-    fast = ("cpu_flash",) if device.type == "cpu" else ("cudnn", "flash") if long else ("flash", "cudnn")
-    candidates = [name for name in fast if _takes(KERNELS[name], device=device, dtype=dtype)]
+    candidates = [
+        name
+        for name in FASTEST_FIRST["cuda, long" if long and device.type == "cuda" else device.type]
+        if _takes(KERNELS[name], device=device, dtype=dtype)
+        and _is_installed(KERNELS[name])
+        and (KERNELS[name].merges or not merged)
+    ]
     where = f"attention of {dtype}, heads {head_dim} wide, on {device}"
     if device.type == "cuda":
         where += f", {'at least' if long else 'below'} {CUDNN_FROM_TOKENS:,} keys"
     for name in candidates:
         defect = _defect(name, device=device, dtype=dtype, head_dim=head_dim)
         if not defect:
-            logger.info("%s: %s, the fastest that takes them; equal to the definition here", where, name)
+            alone = "" if KERNELS[name].merges else " of sequences that stand alone"
+            text = f"{where}{alone}: {name}, the fastest that takes them; equal to the definition here"
+            _log_once(logging.INFO, text)
             return name
-        logger.warning("%s: not %s, %s", where, name, defect)
-    message = "%s: plain, whole score matrices, since no fast kernel %s"
+        _log_once(logging.WARNING, f"{where}: not {name}, {defect}")
+    message = f"{where}: plain, whole score matrices, since no fast kernel"
     if candidates:
-        logger.warning(message, where, "is correct here")
+        _log_once(logging.WARNING, f"{message} is correct here")
     else:
-        logger.info(message, where, "takes them")
+        _log_once(logging.INFO, f"{message} takes them")
     return "plain"
 
 
@@ -223,30 +275,32 @@ def _fastest(*, device: torch.device, dtype: torch.dtype, head_dim: int, long: b
 def _defect(name: str, *, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     """What is wrong with a kernel on a small problem: "" when output, log-sum-exp and gradients are those of `plain`.
 
-    Causal and unmasked, grouped heads, and in the backward the output and log-sum-exp of another call merged in.
+    Causal and unmasked, grouped heads, and in the backward the output and log-sum-exp of another call merged in; for
+    a kernel that is not used with merged outputs, causal and alone.
     """
     generator = torch.Generator().manual_seed(0)
 
     def random(heads: int, rows: int) -> Tensor:
         return torch.randn(1, heads, rows, head_dim, generator=generator).to(device, dtype)
 
-    kernel, plain = KERNELS[name].make(), PlainKernel()
+    merges, plain = KERNELS[name].merges, PlainKernel()
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    for causal, rows, keys in ((True, 128, 128), (False, 64, 192)):
+    for causal, rows, keys in ((True, 128, 128), (False, 64, 192)) if merges else ((True, 128, 128),):
         parts = query, *_ = random(4, rows), random(2, keys), random(2, keys)
         how = {"causal": causal, "scale": head_dim**-0.5}
         exact = [part.to(wide) for part in parts]
         out, lse = plain.forward(*exact, **how)
         # Half of every row's probability lies on keys of another call, whose values are zero.
-        merged = (out / 2).to(dtype), lse + 0.6931471805599453
+        whole = ((out / 2).to(dtype), lse + 0.6931471805599453) if merges else (out.to(dtype), lse)
         grad = torch.randn(query.shape, generator=generator).to(device, dtype)
         try:
-            got = [*kernel.forward(*parts, **how), *kernel.backward(grad, *parts, *merged, **how)]
+            kernel = KERNELS[name].make()
+            got = [*kernel.forward(*parts, **how), *kernel.backward(grad, *parts, *whole, **how)]
         except torch.OutOfMemoryError:
             raise  # says nothing about the kernel
-        except RuntimeError as error:
-            return f"which fails: {str(error).splitlines()[0]}"
-        backward = plain.backward(grad.to(wide), *exact, merged[0].to(wide), merged[1], **how)
+        except Exception as error:  # a package of another version, or built for another torch or GPU, fails in any way
+            return f"which fails: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        backward = plain.backward(grad.to(wide), *exact, whole[0].to(wide), whole[1], **how)
         for what, ours, want in zip(
             ("output", "log-sum-exp", "dQ", "dK", "dV"), got, (out, lse, *backward), strict=True
         ):

@@ -156,12 +156,12 @@ def _forward(
     for call in plan.causal:
         queries, keys = _batches(call, query.device)
         batch = queries.take(query), keys.take(key), keys.take(value)
-        out_b, lse_b = _kernel_of(kernel, call, query).forward(*batch, causal=True, scale=scale)
+        out_b, lse_b = _kernel_of(kernel, call, query, plan).forward(*batch, causal=True, scale=scale)
         queries.write(out, out_b)
         queries.write(lse, lse_b)
     for call in plan.unmasked:
         (rows,), (keys,) = call.queries, call.keys
-        out_c, lse_c = _kernel_of(kernel, call, query).forward(
+        out_c, lse_c = _kernel_of(kernel, call, query, plan).forward(
             _cut(query, rows), _cut(key, keys), _cut(value, keys), causal=False, scale=scale
         )
         merged = merge(out_c, lse_c, _cut(out, rows), _cut(lse, rows))
@@ -179,7 +179,7 @@ def _backward(
     grad_key, grad_value = (torch.zeros_like(part, dtype=lse.dtype) for part in (key, value))
     for call in plan.causal:
         queries, keys = _batches(call, query.device)
-        grad_q, grad_k, grad_v = _kernel_of(kernel, call, query).backward(
+        grad_q, grad_k, grad_v = _kernel_of(kernel, call, query, plan).backward(
             queries.take(grad_out), queries.take(query), keys.take(key), keys.take(value),
             queries.take(out), queries.take(lse), causal=True, scale=scale,
         )  # fmt: skip
@@ -188,7 +188,7 @@ def _backward(
         keys.add(grad_value, grad_v)
     for call in plan.unmasked:
         (rows,), (keys,) = call.queries, call.keys
-        grad_q, grad_k, grad_v = _kernel_of(kernel, call, query).backward(
+        grad_q, grad_k, grad_v = _kernel_of(kernel, call, query, plan).backward(
             _cut(grad_out, rows), _cut(query, rows), _cut(key, keys), _cut(value, keys),
             _cut(out, rows), _cut(lse, rows), causal=False, scale=scale,
         )  # fmt: skip
@@ -202,9 +202,15 @@ def _batches(call: Call, device: torch.device) -> tuple[_Batch, _Batch]:
     return _Batch(call.queries, device), _Batch(call.keys, device)
 
 
-def _kernel_of(name: str, call: Call, query: Tensor) -> Kernel:
-    longest = max(last - first for first, last in call.keys)
-    return choose_kernel(name, device=query.device, dtype=query.dtype, num_tokens=longest, head_dim=query.shape[-1])
+def _kernel_of(name: str, call: Call, query: Tensor, plan: AttentionPlan) -> Kernel:
+    return choose_kernel(
+        name,
+        device=query.device,
+        dtype=query.dtype,
+        num_tokens=max(last - first for first, last in call.keys),
+        head_dim=query.shape[-1],
+        merged=bool(plan.unmasked),
+    )
 
 
 def pack_attention(

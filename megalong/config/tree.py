@@ -26,8 +26,11 @@ class AttentionKernel(Enum):
     auto = "auto"  # the fastest that takes the device and dtype, and is correct there
     plain = "plain"
     cpu_flash = "cpu_flash"
-    flash = "flash"
-    cudnn = "cudnn"
+    flash = "flash"  # FlashAttention-2 as torch ships it
+    cudnn = "cudnn"  # as torch calls it
+    flash_attn_2 = "flash_attn_2"  # the package flash-attn
+    flash_attn_3 = "flash_attn_3"  # the package flash-attn-3
+    te = "te"  # Transformer Engine's cuDNN attention, for sequences that stand alone
 
 
 class Recompute(Enum):

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from megalong.config.errors import ConfigError
 from megalong.config.model_shape import ModelShape
-from megalong.config.tree import AdvantageKind, FrameSampling, Recompute, RolloutEngine, RunConfig
+from megalong.config.tree import AdvantageKind, AttentionKernel, FrameSampling, Recompute, RolloutEngine, RunConfig
 
 Task = Literal["sft", "grpo", "eval", "check-sync", "cache-embeddings"]
 
@@ -31,6 +31,8 @@ def validate(config: RunConfig, *, task: Task, world_size: int, model: ModelShap
     problems += _cache_problems(config, task, model=model)
     if task != "cache-embeddings":  # each process works alone, whatever the layout of the training
         problems += _parallel_problems(config, world_size=world_size, model=model)
+    if task in ("sft", "grpo", "check-sync"):
+        problems += _attention_problems(config, model=model)
     if task in ("sft", "grpo"):
         problems += _training_problems(config, task, world_size=world_size)
         problems += _vision_problems(config, model=model)
@@ -220,6 +222,25 @@ def _deepstack_problems(model: ModelShape, *, pp: int) -> Iterator[str]:
         yield (
             f"parallel.pp={pp} leaves {model.layers // pp} layers to the first stage, which adds {levels} levels of "
             "vision embeddings; lower it"
+        )
+
+
+def _attention_problems(config: RunConfig, *, model: ModelShape) -> Iterator[str]:
+    if config.model.attention is not AttentionKernel.te:
+        return
+    alone = "model.attention=te computes sequences that stand alone"
+    if config.mr_sp.mode.name == "shared_prefix":
+        yield (
+            f"{alone}, but mr_sp.mode=shared_prefix merges the outputs of several calls; set mr_sp.mode=stage1+2 or "
+            "model.attention=auto"
+        )
+    cp, kv_heads = config.parallel.cp, max(1, model.kv_heads // config.parallel.tp)
+    a2a = config.parallel.cp_a2a or math.gcd(cp, kv_heads)
+    if config.mr_sp.mode.name == "stage1+2" and a2a < cp:
+        yield (
+            f"{alone}, but parallel.cp={cp} over parallel.cp_a2a={config.parallel.cp_a2a} ({kv_heads} key-value heads "
+            "per tensor-parallel rank) cuts them over a ring; set parallel.cp to a divisor of the heads and "
+            "parallel.cp_a2a=0, or model.attention=auto"
         )
 
 

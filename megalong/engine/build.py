@@ -11,6 +11,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from torch import nn
 
 from megalong.attention.core import PackCoreAttention
+from megalong.attention.kernels import kernel_problem
 from megalong.config.errors import ConfigError
 from megalong.config.tree import Dtype, LayerSpec, ModelConfig, Recompute
 from megalong.engine.weights_io import CheckpointReader, load_hf_weights
@@ -47,6 +48,8 @@ def build_model(
         raise ConfigError("model.layer_spec=te needs a GPU; set model.layer_spec=local or auto")
     if config.offload_activations and not on_gpu:
         raise ConfigError("model.offload_activations=true needs a GPU to move activations from; set it to false")
+    if problem := kernel_problem(config.attention.value, device=layout.device, dtype=TORCH_DTYPE[config.dtype]):
+        raise ConfigError(problem)
     megatron = transformer_config(
         spec.gpt,
         tp=layout.tp_size,

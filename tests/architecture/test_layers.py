@@ -28,6 +28,8 @@ ALLOWED_SIDEWAYS: set[tuple[str, str]] = set()
 HOMES = {
     "megatron": {"parallel", "attention", "models", "engine"},
     "transformer_engine": {"attention", "models", "engine"},
+    "flash_attn": {"attention"},
+    "flash_attn_3": {"attention"},
     "transformers": {"models", "rollout"},
     "tokenizers": {"models"},
     "vllm": {"rollout"},

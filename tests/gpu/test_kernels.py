@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from torch import Tensor
@@ -100,11 +102,12 @@ def test_vocabulary_shards_add_up(group: object) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_automatic_attention_finds_its_fast_kernels_correct(dtype: torch.dtype, head_dim: int) -> None:
-    from megalong.attention.kernels import CudaFlashKernel, CudnnKernel, choose_kernel
+    from megalong.attention.kernels import KERNELS, choose_kernel
 
-    how = {"device": torch.device("cuda", 0), "dtype": dtype, "head_dim": head_dim}
-    assert isinstance(choose_kernel("auto", num_tokens=131_072, **how), CudnnKernel)
-    assert isinstance(choose_kernel("auto", num_tokens=512, **how), CudaFlashKernel)
+    short = "flash_attn_3" if find_spec("flash_attn_3") else "flash"
+    how = {"device": torch.device("cuda", 0), "dtype": dtype, "head_dim": head_dim, "merged": True}
+    assert isinstance(choose_kernel("auto", num_tokens=131_072, **how), KERNELS["cudnn"].make)
+    assert isinstance(choose_kernel("auto", num_tokens=512, **how), KERNELS[short].make)
 
 
 def test_memory_stays_at_one_step(group: object) -> None:

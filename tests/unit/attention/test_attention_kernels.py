@@ -40,7 +40,7 @@ class Missing(CpuFlashKernel):
 
 @pytest.fixture(autouse=True)
 def _nothing_chosen_yet() -> Iterator[None]:
-    caches = (kernels._fastest, kernels._defect, kernels._log_forced)
+    caches = (kernels._fastest, kernels._defect, kernels._log_once, kernels.kernel_problem)
     for known in caches:
         known.cache_clear()
     yield
@@ -48,8 +48,10 @@ def _nothing_chosen_yet() -> Iterator[None]:
         known.cache_clear()
 
 
-def choose(name: str = "auto", *, dtype: torch.dtype = torch.float32, num_tokens: int = 9) -> Kernel:
-    return choose_kernel(name, device=CPU, dtype=dtype, num_tokens=num_tokens, head_dim=8)
+def choose(
+    name: str = "auto", *, dtype: torch.dtype = torch.float32, num_tokens: int = 9, merged: bool = True
+) -> Kernel:
+    return choose_kernel(name, device=CPU, dtype=dtype, num_tokens=num_tokens, head_dim=8, merged=merged)
 
 
 @pytest.mark.parametrize("dtype", KERNELS["cpu_flash"].dtypes, ids=str)

@@ -78,6 +78,19 @@ CASES: list[tuple[Task, list[str], list[str]]] = [
     ("sft", ["data.max_prompt_tokens=1048576"], ["lower data.max_prompt_tokens to 1046528"]),
     ("sft", ["model.train_tower=true"], ["model.train_tower=true makes stale; set video.cache_embeddings=false"]),
     ("sft", ["model.train_llm=false"], ["nothing would be trained"]),
+    ("grpo", ["model.attention=te"], ["mr_sp.mode=shared_prefix merges the outputs of several calls; set mr_sp"]),
+    ("check-sync", ["model.attention=te"], ["mr_sp.mode=shared_prefix merges"]),
+    (
+        "sft",
+        [
+            "model.attention=te",
+            "mr_sp.mode=stage1+2",
+            "parallel.tp=1",
+            "parallel.sequence_parallel=false",
+            "parallel.cp=8",
+        ],
+        ["parallel.cp=8 over parallel.cp_a2a=0 (4 key-value heads per tensor-parallel rank) cuts them over a ring"],
+    ),
     ("sft", ["model.mlp_chunks=-1"], ["model.mlp_chunks=-1 must be at least 0"]),
     (
         "sft",
