@@ -19,7 +19,7 @@ from megalong.parallel.layout import ParallelLayout
 from megalong.rollout.embedded import EmbeddedEngine
 from megalong.rollout.engine import RolloutEngine
 from megalong.rollout.transfer import Transport
-from megalong.rollout.vllm_engine import MODEL_TYPES, VllmEngine, VllmSettings
+from megalong.rollout.vllm_engine import MODELS, VllmEngine, VllmSettings
 
 SHARES = {
     Transport.nccl: MEMORY_SHARE[EnginePlacement.disaggregated],
@@ -66,17 +66,17 @@ def _takes_vllm(config: RunConfig, model_type: str, *, task: Task, device: torch
         problems = []
         if importlib.util.find_spec("vllm") is None:
             problems.append("rollout.engine=vllm, but vLLM is not installed; pip install 'megalong[gpu]'")
-        if model_type not in MODEL_TYPES:
+        if model_type not in MODELS:
             problems.append(
                 f"rollout.engine=vllm has no model for {model_type} (model.family={config.model.family}; it has "
-                f"{', '.join(MODEL_TYPES)}); set rollout.engine=embedded"
+                f"{', '.join(MODELS)}); set rollout.engine=embedded"
             )
         if problems:
             raise ConfigError(problems)
         return True
     if choice is EngineChoice.embedded or device.type != "cuda" or task == "sft":
         return False
-    takes = importlib.util.find_spec("vllm") is not None and model_type in MODEL_TYPES
+    takes = importlib.util.find_spec("vllm") is not None and model_type in MODELS
     if takes and task != "eval" and (problems := list(vllm_problems(config))):
         raise ConfigError(problems)
     return takes

@@ -57,15 +57,19 @@ def write_qwen2_5_vl(folder: Path, *, texts: Iterable[str] = (), tied: bool = Fa
     return folder
 
 
-def write_qwen3_vl(folder: Path, *, texts: Iterable[str] = (), tied: bool = False, seed: int = 6) -> Path:
+def write_qwen3_vl(
+    folder: Path, *, texts: Iterable[str] = (), tied: bool = False, seed: int = 6, head_dim: int = 16
+) -> Path:
     """Four decoder layers, the first two with deepstack embeddings; heads wider than hidden / heads."""
     tokenizer = make_tokenizer(texts)
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in (*VISION_TOKENS, "<|im_end|>")}
     text = {
         "vocab_size": len(tokenizer) + 1 - len(tokenizer) % 2,
         "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 4, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]},
+        "num_key_value_heads": 2, "head_dim": head_dim, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6,
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 1e4, "mrope_section": [head_dim // 4, head_dim // 8, head_dim // 8]
+        },
         "bos_token_id": None, "eos_token_id": ids["<|im_end|>"],
     }  # fmt: skip
     vision = {

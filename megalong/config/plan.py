@@ -215,7 +215,7 @@ def _memory(
         memory["tower on one batch of frames"] = frames * shape.vision.frame_elements * element
     if task != "eval":
         memory |= _activation_memory(config, shape, layout=layout, lengths=lengths, stage=stage, element=element)
-    if _samples_embedded(config, task, shape):
+    if _samples_embedded(config, task):
         kv = costs.kv_bytes_per_token(shape, element=element)
         prompts = 1 if task == "eval" else min(config.rollout.batch_prompts, config.grpo.batch_size // layout.dp)
         memory["embedded sampler: weights"] = element * costs.llm_params(shape)
@@ -305,7 +305,7 @@ def _element(config: RunConfig) -> int:
 
 def _engine(config: RunConfig, task: Task, shape: ModelShape, *, layout: Layout, lengths: Lengths) -> EnginePlan | None:
     """The vLLM engine of a run on GPUs, beside the states of the fullest pipeline stage."""
-    if task == "sft" or not config.gpus or _samples_embedded(config, task, shape):
+    if task == "sft" or not config.gpus or _samples_embedded(config, task):
         return None
     element = _element(config)
     of_stages = (
@@ -320,11 +320,10 @@ def _engine(config: RunConfig, task: Task, shape: ModelShape, *, layout: Layout,
     )  # fmt: skip
 
 
-def _samples_embedded(config: RunConfig, task: Task, shape: ModelShape) -> bool:
-    """Deepstack, embeddings wider than the LLM, is not for vLLM's models; that vLLM is installed is assumed."""
-    deepstack = shape.vision is not None and shape.vision.embed_width > shape.hidden
+def _samples_embedded(config: RunConfig, task: Task) -> bool:
+    """That vLLM is installed is assumed."""
     engine = config.rollout.engine
-    chosen = engine is RolloutEngine.auto and (deepstack or not config.gpus)
+    chosen = engine is RolloutEngine.auto and not config.gpus
     return task != "sft" and (engine is RolloutEngine.embedded or chosen)
 
 

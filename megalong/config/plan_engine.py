@@ -37,7 +37,8 @@ def plan_engine(
 ) -> EnginePlan:
     """Weights / engine_tp (norms, whole on every rank, are not worth a line), keys and values of one group, whose
     responses share the prompt's, and what a step of prefill_tokens rows holds of one layer: the residual stream, the
-    norm's output, an input and an output (4 x hidden), and gate, up and product of the MLP.
+    norm's output, an input and an output (4 x hidden), and gate, up and product of the MLP. With deepstack, also what
+    the first layers add to those rows.
 
     A key-value head that several ranks share is kept by each. trainer: bytes, see EnginePlan.
     """
@@ -51,6 +52,9 @@ def plan_engine(
         * element
         * (4 * shape.hidden + 3 * shape.ffn // tp),
     }
+    deepstack = shape.vision.embed_width - shape.hidden if shape.vision else 0
+    if deepstack:
+        memory["deepstack embeddings of a step"] = rollout.prefill_tokens * element * deepstack
     asked = [rollout.placement]
     if rollout.placement is EnginePlacement.auto:
         asked = [EnginePlacement.disaggregated, EnginePlacement.colocated]

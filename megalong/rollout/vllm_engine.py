@@ -31,9 +31,13 @@ from megalong.rollout.engine import Request, RolloutEngineError, Sampled, Sampli
 from megalong.rollout.transfer import Transport, pack_bucket
 from megalong.rollout.weight_check import Update, WeightCheck
 
-MODEL_TYPES = {"qwen2": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3": "qwen3"}
-"""The sampler model's config.model_type -> the vLLM model that has the same layers (vllm_worker.ARCHITECTURES)."""
-ARCHITECTURES = {"qwen2": "MediaQwen2", "qwen3": "MediaQwen3"}
+MODELS = {
+    "qwen2": ("qwen2", "MediaQwen2"),
+    "qwen2_5_vl_text": ("qwen2", "MediaQwen2"),
+    "qwen3": ("qwen3", "MediaQwen3"),
+    "qwen3_vl_text": ("qwen3", "MediaQwen3Vl"),
+}
+"""The sampler model's config.model_type -> vLLM's model_type of the same sizes, and vllm_worker's class."""
 
 SERVER = "megalong.rollout.vllm_server"
 """Module that the engine's process runs."""
@@ -82,7 +86,8 @@ class VllmEngine:
     ) -> None:
         self.settings = settings
         self.weights = WeightCheck(model, name_of=name_of)
-        self.width = model.config.hidden_size
+        # Of an embedding and the deepstack levels behind it.
+        self.width = model.config.hidden_size * (1 + getattr(model.config, "num_deepstack", 0))
         self.dtype = model.dtype
         self.has_mrope = "mrope_section" in (model.config.rope_parameters or {})
         self.prefilled_tokens = 0  # prompt tokens computed since the start
@@ -381,13 +386,13 @@ def write_config(model: PreTrainedModel, folder: Path, *, max_tokens: int, eos_i
     """config.json for vLLM: the sampler model's, as the vLLM model with the same layers. Raises ValueError for a model
     that vllm_worker.py has no class for."""
     config = model.config.to_dict()
-    if config["model_type"] not in MODEL_TYPES:
+    if config["model_type"] not in MODELS:
         raise ValueError(
-            f"the vLLM engine has no model for {config['model_type']!r} (it has {', '.join(MODEL_TYPES)}); set "
+            f"the vLLM engine has no model for {config['model_type']!r} (it has {', '.join(MODELS)}); set "
             "rollout.engine=embedded"
         )
-    config["model_type"] = MODEL_TYPES[config["model_type"]]
-    config["architectures"] = [ARCHITECTURES[config["model_type"]]]
+    config["model_type"], architecture = MODELS[config["model_type"]]
+    config["architectures"] = [architecture]
     config["eos_token_id"] = eos_id  # vLLM ends responses at the checkpoint's, too
     config["max_position_embeddings"] = max(max_tokens, config["max_position_embeddings"])
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import rebuild_cuda_tensor
 from vllm import ModelRegistry
+from vllm.config import VllmConfig
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo, worker_init_process_group
@@ -21,10 +22,12 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.model_executor.models.interfaces import SupportsMRoPE, SupportsMultiModal
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
+from vllm.model_executor.models.qwen3_vl import Qwen3LLMForCausalLM
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.multimodal.processing import BaseMultiModalProcessor, BaseProcessingInfo
 from vllm.multimodal.processing.dummy_inputs import BaseDummyInputsBuilder
+from vllm.sequence import IntermediateTensors
 
 from megalong.records import bucket_checksum
 from megalong.rollout.transfer import MEDIA_ITEM_TOKENS, TRANSFER_BACKEND, Manifest, Transport, unpack_bucket
@@ -106,8 +109,54 @@ class MediaQwen3(Qwen3ForCausalLM, TakesMedia):
     embed_input_ids = TakesMedia.embed_ids_and_media
 
 
-ARCHITECTURES = {"qwen2": MediaQwen2, "qwen3": MediaQwen3}
-"""model_type of config.json -> class; the name in its `architectures` is the class's."""
+@_register
+class MediaQwen3Vl(Qwen3LLMForCausalLM, TakesMedia):
+    """The LLM of Qwen3-VL: a media row is an embedding, then for each of the first layers what is added behind it.
+
+    config.num_deepstack: how many layers. What they add to the tokens of a step waits in a buffer, where captured
+    steps read it too; a buffer of the module, so that vLLM keeps it when the weights are thrown away.
+    """
+
+    deepstack_LTD: Tensor
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        shape = (
+            self.config.num_deepstack, vllm_config.scheduler_config.max_num_batched_tokens, self.config.hidden_size
+        )  # fmt: skip
+        self.register_buffer("deepstack_LTD", torch.zeros(shape), persistent=False)
+        self.num_filled = 0  # tokens of the last step that had media; behind them the buffer is 0
+
+    def embed_input_ids(
+        self, input_ids: Tensor, multimodal_embeddings: Any = None, *, is_multimodal: Tensor | None = None
+    ) -> Tensor:
+        self.deepstack_LTD[:, : self.num_filled] = 0
+        self.num_filled = 0
+        if not multimodal_embeddings:
+            return self.embed_ids_and_media(input_ids)
+        width = self.config.hidden_size
+        levels_NLD = torch.cat([rows[:, width:] for rows in multimodal_embeddings]).unflatten(
+            1, (len(self.deepstack_LTD), width)
+        )
+        self.num_filled = len(input_ids)
+        self.deepstack_LTD[:, : self.num_filled][:, is_multimodal] = levels_NLD.transpose(0, 1)
+        own = [rows[:, :width] for rows in multimodal_embeddings]
+        return self.embed_ids_and_media(input_ids, own, is_multimodal=is_multimodal)
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor | IntermediateTensors:
+        levels_LtD = self.deepstack_LTD[:, : positions.shape[-1]]
+        added = IntermediateTensors({f"deepstack_input_embeds_{at}": level for at, level in enumerate(levels_LtD)})
+        return self.model(input_ids, positions, intermediate_tensors, inputs_embeds, deepstack_input_embeds=added)
+
+
+ARCHITECTURES = (MediaQwen2, MediaQwen3, MediaQwen3Vl)
+"""config.json names one of them in `architectures`."""
 
 
 @dataclass
@@ -224,6 +273,6 @@ class WorkerExtension:
         return self.weight_transfer_engine.check(checksums)
 
 
-for _class in ARCHITECTURES.values():
+for _class in ARCHITECTURES:
     ModelRegistry.register_model(_class.__name__, _class)
 WeightTransferEngineFactory.register_engine(TRANSFER_BACKEND, BucketTransfer)

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+import tiny_vl
 import torch
 from harness import DemoWorld, World
 
@@ -108,7 +109,10 @@ def test_no_usable_prompt_is_an_error(demo: DemoWorld, tmp_path: Path) -> None:
     assert "none of the first samples can be used" in log
 
 
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+NEEDS_VLLM = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+
+
+@NEEDS_VLLM
 def test_in_sync_with_vllm(demo: DemoWorld, tmp_path: Path) -> None:
     texts = [sample.question for sample in read_manifest(demo.rl, video_dir=None)]
     size = DemoModelSize(  # vLLM's CPU attention has no heads smaller than 32
@@ -121,3 +125,17 @@ def test_in_sync_with_vllm(demo: DemoWorld, tmp_path: Path) -> None:
     assert (rows["tensors"], rows["greedy tokens unchanged"]) == ("27", "yes")
     assert 0 < gap(rows) < 1e-5
     assert torch.isfinite(torch.tensor(gap(rows, "max |gap|")))
+
+
+@NEEDS_VLLM
+def test_qwen3_vl_in_sync_with_vllm(tmp_path: Path) -> None:
+    """Embeddings with their deepstack levels, timed steps and M-RoPE positions, as the trainer's prompts have them."""
+    world = tiny_vl.make_world(tmp_path / "world", family="qwen3_vl")
+    model = tiny_vl.write_qwen3_vl(tmp_path / "model", head_dim=32)
+    vllm = ("rollout.engine=vllm", "rollout.memory_share=0.1", f"model.path={model}")
+    codes, rows, log = checked(world, tmp_path, *vllm)
+    assert codes == [0], log
+    # Of each of 4 layers: 4 projections with 2 norms, 3 of the MLP, 2 norms; embedding, head, last norm.
+    assert (rows["tensors"], rows["greedy tokens unchanged"]) == ("47", "yes")
+    assert 0 < gap(rows) < 1e-5
+    assert gap(rows, "max |gap|") < 1e-4

@@ -1,4 +1,4 @@
-"""The LLM of qwen3_vl as a transformers causal LM, for the embedded rollout engine: no tower, positions given."""
+"""The LLM of qwen3_vl as a transformers causal LM, for the rollout engines: no tower, positions given."""
 
 from __future__ import annotations
 
@@ -27,10 +27,16 @@ class Sampler(Generates, Qwen3VLPreTrainedModel, GenerationMixin):
 
 
 def sampler_model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The sampler with the checkpoint's config and no weights of its own: they arrive by weight sync."""
+    """The sampler with the checkpoint's config and no weights of its own: they arrive by weight sync.
+
+    Its config also says what vLLM cannot know from the LLM's part of the file: `num_deepstack`, the levels that stand
+    behind each vision embedding, and that M-RoPE is interleaved.
+    """
     config = Qwen3VLConfig.from_pretrained(path)
     text = config.text_config
     text.tie_word_embeddings = config.tie_word_embeddings
+    text.num_deepstack = len(config.vision_config.deepstack_visual_indexes)
+    text.rope_parameters["mrope_interleaved"] = True  # whether the file says so or not
     return Sampler._from_config(text, dtype=dtype)
 
 

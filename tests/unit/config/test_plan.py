@@ -275,6 +275,13 @@ def test_the_vllm_engine_of_an_hour_of_video(recipe: Path, shape: ModelShape) ->
     assert any(line.startswith("colocated on 141 GB (H200) 55.60 GiB for the engine, does NOT fit") for line in lines)
 
 
+def test_an_engine_with_deepstack_holds_what_the_first_layers_add(recipe: Path, shape: ModelShape) -> None:
+    assert shape.vision is not None
+    three = replace(shape, vision=replace(shape.vision, embed_width=4 * shape.hidden))
+    plain, deeper = engine_of(recipe, shape).memory, engine_of(recipe, three).memory
+    assert deeper == {**plain, "deepstack embeddings of a step": 3 * 2 * 16_384 * 3584}
+
+
 def test_an_engine_over_several_gpus(recipe: Path, shape: ModelShape) -> None:
     one, four, eight = (engine_of(recipe, shape, f"rollout.engine_tp={tp}").memory for tp in (1, 4, 8))
     assert four["LLM weights"] * 4 == one["LLM weights"]
@@ -310,7 +317,3 @@ def test_runs_without_a_vllm_engine(recipe: Path, shape: ModelShape) -> None:
         result = planned(recipe, shape, task=task, overrides=(override,))
         assert result.engine is None
         assert "vLLM" not in render(result)
-    deepstack = replace(shape, vision=replace(shape.vision, embed_width=2 * shape.hidden))
-    result = planned(recipe, deepstack)
-    assert result.engine is None
-    assert "embedded sampler: weights" in result.memory

@@ -67,6 +67,15 @@ def test_auto_refuses_what_vllm_cannot_report(monkeypatch: pytest.MonkeyPatch) -
     assert _takes_vllm(config, "qwen2", task="eval", device=gpu)  # reads no log-probabilities
 
 
+def test_a_model_that_vllm_has_not_goes_to_the_embedded_engine_or_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    config = OmegaConf.structured(RunConfig)
+    assert not _takes_vllm(config, "gpt2", task="grpo", device=torch.device("cuda"))
+    config.rollout.engine = "vllm"
+    with pytest.raises(ConfigError, match=r"no model for gpt2 .*qwen3_vl_text\); set rollout.engine=embedded"):
+        _takes_vllm(config, "gpt2", task="grpo", device=torch.device("cuda"))
+
+
 @pytest.mark.skipif(not HAS_VLLM, reason="vLLM is not installed")
 def test_a_killed_trainer_leaves_no_engine_and_no_shared_memory(tmp_path: Path) -> None:
     """Though somebody else holds the trainer's end of the connection, as a forked child of it would."""

@@ -1,19 +1,23 @@
-"""vLLM against transformers' generate for the LLMs that are not plain Qwen2: M-RoPE positions, QK norm, tied heads."""
+"""vLLM against transformers' generate for the LLMs that are not plain Qwen2: M-RoPE, deepstack, QK norm, tied heads."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 from engines import HAS_VLLM
-from transformers import PreTrainedModel, Qwen2_5_VLTextConfig, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedModel, Qwen2_5_VLTextConfig, Qwen3Config, Qwen3ForCausalLM, Qwen3VLConfig
 
+from megalong.models.qwen2_5_vl.positions import Grid, mrope_positions
 from megalong.models.qwen2_5_vl.sampler import Sampler
+from megalong.models.qwen3_vl.sampler import sampler_model
 from megalong.records import MEDIA_TOKEN, WeightBucket, bucket_checksum
 from megalong.rollout.embedded import EmbeddedEngine
-from megalong.rollout.engine import Request, RolloutEngine, Sampling
+from megalong.rollout.engine import Request, RolloutEngine, Sampled, Sampling
 from megalong.rollout.transfer import Transport
 from megalong.rollout.vllm_engine import VllmEngine, VllmSettings
 
@@ -38,6 +42,16 @@ def qwen3() -> PreTrainedModel:
     )
 
 
+def qwen3_vl() -> PreTrainedModel:
+    """Two deepstack levels for three layers; config.json does not say that M-RoPE is interleaved."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [14, 10, 8]}
+    text = {**SIZES, "num_hidden_layers": 3, "head_dim": 64, "rope_parameters": rope}
+    vision = {"depth": 2, "out_hidden_size": WIDTH, "deepstack_visual_indexes": [0, 1]}
+    with tempfile.TemporaryDirectory() as folder:
+        Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True).save_pretrained(folder)
+        return sampler_model(Path(folder), torch.float32)
+
+
 def load(engine: RolloutEngine, model: PreTrainedModel, *, version: int = 0) -> None:
     tensors = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     engine.load_weights([WeightBucket(tensors=tensors, checksum=bucket_checksum(tensors))], version=version)
@@ -57,6 +71,22 @@ def video_request(*, mrope: bool) -> Request:
     return Request(
         ids_P=ids, positions_P=positions_P, next_position=int(positions_P[..., -1].max()) + 1,
         embeds_ND=torch.randn(24, WIDTH, generator=generator), seeds=(1, 2),
+    )  # fmt: skip
+
+
+def timed_request(*, steps: int = 9) -> Request:
+    """Text, steps of 3 x 4 places with words before each, as Qwen3-VL has them, text; two deepstack levels.
+
+    Longer than a block of the prefix cache (128 tokens on the CPU), which ends inside a step.
+    """
+    generator = torch.Generator().manual_seed(6)
+    ids = torch.randint(VOCAB - 1, (20 + 16 * steps,), generator=generator)
+    for step in range(steps):
+        ids[5 + 16 * step + 3 : 5 + 16 * step + 15] = MEDIA_TOKEN
+    positions_P, following = mrope_positions(ids.tolist(), [Grid(ticks=(0,), rows=3, columns=4)] * steps)
+    return Request(
+        ids_P=tuple(ids.tolist()), positions_P=positions_P, next_position=following,
+        embeds_ND=torch.randn(12 * steps, 3 * WIDTH, generator=generator), seeds=(1, 2),
     )  # fmt: skip
 
 
@@ -95,31 +125,72 @@ def test_a_group_is_prefilled_once(tmp_path: Path) -> None:
         engine.close()
 
 
-@pytest.mark.parametrize("make", [qwen2_5_vl, qwen3], ids=["qwen2_5_vl", "qwen3"])
-def test_greedy_tokens_and_logprobs_equal_the_embedded_engine_s(make: object, tmp_path: Path) -> None:
+def assert_equal(groups: list[list[Sampled]], expected: list[list[Sampled]]) -> None:
+    """The same tokens, log-probabilities within 1e-4."""
+    for group, want in zip(groups, expected, strict=True):
+        assert [item.ids for item in group] == [item.ids for item in want]
+        for one, other in zip(group, want, strict=True):
+            torch.testing.assert_close(torch.tensor(one.logprobs), torch.tensor(other.logprobs), rtol=1e-4, atol=1e-4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    make: Callable[[], PreTrainedModel]
+    video: Request
+    mrope: bool
+    deepstack: bool = False
+
+
+CASES = {
+    "qwen2_5_vl": Case(make=qwen2_5_vl, video=video_request(mrope=True), mrope=True),
+    "qwen3": Case(make=qwen3, video=video_request(mrope=False), mrope=False),
+    "qwen3_vl": Case(make=qwen3_vl, video=timed_request(), mrope=True, deepstack=True),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_greedy_tokens_and_logprobs_equal_the_embedded_engine_s(case: Case, tmp_path: Path) -> None:
     torch.manual_seed(11)
-    model = make()
+    model = case.make()
     with torch.no_grad():
         for parameter in model.parameters():  # larger than the initial ones: positions must matter
             parameter.mul_(1.0 if parameter.ndim == 1 else 4.0)
-    mrope = make is qwen2_5_vl
-    requests = [video_request(mrope=mrope), text_request(mrope=mrope)]
-    embedded = EmbeddedEngine(make(), name_of=str, eos_id=EOS, device=torch.device("cpu"), batch_prompts=2)
+    # Text before and after videos: what the first layers of one step's tokens add is not left for the next step's.
+    text = text_request(mrope=case.mrope)
+    requests = [text, case.video, text]
+    embedded = EmbeddedEngine(case.make(), name_of=str, eos_id=EOS, device=torch.device("cpu"), batch_prompts=2)
     load(embedded, model)
-    if mrope:  # a wrong position would be seen
-        counted = replace(requests[0], positions_P=torch.arange(44).expand(3, -1), next_position=44)
-        (group,), (other,) = (embedded.generate([item], sampling=GREEDY) for item in (requests[0], counted))
-        assert abs(group[0].logprobs[0] - other[0].logprobs[0]) > 1e-2
+    others = []  # a wrong position or a level left out would be seen
+    if case.mrope:
+        length = len(case.video.ids_P)
+        positions_P = torch.arange(length).expand(3, -1)
+        others.append(replace(case.video, positions_P=positions_P, next_position=length))
+    if case.deepstack:
+        for level in (1, 2):
+            embeds_ND = case.video.embeds_ND.clone()
+            embeds_ND[:, level * WIDTH : (level + 1) * WIDTH] = 0
+            others.append(replace(case.video, embeds_ND=embeds_ND))
+    (first,) = embedded.generate([case.video], sampling=GREEDY)
+    for request in others:
+        (other,) = embedded.generate([request], sampling=GREEDY)
+        assert abs(first[0].logprobs[0] - other[0].logprobs[0]) > 1e-2
     engine = engine_of(model, tmp_path)
     try:
         load(engine, model)
-        for want, got in zip(
-            embedded.generate(requests, sampling=GREEDY), engine.generate(requests, sampling=GREEDY), strict=True
-        ):
-            assert [item.ids for item in got] == [item.ids for item in want]
-            for one, other in zip(got, want, strict=True):
-                torch.testing.assert_close(
-                    torch.tensor(one.logprobs), torch.tensor(other.logprobs), rtol=1e-4, atol=1e-4
-                )
+        assert_equal(engine.generate(requests, sampling=GREEDY), embedded.generate(requests, sampling=GREEDY))
+        # The second of a group takes whole blocks (128 tokens on the CPU) from the first.
+        lengths = [len(request.ids_P) for request in requests]
+        assert engine.prefilled_tokens == sum(2 * length - length // 128 * 128 for length in lengths)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(0.9)
+        load(engine, model, version=1)
+        load(embedded, model, version=1)
+        (changed,) = embedded.generate([case.video], sampling=GREEDY)
+        assert abs(first[0].logprobs[0] - changed[0].logprobs[0]) > 1e-2
+        assert_equal(engine.generate([case.video], sampling=GREEDY), [changed])
+        if case.deepstack:
+            with pytest.raises(ValueError, match=f"embeddings are {WIDTH} wide, expected {3 * WIDTH}"):
+                engine.generate([replace(case.video, embeds_ND=case.video.embeds_ND[:, :WIDTH])], sampling=GREEDY)
     finally:
         engine.close()
