@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from megalong.config.load import with_run_dir
 from megalong.config.tree import RunConfig
 from megalong.data.packing import GroupTokens, pack_groups, plan_packs
 from megalong.data.sequence import continued
@@ -23,8 +24,13 @@ from megalong.run import Run, make_ready, open_run, plan_prompts, read_samples
 
 
 def evaluate(config: RunConfig, timer: PhaseTimer | None = None) -> EvalReport:
-    """`megalong eval`: score the weights of model.path (or model.init_from) on eval.manifest."""
+    """`megalong eval`: score the weights of model.path (or model.init_from) on eval.manifest.
+
+    Everything is written to <logger.run_dir>/eval/<name of the manifest>: the folder may be a training run's.
+    """
     samples = eval_samples(config)
+    run_dir = Path(config.logger.run_dir) / "eval" / Path(str(config.eval.manifest)).stem
+    config = with_run_dir(config, run_dir)
     run = open_run(config, task="eval", timer=timer or PhaseTimer())
     report = evaluate_policy(run, samples, name="eval", step=0)
     run.close()
@@ -85,7 +91,7 @@ def evaluate_policy(run: Run, samples: Sequence[Sample], *, name: str, step: int
     report = evaluate_responses(items, chosen=chosen if settings.likelihood else None)
     if layout.is_main:
         _write(Path(run.config.logger.run_dir), name, report, items, chosen)
-        tqdm.write(f"{name} after {step} steps\n{report.to_table()}")
+        tqdm.write(f"{name} after {step} steps, in {run.config.logger.run_dir}\n{report.to_table()}")
     metrics = {"strict": report.overall.strict, "tolerant": report.overall.tolerant}
     if report.overall.likelihood:
         metrics["likelihood"] = report.overall.likelihood.accuracy

@@ -6,6 +6,7 @@ file or override that holds it.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import os
 import typing
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from megalong.config.errors import ConfigError
@@ -56,6 +57,14 @@ def load_recipe(tree: type[Tree], path: str | Path, overrides: Sequence[str], *,
         raise ConfigError([f"{path}: {key} has no value; set it in the recipe or add {key}=..." for key in missing])
     OmegaConf.set_readonly(config, True)
     return cast(Tree, config)
+
+
+def with_run_dir(config: RunConfig, run_dir: Path) -> RunConfig:
+    """The same configuration for another folder."""
+    config = copy.deepcopy(config)
+    with read_write(cast(Any, config)):
+        config.logger.run_dir = str(run_dir)
+    return config
 
 
 def save_config(config: RunConfig, path: str | Path) -> None:
