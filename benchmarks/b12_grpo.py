@@ -166,7 +166,7 @@ def config_of(folder: Path, part: Part, *, args: argparse.Namespace, before: int
         folder / "recipe.yaml",
         [
             f"model.path={folder / 'model'}", f"data.train={folder / 'train.jsonl'}",
-            f"logger.run_dir={folder / args.run}", f"mr_sp.mode={part.mode}", f"model.recompute={part.recompute}",
+            f"logger.run_dir={folder / args.label}", f"mr_sp.mode={part.mode}", f"model.recompute={part.recompute}",
             f"video.num_frames={part.frames}", f"data.max_prompt_tokens={257 * frames + 512}",
             f"data.max_response_tokens={args.length}", f"grpo.steps={before + part.steps}",
             f"data.pack_tokens={257 * frames + 512 + 8 * args.length}",
@@ -178,7 +178,7 @@ def config_of(folder: Path, part: Part, *, args: argparse.Namespace, before: int
 def run_parts(folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of the parts; what a part that does not fit leaves is an `out of memory` row, and the end."""
     session: Session | None = None
-    file, rows, before = folder / args.run / "metrics.jsonl", [], 0
+    file, rows, before = folder / args.label / "metrics.jsonl", [], 0
 
     def open_session(config: RunConfig, **options: Any) -> Run:
         nonlocal session
@@ -224,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--parts", type=Part.of, nargs="+", default=[Part.of("256:10")])
     parser.add_argument("--length", type=int, default=512, help="tokens of a response")
     parser.add_argument("--videos", type=int, default=10)
-    parser.add_argument("--run", default="run", help="name of the run's folder in FOLDER")
+    parser.add_argument("--label", default="run", help="name of the run's folder in FOLDER")
     parser.add_argument("--prepare", action="store_true", help="make the folder, and no more")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--overrides", nargs="*", default=[], metavar="a.b=c")
