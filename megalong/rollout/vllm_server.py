@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any
@@ -110,28 +111,54 @@ class Server:
         if media is not None:
             self.llm.collective_rpc("open_media", args=media)
         self.calls += 1
-        engine, first_row = self.llm.llm_engine, 0
+        prompts, first_row = [], 0
         for index, request in enumerate(requests):
-            prompt = engine_input(request, first_row=first_row, name=f"{self.calls}/{index}")
+            prompts.append(engine_input(request, first_row=first_row, name=f"{self.calls}/{index}"))
             first_row += request.ids_P.count(MEDIA_TOKEN)
-            for place, seed in enumerate(request.seeds):
-                engine.add_request(f"{index}/{place}", prompt, self._params(sampling, seed=seed))
-        done: dict[tuple[int, int], Sampled] = {}
-        cached: dict[tuple[int, int], int] = {}
-        while engine.has_unfinished_requests():
-            for output in engine.step():
-                if not output.finished:
-                    continue
-                index, place = map(int, output.request_id.split("/"))
-                done[index, place] = sampled_of(output.outputs[0])
-                cached[index, place] = output.num_cached_tokens or 0
+        finished = self._sample(prompts, requests, sampling)
         if media is not None:
             self.llm.collective_rpc("close_media")
-        places = range(sampling.group_size)
-        groups = [[done[index, place] for place in places] for index in range(len(requests))]
-        return groups, [[cached[index, place] for place in places] for index in range(len(requests))]
+        groups = [[finished[index, place] for place in range(sampling.group_size)] for index in range(len(requests))]
+        return (
+            [[sampled_of(output.outputs[0]) for output in group] for group in groups],
+            [[output.num_cached_tokens or 0 for output in group] for group in groups],
+        )
 
-    def _params(self, sampling: Sampling, *, seed: int) -> SamplingParams:
+    def _sample(
+        self, prompts: Sequence[dict[str, Any]], requests: Sequence[Request], sampling: Sampling
+    ) -> dict[tuple[int, int], Any]:
+        """vLLM's finished RequestOutput of each response, by request and place in its group.
+
+        A response finds in the prefix cache what was computed before it was scheduled. So the first response of a group
+        goes ahead, and the others follow when it has a token; sent together, they may be scheduled behind the first
+        piece of a long prompt, and compute the rest once each. As many groups go ahead at a time as one step takes.
+        """
+        engine = self.llm.llm_engine
+        budget = engine.vllm_config.scheduler_config.max_num_batched_tokens
+        waiting, ahead = deque(range(len(requests))), set[int]()
+        finished: dict[tuple[int, int], Any] = {}
+
+        def add(index: int, place: int) -> None:
+            params = self._params(sampling, seed=requests[index].seeds[place], tells_of_each_token=place == 0)
+            engine.add_request(f"{index}/{place}", prompts[index], params)
+
+        while waiting or engine.has_unfinished_requests():
+            while waiting and (
+                not ahead or sum(len(requests[index].ids_P) for index in [*ahead, waiting[0]]) <= budget
+            ):
+                ahead.add(waiting[0])
+                add(waiting.popleft(), 0)
+            for output in engine.step():
+                index, place = map(int, output.request_id.split("/"))
+                if index in ahead:
+                    ahead.remove(index)
+                    for follower in range(1, sampling.group_size):
+                        add(index, follower)
+                if output.finished:
+                    finished[index, place] = output
+        return finished
+
+    def _params(self, sampling: Sampling, *, seed: int, tells_of_each_token: bool) -> SamplingParams:
         return SamplingParams(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
@@ -141,7 +168,7 @@ class Server:
             logprobs=0,
             stop_token_ids=[self.eos_id],
             detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
+            output_kind=RequestOutputKind.CUMULATIVE if tells_of_each_token else RequestOutputKind.FINAL_ONLY,
         )
 
 

@@ -98,29 +98,37 @@ def text_request(*, mrope: bool) -> Request:
     )  # fmt: skip
 
 
-def engine_of(model: PreTrainedModel, folder: Path) -> VllmEngine:
+def engine_of(model: PreTrainedModel, folder: Path, *, max_tokens: int = 512, prefill_tokens: int = 32) -> VllmEngine:
     settings = VllmSettings(
-        devices=(), transport=Transport.file, max_tokens=512, prefill_tokens=32, max_sequences=8, memory_share=0.1,
-        cuda_graphs=False, processed_logprobs=False, discard_weights=False, timeout_seconds=120,
+        devices=(), transport=Transport.file, max_tokens=max_tokens, prefill_tokens=prefill_tokens, max_sequences=8,
+        memory_share=0.1, cuda_graphs=False, processed_logprobs=False, discard_weights=False, timeout_seconds=120,
         log_file=folder / "engine.log", seed=1,
     )  # fmt: skip
     return VllmEngine(model, name_of=str, eos_id=EOS, settings=settings)
 
 
-def test_a_group_is_prefilled_once(tmp_path: Path) -> None:
-    """The others take all whole blocks (128 tokens on the CPU) from the first; nothing is left after new weights."""
+@pytest.mark.parametrize("frames", [0, 40], ids=["text", "media"])
+def test_a_group_is_prefilled_once(frames: int, tmp_path: Path) -> None:
+    """The others take all whole blocks (128 tokens on the CPU) from the first; nothing is left after new weights.
+
+    vLLM keeps embeddings of as many media places as a step has tokens (here 4096: 16 frames). The second step must keep
+    one frame of the first's and has room for 15, so that tokens are left over in it for another response, when of the
+    first one's prompt only a part is computed.
+    """
     model = qwen3()
+    media = [*[MEDIA_TOKEN] * 256, 13] * frames
+    length = 300 + len(media)
     request = Request(
-        ids_P=tuple(index % 300 for index in range(300)), positions_P=torch.arange(300), next_position=300,
-        embeds_ND=None, seeds=tuple(range(8)),
+        ids_P=(*media, *range(300)), positions_P=torch.arange(length), next_position=length,
+        embeds_ND=torch.randn(256 * frames, model.config.hidden_size) if frames else None, seeds=tuple(range(8)),
     )  # fmt: skip
-    engine = engine_of(model, tmp_path)
+    engine = engine_of(model, tmp_path, max_tokens=length + 16, prefill_tokens=4096 if frames else 32)
     try:
         for version in range(2):
             load(engine, model, version=version)
             before = engine.prefilled_tokens
             engine.generate([request], sampling=replace(GREEDY, group_size=8, max_tokens=2))
-            assert engine.prefilled_tokens - before == 300 + 7 * (300 - 256)
+            assert engine.prefilled_tokens - before == length + 7 * (length % 128)
     finally:
         engine.close()
 
