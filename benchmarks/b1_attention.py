@@ -1,9 +1,19 @@
-"""B1: attention of a group that shares its prefix, against the same kernel on G repeated sequences. One GPU.
+"""B1: attention of a group that shares its prefix, against the same kernel on G repeated sequences and against other
+ways to share it. One GPU.
 
-Checks the error against float64 first (B13: no larger than the repeated form's), then times forward + backward of one
-layer: 28 query and 4 key/value heads of width 128, bf16. Prints a table; --json FILE keeps the numbers.
+Checks the error against float64 first (B13: no larger than the repeated form's), then, before a baseline is timed, its
+output and gradients against ours. Forward + backward of one layer: 28 query and 4 key/value heads of width 128, bf16.
 
-    python benchmarks/b1_attention.py [--prefix 32768 131072] [--responses 8] [--length 1024] [--json FILE]
+    shared          ours: the prefix and each response by the kernel, the responses on the prefix by the kernel, merged
+    repeated        each response behind its own copy of the prefix, one call of the kernel for each
+    prefix_grouper  the package prefix-grouper: the prefix by the kernel, then the responses against the prefix's keys,
+                    repeated and concatenated with their own, by FlashAttention-2 (the one with a mask aligned there)
+    flex            FlexAttention, compiled, the whole pack in one call; its block mask is made before the clock starts
+
+Prints a table; --json FILE keeps the numbers. prefix_grouper needs that package (pip install prefix-grouper).
+
+    python benchmarks/b1_attention.py [--prefix 32768 131072] [--responses 8] [--length 1024] [--kernels cudnn]
+        [--baselines repeated prefix_grouper flex] [--json FILE] [--tiny]
 """
 
 from __future__ import annotations
@@ -11,134 +21,292 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable
-from functools import partial
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from importlib.util import find_spec
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from megalong.attention.kernels import KERNELS
 from megalong.attention.pack import pack_attention
 from megalong.attention.tree import plan_calls
 
-HEADS, KV_HEADS, WIDTH = 28, 4, 128
-SCALE = WIDTH**-0.5
-Form = Callable[..., list[Tensor]]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BLOCK = 128
+"""Rows and keys of a block of FlexAttention's mask."""
+LARGEST_GAP = 2e-2
+"""Of an output or gradient of a baseline to ours, relative to its norm: beyond, it is not timed."""
 
 
-def tensors(tokens: int, *, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
-    generator = torch.Generator("cuda").manual_seed(seed)
-    shapes = [(tokens, HEADS, WIDTH), (tokens, KV_HEADS, WIDTH), (tokens, KV_HEADS, WIDTH)]
-    return [torch.randn(shape, dtype=dtype, device="cuda", generator=generator, requires_grad=True) for shape in shapes]
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """A prefix, its responses behind it, and the heads of a layer."""
+
+    prefix: int
+    lens: tuple[int, ...]
+    heads: int = 28
+    kv_heads: int = 4
+    width: int = 128
+
+    @property
+    def tokens(self) -> int:
+        return self.prefix + sum(self.lens)
+
+    @property
+    def scale(self) -> float:
+        return self.width**-0.5
+
+    def tensors(self, *, dtype: torch.dtype) -> list[Tensor]:
+        """Query, key and value, [tokens, heads, width]."""
+        generator = torch.Generator(DEVICE).manual_seed(0)
+        shapes = [(self.tokens, heads, self.width) for heads in (self.heads, self.kv_heads, self.kv_heads)]
+        return [
+            torch.randn(shape, dtype=dtype, device=DEVICE, generator=generator, requires_grad=True) for shape in shapes
+        ]
+
+    def flops(self) -> float:
+        """Forward + backward of the shared form: 3.5 times 4 * heads * width per (query, key) pair."""
+        pairs = self.prefix * (self.prefix + 1) / 2 + sum(r * self.prefix + r * (r + 1) / 2 for r in self.lens)
+        return 3.5 * 4 * self.heads * self.width * pairs
 
 
-def attend(parts: list[Tensor], encoded: tuple[int, ...], kernel: str) -> Tensor:
+def attend(parts: list[Tensor], encoded: tuple[int, ...], group: Group, kernel: str) -> Tensor:
     plan = plan_calls(encoded, ring_rank=0, ring_size=1)
-    heads_first = [part.transpose(0, 1)[None].contiguous() for part in parts]
-    return pack_attention(*heads_first, plan, scale=SCALE, kernel=kernel)[0].transpose(0, 1)
+    return pack_attention(*heads_first(parts), plan, scale=group.scale, kernel=kernel)[0].transpose(0, 1)
 
 
-def shared(parts: list[Tensor], prefix: int, lens: tuple[int, ...], kernel: str) -> list[Tensor]:
-    starts = [prefix + sum(lens[:index]) for index in range(len(lens))]
-    responses = [number for start, length in zip(starts, lens, strict=True) for number in (start, length, 0)]
-    return [attend(parts, (0, prefix, -1, *responses), kernel)]
+def heads_first(parts: list[Tensor]) -> list[Tensor]:
+    """[t, H, d] -> [1, H, t, d]."""
+    return [part.transpose(0, 1)[None].contiguous() for part in parts]
 
 
-def repeated(parts: list[Tensor], prefix: int, lens: tuple[int, ...], kernel: str) -> list[Tensor]:
+def shared(parts: list[Tensor], group: Group, kernel: str) -> list[Tensor]:
+    starts = [group.prefix + sum(group.lens[:index]) for index in range(len(group.lens))]
+    responses = [number for start, length in zip(starts, group.lens, strict=True) for number in (start, length, 0)]
+    return [attend(parts, (0, group.prefix, -1, *responses), group, kernel)]
+
+
+def repeated(parts: list[Tensor], group: Group, kernel: str) -> list[Tensor]:
     """Each response behind its own copy of the prefix: one output per sequence."""
-    outputs, at = [], prefix
-    for length in lens:
-        rows = [torch.cat((part[:prefix], part[at : at + length])) for part in parts]
-        outputs.append(attend(rows, (0, prefix + length, -1), kernel))
+    outputs, at = [], group.prefix
+    for length in group.lens:
+        rows = [torch.cat((part[: group.prefix], part[at : at + length])) for part in parts]
+        outputs.append(attend(rows, (0, group.prefix + length, -1), group, kernel))
         at += length
     return outputs
 
 
-def upstream(form: Form, grad: Tensor, prefix: int, lens: tuple[int, ...]) -> list[Tensor]:
+def prefix_grouper(parts: list[Tensor], group: Group, kernel: str) -> list[Tensor]:
+    """Responses of one length only: the package pads them, and then its calls need masks that no fast kernel takes."""
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        """[b, H, t, d] -> [b, t, H, d]; rows are the last t of s, as the package's callers pass it to flash-attn."""
+        rows, keys = query.shape[2], key.shape[2]
+        if rows == keys:
+            plan = plan_calls((0, rows, -1), ring_rank=0, ring_size=1)
+            return pack_attention(query, key, value, plan, scale=group.scale, kernel=kernel).transpose(1, 2)
+        bias = causal_lower_right(rows, keys)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=group.scale, enable_gqa=True)
+        return out.transpose(1, 2)
+
+    return [grouper(group).forward(attention, *heads_first(parts))[0]]
+
+
+@cache
+def grouper(group: Group) -> Any:
+    from prefix_grouper import PrefixGrouper
+
+    if len(set(group.lens)) > 1:
+        raise ValueError(f"responses of {sorted(set(group.lens))} tokens: this form is for one length")
+    return PrefixGrouper([[group.prefix, *group.lens]], device=DEVICE)
+
+
+def flex(parts: list[Tensor], group: Group, _: str) -> list[Tensor]:
+    out = flex_call()(*heads_first(parts), block_mask=block_mask(group), scale=group.scale, enable_gqa=True)
+    return [out[0].transpose(0, 1)]
+
+
+@cache
+def flex_call() -> Callable[..., Tensor]:
+    # One set of kernels for each shape: with symbolic sizes they are slower.
+    return torch.compile(flex_attention, dynamic=False) if DEVICE.type == "cuda" else flex_attention
+
+
+@cache
+def block_mask(group: Group) -> BlockMask:
+    """Counted block row by block row: FlexAttention's own function writes out the whole mask, 20 GB at 139k tokens."""
+    lens = torch.tensor([group.prefix, *group.lens], device=DEVICE)
+    owner = torch.repeat_interleave(torch.arange(len(lens), device=DEVICE, dtype=torch.int32), lens)
+
+    def sees(_b: Tensor, _h: Tensor, row: Tensor, key: Tensor) -> Tensor:
+        return (key <= row) & ((key < group.prefix) | (owner[key] == owner[row]))
+
+    blocks = -(-group.tokens // BLOCK)
+    keys = torch.arange(group.tokens, device=DEVICE)
+    counts = torch.zeros(blocks, blocks, dtype=torch.int64, device=DEVICE)
+    for block in range(blocks):
+        rows = keys[block * BLOCK : (block + 1) * BLOCK]
+        seen = sees(rows, rows, rows[:, None], keys[None]).sum(0)
+        counts[block] = F.pad(seen, (0, blocks * BLOCK - group.tokens)).view(blocks, BLOCK).sum(-1)
+    kinds = []
+    for which in ((counts > 0) & (counts < BLOCK * BLOCK), counts == BLOCK * BLOCK):
+        order = which.to(torch.int32).argsort(dim=-1, descending=True, stable=True)
+        kinds += [which.sum(-1, dtype=torch.int32)[None, None], order.to(torch.int32)[None, None]]
+    return BlockMask.from_kv_blocks(*kinds, BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(group.tokens, group.tokens))
+
+
+BASELINES: dict[str, Callable[[list[Tensor], Group, str], list[Tensor]]] = {
+    "repeated": repeated,
+    "prefix_grouper": prefix_grouper,
+    "flex": flex,
+}
+FORMS = {"shared": shared, **BASELINES}
+
+
+def upstream(name: str, grad: Tensor, group: Group) -> list[Tensor]:
     """The gradient of each output. Every copy of the prefix gets its share of the shared prefix's, as in training: with
     zeros in all copies but one the chip needs less power and runs faster than it ever does."""
-    if form is shared:
+    if name != "repeated":
         return [grad]
-    return [torch.cat((grad[:prefix] / len(lens), rows)) for rows in grad[prefix:].split(lens)]
+    copies = grad[: group.prefix] / len(group.lens)
+    return [torch.cat((copies, rows)) for rows in grad[group.prefix :].split(group.lens)]
 
 
-def gradients(form: Form, parts: list[Tensor], grads: list[Tensor], *args: object) -> list[Tensor]:
-    outputs = form(parts, *args)
-    return list(torch.autograd.grad(outputs, parts, grads))
+def gradients(name: str, parts: list[Tensor], grads: list[Tensor], group: Group, kernel: str) -> list[Tensor]:
+    return list(torch.autograd.grad(FORMS[name](parts, group, kernel), parts, grads))
 
 
-def check(kernel: str) -> tuple[float, float]:
-    """Largest relative error (dQ, dK, dV) against float64 of the shared and of the repeated form, ragged."""
-    prefix, lens = 1024, (256, 1, 300, 77)
-    parts = tensors(prefix + sum(lens), dtype=torch.bfloat16)
+def results(name: str, parts: list[Tensor], grad: Tensor, group: Group, kernel: str) -> list[Tensor]:
+    """Output of every row of the group once, dQ, dK, dV."""
+    outputs = FORMS[name](parts, group, kernel)
+    grads = torch.autograd.grad(outputs, parts, upstream(name, grad, group))
+    if name == "repeated":
+        outputs = [torch.cat((outputs[0][: group.prefix], *(rows[group.prefix :] for rows in outputs)))]
+    return [outputs[0].detach(), *grads]
+
+
+def largest_gap(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
+    """In parts of the norm."""
+    return max(((g.double() - w.double()).norm() / w.double().norm()).item() for g, w in zip(got, want, strict=True))
+
+
+def check(group: Group, kernel: str, *, dtype: torch.dtype) -> tuple[float, float]:
+    """Largest relative error (output, dQ, dK, dV) against float64 of the shared and of the repeated form."""
+    parts = group.tensors(dtype=dtype)
+    grad = torch.randn(parts[0].shape, dtype=dtype, device=DEVICE)
     exact = [part.detach().double().requires_grad_() for part in parts]
-    grad = torch.randn(parts[0].shape, dtype=torch.bfloat16, device="cuda")
-    want = gradients(shared, exact, [grad.double()], prefix, lens, "plain")
-    errors = []
-    for form in (shared, repeated):
-        got = gradients(form, parts, upstream(form, grad, prefix, lens), prefix, lens, kernel)
-        errors.append(max(((g.double() - w).norm() / w.norm()).item() for g, w in zip(got, want, strict=True)))
-    return errors[0], errors[1]
+    want = results("shared", exact, grad.double(), group, "plain")
+    ours, theirs = (largest_gap(results(name, parts, grad, group, kernel), want) for name in ("shared", "repeated"))
+    return ours, theirs
 
 
-def milliseconds(run: Callable[[], object], *, repeats: int) -> list[float]:
+def seconds(run: Callable[[], object], *, repeats: int) -> list[float]:
     times = []
-    for index in range(repeats + 1):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+    for _ in range(repeats):
+        synchronize()
+        start = time.perf_counter()
         run()
-        end.record()
-        torch.cuda.synchronize()
-        if index:  # the first run builds plans
-            times.append(start.elapsed_time(end))
+        synchronize()
+        times.append(time.perf_counter() - start)
     return times
 
 
-def flops(prefix: int, lens: tuple[int, ...]) -> float:
-    """Forward + backward of the shared form: 3.5 times 4 * heads * width per (query, key) pair."""
-    pairs = prefix * (prefix + 1) / 2 + sum(r * prefix + r * (r + 1) / 2 for r in lens)
-    return 3.5 * 4 * HEADS * WIDTH * pairs
+def synchronize() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
 
 
-def main() -> None:
+def allocated(*, peak: bool) -> float:
+    """GB; 0 on a CPU, which keeps no such book."""
+    if DEVICE.type == "cpu":
+        return 0.0
+    return (torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()) / 1e9
+
+
+def measure(group: Group, kernel: str, baselines: Sequence[str], *, dtype: torch.dtype) -> dict[str, Any]:
+    """Our form and each baseline: gap to ours (which also warms it up), then median, spread and temporary memory."""
+    parts = group.tensors(dtype=dtype)
+    grad = torch.randn_like(parts[0])
+    ours = results("shared", parts, grad, group, kernel)
+    row: dict[str, Any] = {
+        "kernel": kernel,
+        "prefix": group.prefix,
+        "responses": len(group.lens),
+        "length": group.lens[0],
+    }
+    for name in ("shared", *baselines):
+        start = time.perf_counter()
+        gap = 0.0 if name == "shared" else largest_gap(results(name, parts, grad, group, kernel), ours)
+        synchronize()
+        row[f"{name}_first_s"] = time.perf_counter() - start  # plans, compilation, and the comparison
+        if not gap <= LARGEST_GAP:
+            raise SystemExit(
+                f"{name} is {gap:.1e} of the norm away from the shared form at P={group.prefix}; not timed"
+            )
+        row[f"{name}_gap"] = gap
+        grads = upstream(name, grad, group)
+        held = allocated(peak=False)
+        if DEVICE.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        times = seconds(partial(gradients, name, parts, grads, group, kernel), repeats=3 if name == "repeated" else 5)
+        row[f"{name}_ms"] = 1e3 * statistics.median(times)
+        row[f"{name}_spread"] = (1e3 * min(times), 1e3 * max(times))
+        row[f"{name}_temp_gb"] = allocated(peak=True) - held
+        row[f"{name}_tflops"] = group.flops() / statistics.median(times) / 1e12  # of the pairs that ours computes
+        print(line(row, name), flush=True)
+    return row
+
+
+def line(row: dict[str, Any], name: str) -> str:
+    low, high = row[f"{name}_spread"]
+    text = (
+        f"{row['kernel']:9} P={row['prefix']:7} G={row['responses']} R={row['length']} {name:15} "
+        f"{row[f'{name}_ms']:9.1f} ms ({low:.1f} to {high:.1f}), {row[f'{name}_temp_gb']:5.1f} GB"
+    )
+    if name == "shared":
+        return f"{text}, {row['shared_tflops']:.0f} TFLOP/s"
+    return (
+        f"{text}, {row[f'{name}_ms'] / row['shared_ms']:.2f} times ours; gap {row[f'{name}_gap']:.1e}, "
+        f"first call and comparison {row[f'{name}_first_s']:.1f} s"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prefix", type=int, nargs="+", default=[32768, 131072])
+    parser.add_argument("--prefix", type=int, nargs="+", help="32768 131072; 40 with --tiny")
     parser.add_argument("--responses", type=int, default=8)
-    parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--kernels", nargs="+", default=["cudnn", "flash"], choices=sorted(KERNELS))
+    parser.add_argument("--length", type=int, help="1024; 8 with --tiny")
+    parser.add_argument("--kernels", nargs="+", choices=sorted(KERNELS), help="cudnn; cpu_flash with --tiny")
+    parser.add_argument("--baselines", nargs="*", default=list(BASELINES), choices=list(BASELINES))
+    parser.add_argument("--tiny", action="store_true", help="4 and 2 heads of width 8 in float32, for a CPU")
     parser.add_argument("--json")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    if "prefix_grouper" in args.baselines and find_spec("prefix_grouper") is None:
+        parser.error("--baselines prefix_grouper: pip install prefix-grouper, or leave it out")
+    heads = {"heads": 4, "kv_heads": 2, "width": 8} if args.tiny else {}
+    dtype = torch.float32 if args.tiny else torch.bfloat16
+    lens = (args.length or (8 if args.tiny else 1024),) * args.responses
+    ragged = Group(prefix=96, lens=(24, 1, 31, 7), **heads) if args.tiny else Group(prefix=1024, lens=(256, 1, 300, 77))
     rows = []
-    for kernel in args.kernels:
-        ours, theirs = check(kernel)
+    for kernel in args.kernels or (["cpu_flash"] if args.tiny else ["cudnn"]):
+        ours, theirs = check(ragged, kernel, dtype=dtype)
         if ours > 1.1 * theirs:
             raise SystemExit(f"{kernel}: the shared form's error {ours:.2e} is above the repeated form's {theirs:.2e}")
         print(f"{kernel}: error against float64: shared {ours:.2e}, repeated {theirs:.2e}", flush=True)
-        for prefix in args.prefix:
-            lens = (args.length,) * args.responses
-            parts = tensors(prefix + sum(lens), dtype=torch.bfloat16)
-            grad = torch.randn_like(parts[0])
-            row = {"kernel": kernel, "prefix": prefix, "responses": args.responses, "length": args.length}
-            for name, form, repeats in (("shared", shared, 5), ("repeated", repeated, 3)):
-                torch.cuda.reset_peak_memory_stats()
-                run = partial(gradients, form, parts, upstream(form, grad, prefix, lens), prefix, lens, kernel)
-                held = torch.cuda.memory_allocated()
-                times = milliseconds(run, repeats=repeats)
-                row[f"{name}_ms"] = statistics.median(times)
-                row[f"{name}_spread"] = (min(times), max(times))
-                row[f"{name}_temp_gb"] = (torch.cuda.max_memory_allocated() - held) / 1e9
-            row["ratio"] = row["repeated_ms"] / row["shared_ms"]
-            row["tflops"] = flops(prefix, lens) / row["shared_ms"] / 1e9
-            rows.append(row)
-            print(
-                f"{kernel:6} P={prefix:7} G={args.responses} R={args.length}: shared {row['shared_ms']:8.1f} ms "
-                f"({row['tflops']:.0f} TFLOP/s, {row['shared_temp_gb']:.1f} GB), repeated {row['repeated_ms']:8.1f} ms "
-                f"({row['repeated_temp_gb']:.1f} GB), ratio {row['ratio']:.2f}",
-                flush=True,
-            )
+        for prefix in args.prefix or ([40] if args.tiny else [32768, 131072]):
+            row = measure(Group(prefix=prefix, lens=lens, **heads), kernel, args.baselines, dtype=dtype)
+            rows.append({**row, "shared_error": ours, "repeated_error": theirs})
     if args.json:
+        device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
         with open(args.json, "w") as file:
-            json.dump({"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": rows}, file, indent=2)
+            json.dump({"gpu": device, "torch": torch.__version__, "rows": rows}, file, indent=2)
 
 
 if __name__ == "__main__":

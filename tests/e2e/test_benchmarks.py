@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +26,11 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run_all(folder: Path) -> None:
-    """The main of each script that trains, one after another in this process."""
+    """The main of each script that trains or attends, one after another in this process."""
     sys.path.insert(0, str(BENCHMARKS))
+    installed = ["prefix_grouper"] if find_spec("prefix_grouper") else []
     for name, options in {
+        "b1_attention": ["--baselines", "repeated", *installed],
         "b2_train_step": ["--prefix", "48"],
         "b10_offload": [],
         "figure1": ["--gpus", "1", "--frames", "4", "--plot", str(folder / "figure1.png")],
@@ -44,6 +47,36 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
     run_world(1, run_all, folder, folder=folder / "world")
     assert (folder / "figure1.png").stat().st_size > 0
     return {path.stem: json.loads(path.read_text())["rows"] for path in folder.glob("*.json")}
+
+
+def test_b1_times_what_it_compared(rows):
+    (row,) = rows["b1_attention"]
+    assert max(row["shared_error"], row["repeated_error"]) < 1e-5
+    timed = {name.removesuffix("_ms") for name in row if name.endswith("_ms")}
+    assert timed == {"shared", "repeated"} | ({"prefix_grouper"} if find_spec("prefix_grouper") else set())
+    assert max(row[f"{name}_gap"] for name in timed) < 1e-5
+    assert min(row[f"{name}_ms"] for name in timed) > 0
+
+
+def test_b1_gives_flex_attention_the_mask_of_the_group():
+    """On a CPU it has no backward and reads no blocks: its output, and the blocks against the library's own."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    b1 = importlib.import_module("b1_attention")
+    group = b1.Group(prefix=300, lens=(130, 1, 200, 3), heads=4, kv_heads=2, width=16)
+    with torch.no_grad():
+        parts = group.tensors(dtype=torch.float32)
+        (ours,), (theirs,) = (b1.FORMS[name](parts, group, "plain") for name in ("shared", "flex"))
+    torch.testing.assert_close(theirs, ours)
+    made = b1.block_mask(group)
+    want = create_block_mask(made.mask_mod, None, None, group.tokens, group.tokens, device="cpu", BLOCK_SIZE=b1.BLOCK)
+    assert torch.equal(made.to_dense(), want.to_dense())
+    for counts, places in (("kv_num_blocks", "kv_indices"), ("full_kv_num_blocks", "full_kv_indices")):
+        ours, theirs = ((getattr(mask, counts)[0, 0], getattr(mask, places)[0, 0]) for mask in (made, want))
+        assert torch.equal(ours[0], theirs[0])
+        for row, count in enumerate(ours[0].tolist()):
+            assert torch.equal(ours[1][row, :count], theirs[1][row, :count])
+    assert 0 < int(made.full_kv_num_blocks.sum()) < int(made.to_dense().sum())
 
 
 def test_b2_compares_before_it_times(rows):
