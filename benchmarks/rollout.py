@@ -3,14 +3,19 @@
 A random decoder of the 7B shape in the trainer, a vLLM engine beside it: on the second GPU when there is one (weights
 by NCCL), on the trainer's own otherwise (weights by CUDA IPC, the engine sleeping in between). First what must hold:
 checksums, the same greedy tokens after the same weights, others after others, a damaged bucket refused. Then the times
-of performance targets B6 (prefill of a group, hand-over of its embeddings) and B9 (weight sync).
+of performance targets B6 (prefill of a group, hand-over of its embeddings) and B9 (weight sync), and of decoding.
 
-    python benchmarks/rollout.py [--layers 28] [--prompt 131072] [--length 64] [--json FILE] [--tiny]
+    python benchmarks/rollout.py [--layers 28] [--prompt 131072] [--length 64] [--baselines] [--json FILE] [--tiny]
+
+Values are printed, and written to --json, as they come; what is under way goes to stderr, with the seconds since the
+start. --baselines: the other ways in the same engine, each checked first (rollout_baselines.py); --piecewise: with
+CUDA graphs that vLLM's cascade attention can run between.
 """
 
 from __future__ import annotations
 
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import rollout_baselines
 import torch
 from steps import Bench, fill_randomly, free, make_folder, parser_of, peak_gb, reset_peak, sample_of, save
 from torch import Tensor
@@ -43,29 +49,50 @@ def request_of(
     text = torch.randint(vocab, (length,), generator=generator).tolist()
     ids = [*text[:8], *(frame * (media // 256))]
     ids += text[len(ids) :]
-    embeds = 0.02 * torch.randn(media, width, generator=generator) if media else None
+    # Random numbers for 4,096 rows, again and again: for all of a long prompt they take a CPU seconds.
+    some = 0.02 * torch.randn(min(media, 4096), width, generator=generator) if media else None
+    embeds = None if some is None else some.repeat(-(-media // len(some)), 1)[:media]
     return Request(
         ids_P=tuple(ids), positions_P=torch.arange(len(ids)), next_position=len(ids),
         embeds_ND=None if embeds is None else embeds.to(dtype), seeds=tuple(range(group)),
     )  # fmt: skip
 
 
+class Report:
+    """Values by name, printed and written to a file as they come; what is under way, on stderr."""
+
+    def __init__(self, path: str | None) -> None:
+        self.path, self.started = path, time.perf_counter()
+        self.row: dict[str, Any] = {}
+
+    def put(self, **values: Any) -> None:
+        self.row |= values
+        for name, value in values.items():
+            print(f"{name:32} {value:.4f}" if isinstance(value, float) else f"{name:32} {value}", flush=True)
+        save(self.path, [self.row])
+
+    def stage(self, what: str) -> None:
+        print(f"[{time.perf_counter() - self.started:6.1f} s] {what}", file=sys.stderr, flush=True)
+
+
 class Session:
     """The trainer's model, the engine, and a clock."""
 
-    def __init__(self, bench: Bench) -> None:
-        self.bench = bench
+    def __init__(self, bench: Bench, report: Report) -> None:
+        self.bench, self.report = bench, report
+        report.stage("model")
         # The model alone: beside its gradients and optimizer states, the engine would have no room on one GPU.
         self.model = build_model(bench.config.model, bench.layout, sequence_parallel=False, load=False)
         fill_randomly(self.model, bench.layout)
+        report.stage("engine start")
         started = time.perf_counter()
         engine = build_engine(bench.config, bench.layout, task="grpo", eos_id=bench.shape.vocab - 1)
         require(isinstance(engine, VllmEngine), "this rank drives no vLLM engine")
         self.engine, self.version = engine, -1
-        self.start_seconds = time.perf_counter() - started
+        report.put(transport=engine.settings.transport.value, start_s=time.perf_counter() - started)
 
-    def buckets(self) -> Iterator[WeightBucket]:
-        return export_weights(self.model, self.model.weight_table(), self.bench.layout)
+    def buckets(self, **options: Any) -> Iterator[WeightBucket]:
+        return export_weights(self.model, self.model.weight_table(), self.bench.layout, **options)
 
     def sync(self, buckets: Iterator[WeightBucket] | None = None) -> float:
         """Seconds of one update."""
@@ -76,13 +103,24 @@ class Session:
         synchronize(self.bench.layout.device)
         return time.perf_counter() - started
 
+    def request(self, count: int, *, media: int, group: int, seed: int = 1) -> Request:
+        """See request_of."""
+        return request_of(
+            count, media=media, width=self.engine.width, vocab=self.bench.shape.vocab - 1, group=group, seed=seed,
+            dtype=self.engine.dtype,
+        )  # fmt: skip
+
     def timed(self, request: Request, **changes: Any) -> tuple[float, list]:
-        sampling = Sampling(
-            group_size=len(request.seeds), **{"max_tokens": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 0, **changes}
-        )
+        sampling = self.sampling(request, **changes)
         started = time.perf_counter()
         groups = self.engine.generate([request], sampling=sampling)
         return time.perf_counter() - started, groups[0]
+
+    def sampling(self, request: Request, **changes: Any) -> Sampling:
+        """One token at temperature 1, but for the changes."""
+        return Sampling(
+            group_size=len(request.seeds), **{"max_tokens": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 0, **changes}
+        )
 
 
 def require(holds: bool, otherwise: str) -> None:
@@ -95,22 +133,33 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def check(session: Session, make: Callable[..., Request]) -> dict[str, Any]:
-    """What must hold; ends the program otherwise."""
-    request = make(600, media=512, group=1)
-    first_seconds = session.sync()
+def check_sync(session: Session, sync: Callable[[], float]) -> None:
+    """Ends the program unless the sampler's greedy tokens follow the trainer's weights: others, and the first again."""
+    request = session.request(600, media=512, group=1)
     greedy = {"temperature": 0.0, "max_tokens": 16}
+    sync()
     before = session.timed(request, **greedy)[1][0].ids
-    session.sync()
+    sync()
     require(session.timed(request, **greedy)[1][0].ids == before, "the same weights gave other greedy tokens")
     head = session.model.llm.head_weight
     kept = head.detach().clone()
     with torch.no_grad():
         head.copy_(kept.flip(0))
-    session.sync()
+    sync()
     require(session.timed(request, **greedy)[1][0].ids != before, "other weights gave the same greedy tokens")
     with torch.no_grad():
         head.copy_(kept)
+    sync()
+    require(session.timed(request, **greedy)[1][0].ids == before, "the weights did not come back")
+
+
+def check(session: Session) -> None:
+    """What must hold; ends the program otherwise."""
+    session.report.put(first_sync_s=session.sync())
+    check_sync(session, session.sync)
+    request = session.request(600, media=512, group=1)
+    greedy = {"temperature": 0.0, "max_tokens": 16}
+    before = session.timed(request, **greedy)[1][0].ids
 
     def damaged() -> Iterator[WeightBucket]:
         for index, bucket in enumerate(session.buckets()):
@@ -128,13 +177,13 @@ def check(session: Session, make: Callable[..., Request]) -> dict[str, Any]:
     else:
         require(False, "a damaged bucket was loaded")
     session.sync()
-    require(session.timed(request, **greedy)[1][0].ids == before, "the weights did not come back")
-    return {"first_sync_s": first_seconds, "refused": refused}
+    require(session.timed(request, **greedy)[1][0].ids == before, "the weights did not come back after a refusal")
+    session.report.put(refused=refused)
 
 
-def gap(session: Session, make: Callable[..., Request], *, prompt: int, length: int) -> dict[str, float]:
+def gap(session: Session, *, prompt: int, length: int) -> None:
     """|sampler - trainer| log-probability over a group's responses behind a prompt of text."""
-    request = make(min(prompt, 4096), media=0, group=4)
+    request = session.request(min(prompt, 4096), media=0, group=4)
     responses = session.timed(request, max_tokens=length)[1]
     selections: tuple[FrameSelection, ...] = ()
     prompt = Prompt(
@@ -152,13 +201,22 @@ def gap(session: Session, make: Callable[..., Request], *, prompt: int, length: 
     trained_R = trained_R.float().cpu()
     sampled_R = torch.tensor([value for item in responses for value in item.logprobs])
     gaps_R: Tensor = (trained_R - sampled_R).abs()
-    return {"gap_mean": gaps_R.mean().item(), "gap_max": gaps_R.max().item(), "mean_logprob": sampled_R.mean().item()}
+    session.report.put(
+        gap_mean=gaps_R.mean().item(), gap_max=gaps_R.max().item(), mean_logprob=sampled_R.mean().item()
+    )  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--prompt", type=int, default=131072, help="tokens of the long prompt")
+    parser.add_argument("--baselines", action="store_true", help="also time the other ways")
+    parser.add_argument(
+        "--apart", type=int, default=2, help="--baselines: separate prefills that are timed, then scaled"
+    )
+    parser.add_argument("--piecewise", action="store_true", help="--baselines: vLLM's breakable CUDA graphs")
     args = parser.parse_args(argv)
+    if args.baselines:
+        rollout_baselines.use_server(piecewise=args.piecewise)
     folder = Path(tempfile.mkdtemp()) / "run"
     make_folder(folder, layers=args.layers or (2 if args.tiny else 28), tiny=args.tiny)
     prompt = 1100 if args.tiny else args.prompt
@@ -166,57 +224,78 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"logger.run_dir={folder / 'out'}", f"data.max_prompt_tokens={prompt + 8}", "data.max_response_tokens=512",
         "rollout.engine=vllm",
     ]  # fmt: skip
+    report = Report(args.json)
     bench = Bench(folder, [*settings, *args.overrides], vision=False)
-    session = Session(bench)
+    session = Session(bench, report)
     try:
-        rows = run(session, prompt=prompt, length=args.length or (8 if args.tiny else 64))
+        run(session, prompt=prompt, length=args.length or (8 if args.tiny else 64))
+        if args.baselines:
+            rollout_baselines.run(session, prompt=prompt, media=media_of(prompt), apart=args.apart)
     except BaseException:
         print(session.engine.settings.log_file.read_text()[-6000:])
         raise
     finally:
         session.engine.close()
-    save(args.json, [rows])
-    for name, value in rows.items():
-        print(f"{name:28} {value:.4f}" if isinstance(value, float) else f"{name:28} {value}")
+    report.stage("done")
     destroy_layout()
 
 
-def run(session: Session, *, prompt: int, length: int) -> dict[str, Any]:
-    """Checks and times, as one row."""
-    bench, engine = session.bench, session.engine
-    device, width = bench.layout.device, engine.width
+def media_of(prompt: int) -> int:
+    """Embeddings in a prompt of that many tokens."""
+    return (prompt - 64) // 257 * 256
 
-    def make(count: int, *, media: int, group: int, seed: int = 1) -> Request:
-        return request_of(
-            count, media=media, width=width, vocab=bench.shape.vocab - 1, group=group, seed=seed, dtype=engine.dtype
-        )
 
-    row: dict[str, Any] = {"transport": engine.settings.transport.value, "start_s": session.start_seconds}
-    row |= check(session, make)
-    row |= gap(session, make, prompt=prompt, length=length)
+def run(session: Session, *, prompt: int, length: int) -> None:
+    """Checks and times of ours."""
+    engine, report, device = session.engine, session.report, session.bench.layout.device
+    report.stage("checks")
+    check(session)
+    report.stage("gap between the log-probabilities")
+    gap(session, prompt=prompt, length=length)
     free(device)
+    report.stage("weight sync")
     reset_peak(device)
     held = peak_gb(device)
-    seconds = []
-    for _ in range(4):
-        engine.release()
-        seconds.append(session.sync())
-    row |= {"sync_s": statistics.median(seconds[1:]), "sync_peak_extra_gb": peak_gb(device) - held}
-    media = (prompt - 64) // 257 * 256
-    session.timed(make(prompt, media=media, group=1, seed=2))  # warm
-    for name, group in (("prefill_1_s", 1), ("prefill_8_s", 8)):
+    report.put(sync_s=median_sync(session, session.sync), sync_peak_extra_gb=peak_gb(device) - held)
+    report.stage("decoding behind the long prompt")
+    report.put(**decode_steps(session, prompt=prompt, length=length))
+    for name, group in (("prefill_1", 1), ("prefill_8", 8)):
+        report.stage(name)
         handed, computed = engine.handover_seconds, engine.prefilled_tokens
-        row[name] = session.timed(make(prompt, media=media, group=group, seed=group))[0]
-        row[name.replace("_s", "_tokens")] = engine.prefilled_tokens - computed
-        row[name.replace("_s", "_handover_s")] = engine.handover_seconds - handed
-    row["prefill_ratio"] = row["prefill_8_s"] / row["prefill_1_s"]
-    row["response_tokens_per_s"] = decode_rate(session, make, length=length)
-    return row
+        request = session.request(prompt, media=media_of(prompt), group=group, seed=1 + group)
+        seconds = session.timed(request)[0]
+        report.put(**{
+            f"{name}_s": seconds, f"{name}_tokens": engine.prefilled_tokens - computed,
+            f"{name}_handover_s": engine.handover_seconds - handed,
+        })  # fmt: skip
+    report.put(prefill_ratio=report.row["prefill_8_s"] / report.row["prefill_1_s"])
+    report.stage("decoding of 64 responses")
+    report.put(response_tokens_per_s=decode_rate(session, length=length))
 
 
-def decode_rate(session: Session, make: Callable[..., Request], *, length: int) -> float:
+def median_sync(session: Session, sync: Callable[[], float], *, times: int = 3) -> float:
+    """Of `times` updates after one that warms up; colocated, the engine sleeps before each."""
+    seconds = []
+    for _ in range(1 + times):
+        session.engine.release()
+        seconds.append(sync())
+    return statistics.median(seconds[1:])
+
+
+def decode_steps(session: Session, *, prompt: int, length: int) -> dict[str, float]:
+    """Milliseconds of a step of a group of 8 behind a long prompt of text, whose prefill the first call leaves behind:
+    of `length` more tokens than one."""
+    request = session.request(prompt, media=0, group=8, seed=9)
+    session.timed(request)
+    first = session.timed(request)[0]
+    seconds, responses = session.timed(request, max_tokens=1 + length)
+    steps = max(len(item.ids) for item in responses) - 1
+    return {"decode_8_first_s": first, "decode_8_ms": (seconds - first) / max(1, steps) * 1e3}
+
+
+def decode_rate(session: Session, *, length: int) -> float:
     """Response tokens per second of 64 responses to prompts of 1,000 tokens."""
-    request = make(1000, media=0, group=64, seed=3)
+    request = session.request(1000, media=0, group=64, seed=3)
     seconds, responses = session.timed(request, max_tokens=max(length, 128))
     return sum(len(item.ids) for item in responses) / seconds
 

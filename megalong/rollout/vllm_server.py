@@ -15,7 +15,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -221,7 +221,7 @@ def sampled_of(output: Any) -> Sampled:
     return Sampled(ids=ids, logprobs=logprobs, truncated=output.finish_reason == "length")
 
 
-def serve(connection: Connection) -> None:
+def serve(connection: Connection, make: Callable[..., Server]) -> None:
     """Answer calls until the trainer hangs up. The first call makes the engine."""
     server: Server | None = None
     while True:
@@ -231,7 +231,7 @@ def serve(connection: Connection) -> None:
             return
         try:
             if method == "start":
-                server = Server(**kwargs)
+                server = make(**kwargs)
                 result = None
             else:
                 result = getattr(server, method)(*args, **kwargs)
@@ -252,8 +252,12 @@ def end_with(trainer: int, folder: str) -> None:
     os.killpg(os.getpgid(0), signal.SIGKILL)
 
 
-if __name__ == "__main__":
+def main(make: Callable[..., Server] = Server) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the trainer saves first (Slurm tells every process)
     threading.Thread(target=end_with, args=(int(sys.argv[2]), sys.argv[3]), daemon=True).start()
     with Connection(int(sys.argv[1])) as trainer:
-        serve(trainer)
+        serve(trainer, make)
+
+
+if __name__ == "__main__":
+    main()

@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import json
 import os
+import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -179,3 +180,32 @@ def test_b5_compares_encoders_of_the_same_weights(tmp_path):
 def shuffle(module: torch.nn.Module) -> None:
     if isinstance(module, torch.nn.Linear):
         module.weight.data = module.weight.data.flip(0)
+
+
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
+def test_rollout_times_the_other_ways_after_it_checked_them(tmp_path):
+    """On a CPU: without vLLM's own weight transfer and cascade attention, which need GPUs."""
+    command = [sys.executable, str(BENCHMARKS / "rollout.py"), "--tiny", "--baselines", "--json", str(tmp_path / "out")]
+    done = subprocess.run(
+        [*command, "--overrides", "rollout.memory_share=0.1"], capture_output=True, text=True, timeout=550
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    (row,) = json.loads((tmp_path / "out").read_text())["rows"]
+    assert row["apart_cached_tokens"] == 0
+    assert row["prefill_1_tokens"] == 1100
+    assert row["prefill_8_tokens"] < 2 * 1100  # the other seven compute what is behind the last full block
+    assert max(row["gap, a prefill of its own"], row["gap, prompt_embeds"]) < 0.01
+    assert row["sync, one by one, ratio"] == pytest.approx(row["sync, one by one, s"] / row["sync_s"])
+    stages = [line.partition("] ")[2] for line in done.stderr.splitlines() if line.startswith("[") and " s] " in line]
+    assert stages[:4] == ["model", "engine start", "checks", "gap between the log-probabilities"]
+    assert stages[-1] == "done"
+
+
+def test_a_long_request_repeats_its_random_embeddings():
+    script = importlib.import_module("rollout")
+    request = script.request_of(5600, media=5376, width=8, vocab=50, group=2, seed=1, dtype=torch.bfloat16)
+    request.check(group_size=2)
+    assert len(request.ids_P) == 5600
+    assert torch.equal(request.embeds_ND[4096:], request.embeds_ND[: 5376 - 4096])
+    other = script.request_of(5600, media=5376, width=8, vocab=50, group=2, seed=2, dtype=torch.bfloat16)
+    assert not torch.equal(request.embeds_ND, other.embeds_ND)
