@@ -24,6 +24,7 @@ from megalong.rewards.score import check_weights, score_groups
 from megalong.rollout.engine import Sampling
 from megalong.run import PromptBatches, Run, open_run, read_samples
 from megalong.sft import log_step
+from megalong.timeline import plot_timeline
 
 
 def train_grpo(config: RunConfig, timer: PhaseTimer | None = None) -> None:
@@ -55,6 +56,7 @@ def train_grpo(config: RunConfig, timer: PhaseTimer | None = None) -> None:
             evaluate_if_due(run, held_out, step=total, total=total)
         if run.layout.is_main:
             plot_rewards(config.logger.run_dir)
+            plot_timeline(config.logger.run_dir)
             tqdm.write(end_table(config.logger.run_dir))
     run.close()
 

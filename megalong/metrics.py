@@ -30,7 +30,7 @@ from megalong.config.tree import RunConfig
 from megalong.records import Dropped
 
 METRICS_FILE, EVALUATIONS_FILE = "metrics.jsonl", "evaluations.jsonl"
-SAMPLES_FILE, DROPPED_FILE = "samples.jsonl", "dropped.jsonl"
+SAMPLES_FILE, DROPPED_FILE, TIMELINE_FILE = "samples.jsonl", "dropped.jsonl", "timeline.jsonl"
 SECONDS = "seconds/"
 
 STEP_LINE: tuple[tuple[str, str, str], ...] = (
@@ -48,6 +48,9 @@ STEP_LINE: tuple[tuple[str, str, str], ...] = (
     ("tokens_per_second", "tok/s", ",.0f"),
 )
 """Metric, label and format of each entry of the step line; those a step does not have are left out."""
+
+Span = tuple[str, float, float]
+"""What ran, its begin and its end, by time.perf_counter()."""
 
 REWARD_CURVES = {"reward": "Overall reward", "reward/format": "Format reward", "reward/accuracy": "Accuracy reward"}
 
@@ -79,7 +82,7 @@ class RunLogger:
         if not is_main:
             return
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        for name in (METRICS_FILE, EVALUATIONS_FILE, SAMPLES_FILE, DROPPED_FILE):
+        for name in (METRICS_FILE, EVALUATIONS_FILE, SAMPLES_FILE, DROPPED_FILE, TIMELINE_FILE):
             drop_later_steps(self.run_dir / name, step=resume_step)
         if tensorboard:
             self._board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=resume_step + 1)
@@ -112,6 +115,11 @@ class RunLogger:
         if self._is_main:
             step = self._step + 1
             _append(self.run_dir / DROPPED_FILE, [{"step": step, **dataclasses.asdict(row)} for row in rows])
+
+    def timeline(self, step: int, row: Mapping[str, Any]) -> None:
+        """Append what a step did when (timeline.timeline_row) to timeline.jsonl."""
+        if self._is_main:
+            _append(self.run_dir / TIMELINE_FILE, [{"step": step, **row}])
 
     def step_line(self, step: int, metrics: Mapping[str, float]) -> str:
         """One line about a step: the metrics of STEP_LINE that it has, then seconds by phase."""
@@ -147,6 +155,7 @@ class PhaseTimer:
     def __init__(self, synchronize: Callable[[], None] | None = None) -> None:
         self._synchronize = synchronize
         self.seconds: dict[str, float] = {}
+        self.spans: list[Span] = []
         self.phase = "between phases"  # the one in progress, or the one that an error ended
         self.since = time.monotonic()  # when `phase` last changed
 
@@ -159,7 +168,8 @@ class PhaseTimer:
                 yield
                 end = self._now
             finally:
-                self.seconds[phase] = self.seconds.get(phase, 0.0) + end() - start
+                self.spans.append((phase, start, end()))
+                self.seconds[phase] = self.seconds.get(phase, 0.0) + self.spans[-1][2] - start
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
@@ -172,6 +182,11 @@ class PhaseTimer:
         """The metrics `seconds/<phase>` since the last call; starts again from zero."""
         taken = {f"{SECONDS}{phase}": seconds for phase, seconds in self.seconds.items()}
         self.seconds = {}
+        return taken
+
+    def take_spans(self) -> list[Span]:
+        """The spans that `seconds` was added up from, in order, since the last call."""
+        taken, self.spans = self.spans, []
         return taken
 
     def _now(self) -> float:

@@ -17,6 +17,7 @@ from megalong.objectives.sft_loss import sft_loss
 from megalong.parallel.collectives import sum_over
 from megalong.records import Dropped, Prompt, StepStats, TokenBatch
 from megalong.run import PromptBatches, Run, open_run, read_samples
+from megalong.timeline import plot_timeline, timeline_row
 
 
 def train_sft(config: RunConfig, timer: PhaseTimer | None = None) -> None:
@@ -44,6 +45,7 @@ def train_sft(config: RunConfig, timer: PhaseTimer | None = None) -> None:
         if held_out:
             evaluate_if_due(run, held_out, step=total, total=total)
         if run.layout.is_main:
+            plot_timeline(config.logger.run_dir)
             tqdm.write(end_table(config.logger.run_dir))
     run.close()
 
@@ -85,6 +87,7 @@ def token_mean_loss(run: Run, packs: Sequence[TokenBatch]) -> LossOf:
 def log_step(run: Run, step: int, stats: StepStats, dropped: Sequence[Dropped], *, seconds: float) -> None:
     """Metrics every task has; run.timer's phases and what stats.metrics holds come on top."""
     num_dropped = run.report_dropped(dropped)
+    run.logger.timeline(step, timeline_row(run.timer.take_spans(), run.vision.take_decoding()))
     run.logger.log(
         step,
         {

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import time
 import zlib
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -70,6 +72,7 @@ class VisionStage:
         self.decoder = open_decoder(settings.decoder, layout.device)
         self.decoded_elsewhere: dict[str, str] = {}  # files of the replica that its decoder refused -> why
         self._pool = ThreadPoolExecutor(max_workers=settings.decode_workers, thread_name_prefix="decode")
+        self._decoded: deque[tuple[float, float]] = deque()
         self._running: dict[str, Future[np.ndarray | EmbeddingPart]] = {}
         self._indexed: dict[str, FrameSelection | str] = {}  # path -> its frames, or why it cannot be read
         self.weights_changed()
@@ -198,6 +201,10 @@ class VisionStage:
             return [None] * len(prompts)
         return [part if len(part) else None for part in rows_nD.split(mine)]
 
+    def take_decoding(self) -> list[tuple[float, float]]:
+        """Begin and end, by time.perf_counter(), of what the decoding threads have finished since the last call."""
+        return [self._decoded.popleft() for _ in range(len(self._decoded))]
+
     def weights_changed(self) -> None:
         """Call after the tower or the projector was loaded: embeddings made before no longer match any key."""
         self.embeds.clear()
@@ -225,6 +232,13 @@ class VisionStage:
 
     def _fetch(self, selection: FrameSelection, first: int, last: int) -> np.ndarray | EmbeddingPart:
         """Frames [first, last), or what the disk store has in their place. Runs on a thread."""
+        started = time.perf_counter()
+        try:
+            return self._fetch_now(selection, first, last)
+        finally:
+            self._decoded.append((started, time.perf_counter()))
+
+    def _fetch_now(self, selection: FrameSelection, first: int, last: int) -> np.ndarray | EmbeddingPart:
         disk = self.embeds.disk
         if disk is not None and first < last:
             start, stop = self._rows(selection, (0, first)), self._rows(selection, (0, last))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,27 @@ def test_the_sampler_has_the_weights_that_are_trained(twice: list[Path]) -> None
     assert all(row["sampler_gap_max"] < 1e-3 for row in rows(twice[0] / "grpo" / "metrics.jsonl"))
     losses = [row["loss"] for row in rows(twice[0] / "sft" / "metrics.jsonl")]
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_the_timeline_holds_the_seconds_of_the_metrics(stage: str, twice: list[Path]) -> None:
+    folder = twice[0] / stage
+    lines = read_jsonl(folder / "timeline.jsonl")
+    metrics = {row["step"]: row for row in read_jsonl(folder / "metrics.jsonl")}
+    assert [line["step"] for line in lines] == list(metrics)
+    for line in lines:
+        by_lane: dict[str, list[dict]] = {}
+        for span in line["spans"]:
+            assert span["begin"] <= span["end"]
+            by_lane.setdefault(span["lane"], []).append(span)
+        for spans in by_lane.values():  # in order, one after the other
+            assert all(one["end"] <= two["begin"] for one, two in pairwise(spans))
+        main = sorted((s for s in line["spans"] if s["lane"] != "decoding ahead"), key=lambda span: span["begin"])
+        assert main[0]["begin"] == 0
+        assert all(one["end"] <= two["begin"] for one, two in pairwise(main))  # one process, lanes or not
+        seconds = {name: value for name, value in metrics[line["step"]].items() if name.startswith("seconds/")}
+        summed = {name: sum(s["end"] - s["begin"] for s in main if f"seconds/{s['phase']}" == name) for name in seconds}
+        assert summed == pytest.approx(seconds, abs=1e-6)
+        assert 0.9 * line["seconds"] <= sum(seconds.values()) <= line["seconds"] + 1e-6
+    assert any(span["lane"] == "decoding ahead" for line in lines for span in line["spans"])
+    assert (folder / "timeline.png").stat().st_size > 5_000
