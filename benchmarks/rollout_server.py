@@ -28,7 +28,9 @@ class BaselineServer(Server):
 
     def __init__(self, *, settings: dict[str, Any], **options: Any) -> None:
         if os.environ.get("VLLM_USE_BREAKABLE_CUDAGRAPH") == "1" and "compilation_config" in settings:
-            settings = {**settings, "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_AND_PIECEWISE"}}
+            sizes = [1, 2, 4, 8, 16, 32, 64]  # all that is timed; the default sizes take a minute in two kinds
+            graphs = {"mode": 0, "cudagraph_mode": "FULL_AND_PIECEWISE", "cudagraph_capture_sizes": sizes}
+            settings = {**settings, "compilation_config": graphs}
         super().__init__(settings={**settings, "enable_prompt_embeds": True}, **options)
         self.dtype = getattr(torch, settings["dtype"])
 
@@ -78,9 +80,10 @@ class BaselineServer(Server):
         """`megalong`, or `vllm`: vLLM's receiver for the same transport takes the next updates."""
         self.llm.collective_rpc(choose_receiver, args=(name,))
 
-    def cascade(self, is_on: bool) -> None:
-        """vLLM's cascade attention for steps whose responses share a prefix of at least 256 tokens, or never."""
-        self.llm.collective_rpc(choose_cascade, args=(is_on,))
+    def cascade(self, is_on: bool) -> int:
+        """vLLM's cascade attention for steps whose responses share a prefix of at least 256 tokens, or never. Returns
+        how many steps had it since the last call."""
+        return self.llm.collective_rpc(choose_cascade, args=(is_on,))[0]
 
 
 class NcclReceiver(NCCLWeightTransferEngine):
@@ -125,16 +128,20 @@ def choose_receiver(worker: Any, name: str) -> None:
     worker.weight_transfer_engine = worker.our_receiver if name == "megalong" else worker.vllm_receiver
 
 
-def choose_cascade(worker: Any, is_on: bool) -> None:
-    """Runs in every worker. vLLM's own rule never takes it for a group of 8, since it counts the key/value heads'
-    tiles as if cascade attention could not split the prefix over the GPU."""
+def choose_cascade(worker: Any, is_on: bool) -> int:
+    """Runs in every worker. vLLM's own rule never takes it for a group of 8, since it counts tiles as if cascade
+    attention could not split the prefix over the GPU."""
     from vllm.v1.attention.backends import flash_attn
 
     def pays(_: object, *, common_prefix_len: int, query_lens: Any, **__: object) -> bool:
-        return is_on and common_prefix_len >= 256 and len(query_lens) > 1
+        pays_now = is_on and common_prefix_len >= 256 and len(query_lens) > 1
+        worker.cascade_steps += pays_now
+        return pays_now
 
+    steps, worker.cascade_steps = getattr(worker, "cascade_steps", 0), 0
     worker.model_runner.cascade_attn_enabled = is_on
     flash_attn.FlashAttentionMetadataBuilder.use_cascade_attention = pays
+    return steps
 
 
 if __name__ == "__main__":
