@@ -9,7 +9,7 @@ gradients over the GPUs; the optimizer is left out.
                 Engine (same widths, 4 layers, no head) took 2.91 s with cp=2 p2p, 3.03 s with cp=2 a2a and 3.07 s with
                 tp=2 on two H200, forward + backward
 
-    python benchmarks/b7_scaling.py [--prefix 131072 263168] [--gpus 1 2 4] [--kinds shared sequence] [--tiny]
+    python benchmarks/b7_scaling.py [--prefix 131072 263168] [--gpus 1 2 4] [--kinds shared sequence] [--cp-a2a 1]
 """
 
 from __future__ import annotations
@@ -79,13 +79,15 @@ def points(args: Any, *, gpus: int) -> list[dict[str, Any]]:
         cases += [("repeated", prefix, args.responses) for prefix in prefixes]
     if gpus == 2 or args.gpus == [1]:
         cases.append(("sequence", whole - length, 1))
+    tp = min(args.tp, gpus)
+    split = f"tp={tp}, cp={gpus // tp}" + (f", cp_a2a={a2a_of(args, gpus=gpus)}" if args.cp_a2a else "")
     found = []
     for kind, prompt, responses in cases:
         mode, recompute = FORMS[kind]
         series = f"{kind}, P={prompt:,}"
         found.append(
             {
-                "name": f"{series}, {gpus} GPUs (tp={min(args.tp, gpus)})",
+                "name": f"{series}, {gpus} GPUs ({split})",
                 "series": series,
                 "size": prompt,
                 "kind": kind,
@@ -99,11 +101,15 @@ def points(args: Any, *, gpus: int) -> list[dict[str, Any]]:
     return [point for point in found if point["kind"] in args.kinds]
 
 
+def a2a_of(args: Any, *, gpus: int) -> int:
+    """The ranks that trade rows for heads, no more than there are: on fewer GPUs the ring is what becomes smaller."""
+    return min(args.cp_a2a, gpus // min(args.tp, gpus))
+
+
 def sessions(args: Any) -> list[dict[str, Any]]:
     made = []
     for gpus in args.gpus:
-        a2a = min(args.cp_a2a, gpus // min(args.tp, gpus))
-        overrides = parallel_overrides(gpus=gpus, tp=min(args.tp, gpus), cp_a2a=a2a)
+        overrides = parallel_overrides(gpus=gpus, tp=min(args.tp, gpus), cp_a2a=a2a_of(args, gpus=gpus))
         session = {"gpus": gpus, "layers": args.layers or (2 if args.tiny else 4), "tiny": args.tiny, "vision": False}
         session |= {"overrides": [*overrides, *args.overrides], "rate": RATE, "points": points(args, gpus=gpus)}
         made.append(session)
@@ -116,7 +122,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--prefix", type=int, nargs="+", help="131072 263168; 48 96 with --tiny")
     parser.add_argument("--kinds", nargs="+", default=["shared", "sequence"], choices=sorted(FORMS))
     parser.add_argument("--tp", type=int, default=1, help="tensor parallelism (with sequence parallelism), the rest cp")
-    parser.add_argument("--cp-a2a", type=int, default=0, help="1: a ring that gathers keys; 0: all-to-all where it can")
+    parser.add_argument(
+        "--cp-a2a",
+        type=int,
+        default=0,
+        help="1: a ring that gathers keys; 2 on 4 GPUs: two rings of two; 0: all-to-all",
+    )
     args = parser.parse_args(argv)
     if args.worker:
         work(json.loads(Path(args.worker).read_text()), line)

@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from unittest import mock
 
+import pytest
 import torch
 from harness import DemoWorld
 from torch import Tensor
@@ -128,3 +129,37 @@ def exported(trainer: Trainer, *, gradients: bool = False) -> dict[str, Tensor]:
     finally:
         for name, param in trainer.trainable:
             param.data = kept[name]
+
+
+def unequal(
+    tensors: dict[str, Tensor], expected: dict[str, Tensor], *, limit: float, power: float = torch.inf
+) -> dict[str, float]:
+    """Tensors whose difference is more than `limit` of their own size, and how much; power: which norm is the size."""
+    assert tensors.keys() == expected.keys()
+    gaps = {}
+    for name, tensor in tensors.items():
+        # No key bias changes what a softmax without rotation gives: its gradient is rounding, and so is its change.
+        scale = 0.1 if is_tower_key_bias(name) else float(expected[name].flatten().norm(power))
+        gaps[name] = float((tensor - expected[name]).flatten().norm(power)) / (scale or 1.0)
+    return {name: gap for name, gap in gaps.items() if gap > limit}
+
+
+def is_tower_key_bias(name: str) -> bool:
+    return name.startswith("vision_tower/") and name.endswith("k_proj.bias")
+
+
+def assert_equal_runs(recorded: Recorded, expected: Recorded, *, exact: bool = False, same_tokens: bool = True) -> None:
+    limit = 1e-10 if exact else 1e-5
+    assert len(recorded.stats) == len(expected.stats)
+    for ours, theirs in zip(recorded.stats, expected.stats, strict=True):
+        # A GRPO loss is a difference of terms near 1; other sequences than the reference's round otherwise.
+        assert ours.loss == pytest.approx(theirs.loss, rel=limit, abs=limit / (100 if same_tokens else 10))
+        assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=limit)
+        assert not same_tokens or ours.num_tokens == theirs.num_tokens
+        # A ratio or a KL of float32 is the exponential of a difference of log-probabilities around -6.
+        assert ours.metrics == pytest.approx(theirs.metrics, rel=limit if exact else 1e-4, abs=limit)
+    assert unequal(recorded.gradients, expected.gradients, limit=limit) == {}
+    # Adam divides an element by its own gradients, so one whose gradient is rounding moves by rounding: in float32 an
+    # element may differ by more than 1e-5 of the largest (one process differs from float64 as much), a tensor may not.
+    power = torch.inf if exact else 2
+    assert unequal(recorded.weights, expected.weights, limit=limit, power=power) == {}
