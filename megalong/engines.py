@@ -19,7 +19,8 @@ from megalong.parallel.layout import ParallelLayout
 from megalong.rollout.embedded import EmbeddedEngine
 from megalong.rollout.engine import RolloutEngine
 from megalong.rollout.transfer import Transport
-from megalong.rollout.vllm_engine import MODELS, VllmEngine, VllmSettings
+from megalong.rollout.vllm_engine import VllmEngine, VllmSettings
+from megalong.rollout.vllm_model import MODELS
 
 SHARES = {
     Transport.nccl: MEMORY_SHARE[EnginePlacement.disaggregated],

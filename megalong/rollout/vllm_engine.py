@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import shutil
@@ -28,16 +27,10 @@ from transformers import PreTrainedModel
 
 from megalong.records import WeightBucket, bucket_checksum
 from megalong.rollout.engine import Request, RolloutEngineError, Sampled, Sampling
+from megalong.rollout.shared_memory import memory_folder, shared_tensor
 from megalong.rollout.transfer import Transport, pack_bucket
+from megalong.rollout.vllm_model import write_config
 from megalong.rollout.weight_check import Update, WeightCheck
-
-MODELS = {
-    "qwen2": ("qwen2", "MediaQwen2"),
-    "qwen2_5_vl_text": ("qwen2", "MediaQwen2"),
-    "qwen3": ("qwen3", "MediaQwen3"),
-    "qwen3_vl_text": ("qwen3", "MediaQwen3Vl"),
-}
-"""The sampler model's config.model_type -> vLLM's model_type of the same sizes, and vllm_worker's class."""
 
 SERVER = "megalong.rollout.vllm_server"
 """Module that the engine's process runs."""
@@ -95,7 +88,7 @@ class VllmEngine:
         self._asleep = False
         self._group: Any = None  # of NCCL, with the engine's workers
         self._answers: list[Any] = []  # results that came while a collective was under way
-        self._folder = Path(tempfile.mkdtemp(prefix="megalong-engine-", dir=_memory_folder()))
+        self._folder = Path(tempfile.mkdtemp(prefix="megalong-engine-", dir=memory_folder()))
         write_config(model, self._folder, max_tokens=settings.max_tokens, eos_id=eos_id)
         self._connection = self._start()
         try:
@@ -380,43 +373,6 @@ class VllmEngine:
             f"the vLLM engine (process {self._process.pid}, GPUs {','.join(self.settings.devices) or 'none'}, exit "
             f"code {code}) {what} in {method}(). The end of {self.settings.log_file}:\n" + "\n".join(lines)
         )
-
-
-def write_config(model: PreTrainedModel, folder: Path, *, max_tokens: int, eos_id: int) -> None:
-    """config.json for vLLM: the sampler model's, as the vLLM model with the same layers. Raises ValueError for a model
-    that vllm_worker.py has no class for."""
-    config = model.config.to_dict()
-    if config["model_type"] not in MODELS:
-        raise ValueError(
-            f"the vLLM engine has no model for {config['model_type']!r} (it has {', '.join(MODELS)}); set "
-            "rollout.engine=embedded"
-        )
-    config["model_type"], architecture = MODELS[config["model_type"]]
-    config["architectures"] = [architecture]
-    config["eos_token_id"] = eos_id  # vLLM ends responses at the checkpoint's, too
-    config["max_position_embeddings"] = max(max_tokens, config["max_position_embeddings"])
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-
-
-def shared_tensor(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A file as a tensor. Raises RolloutEngineError when there is no room: a write would end the process (SIGBUS)."""
-    num_bytes = torch.Size(shape).numel() * dtype.itemsize
-    try:
-        with path.open("ab") as file:
-            os.posix_fallocate(file.fileno(), 0, num_bytes)
-    except OSError as error:
-        free = shutil.disk_usage(path.parent).free
-        raise RolloutEngineError(
-            f"{path}: {num_bytes / 2**30:.2f} GiB for the rollout engine, and {free / 2**30:.2f} are free "
-            f"({error.strerror}); give the container more shared memory (docker: --ipc=host or --shm-size) or lower "
-            "data.max_prompt_tokens"
-        ) from error
-    return torch.from_file(str(path), shared=True, size=num_bytes // dtype.itemsize, dtype=dtype).view(shape)
-
-
-def _memory_folder() -> str | None:
-    """A folder in memory, where the system has one."""
-    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
 def _free_port() -> int:

@@ -20,7 +20,8 @@ from megalong.config.errors import ConfigError
 from megalong.config.tree import RunConfig
 from megalong.engines import _takes_vllm
 from megalong.rollout.engine import RolloutEngineError
-from megalong.rollout.vllm_engine import shared_tensor, write_config
+from megalong.rollout.shared_memory import shared_tensor
+from megalong.rollout.vllm_model import write_config
 
 TRAINER = """
 import subprocess, sys, time, os
