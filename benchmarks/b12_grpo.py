@@ -149,7 +149,7 @@ def prepare(folder: Path, *, videos: int, tiny: bool) -> None:
 
 def table(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Medians over the steps of a part but the first, which waits for the first decoding."""
-    names = [name for name in rows[-1] if name.startswith((SECONDS, "sampler_gap"))]
+    names = [name for name in rows[-1] if name.startswith((SECONDS, "sampler_gap", "policy_lag", "tis_weight"))]
     names += ["reward", "grad_norm", "response_tokens", "tokens_per_second"]
     timed = rows[1:] or rows
     medians = {name: statistics.median(row[name] for row in timed if name in row) for name in names}

@@ -12,7 +12,8 @@ import torch
 from megalong.config.errors import ConfigError
 from megalong.config.tree import MEMORY_SHARE, EnginePlacement, RolloutConfig, RunConfig
 from megalong.config.tree import RolloutEngine as EngineChoice
-from megalong.config.validate import Task, vllm_problems
+from megalong.config.validate import Task
+from megalong.config.validate_rollout import vllm_problems
 from megalong.engine.build import TORCH_DTYPE, family_of
 from megalong.parallel.collectives import gather_objects
 from megalong.parallel.layout import ParallelLayout
@@ -39,7 +40,10 @@ def build_engine(config: RunConfig, layout: ParallelLayout, *, task: Task, eos_i
     path, dtype = Path(config.model.path), TORCH_DTYPE[config.model.dtype]
     with torch.device("meta"):
         model = family.sampler_model(path, dtype)
+    ahead = task == "grpo" and config.rollout.steps_off_policy > 0
     if not _takes_vllm(config, model.config.model_type, task=task, device=layout.device):
+        if ahead:
+            raise ConfigError([_not_beside_the_trainer("rollout.engine=auto takes the embedded engine here")])
         return EmbeddedEngine(
             family.sampler_model(path, dtype),
             name_of=family.sampler_name,
@@ -47,7 +51,7 @@ def build_engine(config: RunConfig, layout: ParallelLayout, *, task: Task, eos_i
             device=layout.device,
             batch_prompts=config.rollout.batch_prompts,
         )
-    settings = _settings(config, layout, task=task)
+    settings = _settings(config, layout, task=task, ahead=ahead)
     has_engine = gather_objects(settings is not None, group=layout.replica)
     if not any(has_engine):
         raise ConfigError(
@@ -83,11 +87,20 @@ def _takes_vllm(config: RunConfig, model_type: str, *, task: Task, device: torch
     return takes
 
 
-def _settings(config: RunConfig, layout: ParallelLayout, *, task: Task) -> VllmSettings | None:
-    """Of the engine that this rank drives; None without one."""
+def _not_beside_the_trainer(why: str) -> str:
+    return (
+        f"rollout.steps_off_policy=1 samples while the trainer works, but {why}; leave rollout.engine_tp GPUs of each "
+        "node to vLLM (start fewer processes, rollout.engine=vllm, rollout.placement=disaggregated), or set it to 0"
+    )
+
+
+def _settings(config: RunConfig, layout: ParallelLayout, *, task: Task, ahead: bool) -> VllmSettings | None:
+    """Of the engine that this rank drives; None without one. ahead: it must not share the trainer's GPUs."""
     rollout = config.rollout
     local_rank, local_size = (int(os.environ.get(name, default)) for name, default in _LOCAL.items())
     devices, transport = place_engine(rollout, _gpu_names(layout.device), local_rank=local_rank, local_size=local_size)
+    if ahead and transport is Transport.ipc:
+        raise ConfigError([_not_beside_the_trainer("rollout.placement=auto puts the engines on its GPUs here")])
     if devices is None:
         return None
     temperature = config.eval.temperature if task == "eval" else rollout.temperature

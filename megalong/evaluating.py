@@ -53,6 +53,8 @@ def evaluate_policy(run: Run, samples: Sequence[Sample], *, name: str, step: int
     dropped.jsonl: accuracy is over the whole manifest.
     """
     settings, layout = run.config.eval, run.layout
+    with run.timer.during("rollout"):
+        run.sampler.settle()
     first, last = shard_range(len(samples), layout.dp_rank, layout.dp_size)
     mine = samples[first:last]
     sampling = Sampling(
@@ -69,7 +71,7 @@ def evaluate_policy(run: Run, samples: Sequence[Sample], *, name: str, step: int
     for at in range(0, len(mine), settings.batch_prompts):
         batch = mine[at : at + settings.batch_prompts]
         with run.timer.during("eval"):
-            run.vision.release()
+            run.release_videos()
             prompts, unusable = plan_prompts(run, batch)
             prompts, unreadable = make_ready(run, prompts)
             embeds = run.vision.embeddings_of(prompts, run.sampler.owners(len(prompts)))

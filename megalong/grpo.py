@@ -19,9 +19,9 @@ from megalong.objectives.advantages import group_advantages, has_spread
 from megalong.objectives.aggregation import row_weights
 from megalong.objectives.policy_loss import PolicyLossSettings, policy_loss
 from megalong.parallel.collectives import gather_objects, sum_over
-from megalong.records import Dropped, PolicyBatch, Prompt, ScoredGroup, StepStats
+from megalong.records import Dropped, PolicyBatch, RolloutGroup, ScoredGroup, StepStats
 from megalong.rewards.score import check_weights, score_groups
-from megalong.rollout.engine import Sampling
+from megalong.rollouts import RolloutsAhead, begin_rollouts
 from megalong.run import PromptBatches, Run, open_run, read_samples
 from megalong.sft import log_step
 from megalong.timeline import plot_timeline
@@ -36,21 +36,26 @@ def train_grpo(config: RunConfig, timer: PhaseTimer | None = None) -> None:
     settings = loss_settings(config)  # of a validated config
     batches = PromptBatches(run, samples, batch_size=config.grpo.batch_size)
     total = config.grpo.steps * config.grpo.updates_per_batch
+    ahead = RolloutsAhead(run, batches, total=total) if config.rollout.steps_off_policy else None
     if held_out:
         evaluate_if_due(run, held_out, step=run.trainer.step, total=total)
     for step in run.steps(total):
         started = time.perf_counter()
-        scored, dropped = sample_groups(run, batches, step=step)
+        if ahead is not None:
+            groups, dropped = ahead.take(step)
+            scored = score(run, groups)
+        else:
+            scored, dropped = sample_groups(run, batches, step=step)
         with run.timer("logprob"):
             updates = add_logprobs(run, pack_updates(run, scored))
         with run.timer("train"):
             stats = [run.trainer.train_step(tokens_of(b), grpo_loss(run, b, settings), temperature=temperature(run))
                      for b in updates]  # fmt: skip
         log_rollouts(run, step, scored, stats, dropped, seconds=time.perf_counter() - started)
-        run.save_if_due(batches)
+        run.save_if_due(ahead or batches)
         if held_out and run.trainer.step < total:
             evaluate_if_due(run, held_out, step=run.trainer.step, total=total)
-    run.save(batches)
+    run.save(ahead or batches)
     if run.trainer.step == total:
         if held_out:
             evaluate_if_due(run, held_out, step=total, total=total)
@@ -110,47 +115,23 @@ def sample_batch(
     run: Run, batches: PromptBatches, *, step: int, seen: Counter[str]
 ) -> tuple[list[ScoredGroup], list[Dropped]]:
     """One batch of prompts, G responses each, scored. `seen` counts what the step has had before, and this batch."""
-    config = run.config
     with run.timer("data"):
         prompts, dropped = next(batches)
+    pending = begin_rollouts(run, prompts, step=step, seen=seen)
     with run.timer("rollout"):
-        embeds = run.vision.embeddings_of(prompts, run.sampler.owners(len(prompts)))
-    with run.timer("sync"):
-        run.sync_weights()  # not before: an engine on the trainer's GPUs sleeps but for sampling
-    with run.timer("rollout"):
-        sampling = Sampling(
-            group_size=config.rollout.group_size,
-            max_tokens=config.data.max_response_tokens,
-            temperature=config.rollout.temperature,
-            top_p=config.rollout.top_p,
-            top_k=config.rollout.top_k,
-        )
-        repeats = count_repeats(run, prompts, seen)
-        groups = run.sampler.sample(prompts, embeds, sampling=sampling, step=step, repeats=repeats)
+        groups = run.sampler.finish(pending)
         run.sampler.release()
+    return score(run, groups), dropped
+
+
+def score(run: Run, groups: Sequence[RolloutGroup]) -> list[ScoredGroup]:
     with run.timer("reward"):
-        scored = score_groups(
+        return score_groups(
             groups,
-            weights=config.reward.weights,
-            overlong_buffer=config.reward.overlong_buffer,
-            max_response_tokens=config.data.max_response_tokens,
+            weights=run.config.reward.weights,
+            overlong_buffer=run.config.reward.overlong_buffer,
+            max_response_tokens=run.config.data.max_response_tokens,
         )
-    return scored, dropped
-
-
-def count_repeats(run: Run, prompts: Sequence[Prompt], seen: Counter[str]) -> list[int]:
-    """How many times the step has had each prompt's sample before, in the order of the global batch. Adds to `seen`.
-
-    A batch that runs from one epoch into the next, or is longer than the data, has a sample twice.
-    """
-    repeats = []
-    everywhere = gather_objects([prompt.sample.sample_id for prompt in prompts], group=run.layout.dp)
-    for rank, names in enumerate(everywhere):
-        for name in names:
-            if rank == run.layout.dp_rank:
-                repeats.append(seen[name])
-            seen[name] += 1
-    return repeats
 
 
 def only_with_spread(
@@ -262,7 +243,9 @@ def log_rollouts(
     seconds: float,
 ) -> None:  # fmt: skip
     """Rewards and lengths over all replicas on top of the train step's metrics; a few rollouts to samples.jsonl."""
-    sums = {"responses": 0.0, "reward": 0.0, "response_tokens": 0.0, "truncated": 0.0, "spread": 0.0, "groups": 0.0}
+    names = ("responses", "reward", "response_tokens", "truncated", "policy_lag", "spread", "groups")
+    sums = dict.fromkeys(names, 0.0)
+    version = run.trainer.num_updates - sum(not item.skipped for item in stats)  # of the weights the step began with
     for item in scored:
         sums["groups"] += 1
         sums["spread"] += float(has_spread(item))
@@ -270,6 +253,7 @@ def log_rollouts(
         sums["reward"] += float(item.rewards_G.sum())
         sums["response_tokens"] += sum(map(len, item.group.response_ids))
         sums["truncated"] += sum(item.group.truncated)
+        sums["policy_lag"] += len(item.rewards_G) * (version - item.group.weights_version)
         for name, column_G in zip(item.part_names, item.parts_GK.T, strict=True):
             sums[f"reward/{name}"] = sums.get(f"reward/{name}", 0.0) + float(column_G.sum())
     sums = merge_sums(gather_objects(sums, group=run.layout.dp))

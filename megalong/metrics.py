@@ -2,7 +2,9 @@
 
 The only home of TensorBoard and Weights & Biases. Names of metrics that the step line, the curves and the tables look
 for: `reward` (weighted mean over responses), `reward/<function>`, `kl`, `entropy`, `response_tokens`,
-`sampler_gap_sum` (weighted mean of |trainer - sampler| log-probability), `sampler_gap_max`, `loss`, `grad_norm`,
+`sampler_gap_sum` (weighted mean of |trainer - sampler| log-probability), `sampler_gap_max`, `policy_lag` (updates from
+the weights that sampled to those that the step began with: with rollout.steps_off_policy=1 those of one step, which
+the gap then includes), `tis_weight` (weighted mean of the truncated importance weights), `loss`, `grad_norm`,
 `learning_rate`, `tokens_per_second`, `seconds/<phase>`. Steps count from 1: a step's number is how many updates were
 made after it; 0 is before training.
 """
@@ -43,6 +45,7 @@ STEP_LINE: tuple[tuple[str, str, str], ...] = (
     ("response_tokens", "len", ".1f"),
     ("sampler_gap_sum", "gap", ".4f"),
     ("sampler_gap_max", "gap max", ".4f"),
+    ("policy_lag", "lag", ".0f"),
     ("grad_norm", "grad", ".3f"),
     ("dropped", "dropped", ".0f"),
     ("tokens_per_second", "tok/s", ",.0f"),

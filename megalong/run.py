@@ -9,7 +9,7 @@ import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -55,6 +55,7 @@ class Run:
     weights_version: int = -1  # of the sampler
     stop_requested: bool = False
     step_before: int = 0  # trainer.step when the loop's current round began
+    ahead: Sequence[Prompt] = ()  # of a later step: their videos stay in memory
 
     def sync_weights(self) -> None:
         """Send the trainer's weights to the sampler, unless it has them already."""
@@ -74,31 +75,35 @@ class Run:
         try:
             while self.trainer.step < total and not self._stop_anywhere():
                 self.step_before = self.trainer.step
-                self.vision.release()
+                self.release_videos()
                 yield self.trainer.step + 1
                 bar.update(self.trainer.step - self.step_before)
         finally:
             bar.close()
             signal.signal(signal.SIGTERM, previous)
 
+    def release_videos(self) -> None:
+        """Let go of the videos that nobody needs any more."""
+        self.vision.release(keep=[item for prompt in self.ahead for item in prompt.selections])
+
     def _stop_anywhere(self) -> bool:
         flags = {"stop": float(self.stop_requested)}
         self.stop_requested = bool(max_over(flags, group=self.layout.world, device=self.layout.device)["stop"])
         return self.stop_requested
 
-    def save(self, batches: PromptBatches) -> Path:
+    def save(self, data: Resumable) -> Path:
         """Checkpoint under <run_dir>/checkpoints (collective)."""
         with self.timer.during("checkpoint"):
             return save_checkpoint(
                 checkpoint_folder(self.config),
                 self.trainer,
-                extra={"sampler": batches.position},
+                extra=data.state_dict(),
                 keep=self.config.checkpoint.keep,
             )
 
-    def save_if_due(self, batches: PromptBatches) -> None:
+    def save_if_due(self, data: Resumable) -> None:
         if self.is_due(self.config.checkpoint.save_every):
-            self.save(batches)
+            self.save(data)
 
     def is_due(self, every: int) -> bool:
         """Whether this round, which may hold several optimizer steps, reached a multiple of `every` (0: never)."""
@@ -129,6 +134,13 @@ class Run:
         self.logger.close()
 
 
+class Resumable(Protocol):
+    """Where a run is in its data."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `Run.resumed` is when the run continues, equal on all ranks (collective)."""
+
+
 class PromptBatches:
     """This replica's prompts, batch by batch, videos decoded (and encoded, for a frozen tower); decodes one ahead."""
 
@@ -149,6 +161,10 @@ class PromptBatches:
         prompts, unreadable = make_ready(self.run, prompts)
         self._ahead = self._plan()
         return prompts, [*dropped, *unreadable]
+
+    def state_dict(self) -> dict[str, Any]:
+        """See Resumable."""
+        return {"sampler": self.position}
 
     def _plan(self) -> tuple[list[Prompt], list[Dropped]]:
         prompts, dropped = plan_prompts(self.run, [self.samples[index] for index in next(self._order)])

@@ -128,6 +128,8 @@ def plan(config: RunConfig, task: Task, shape: ModelShape, *, note: str = "") ->
     of_video = _video_embeddings(config, shape, lengths=lengths)
     share = -(-of_video // layout.replica)
     stages = [_memory(config, task, shape, layout=layout, lengths=lengths, stage=stage) for stage in range(layout.pp)]
+    # Videos of a step stay in memory, and those of the step that is being sampled for.
+    batches = 1 + config.rollout.steps_off_policy if task == "grpo" else 1
     return Plan(
         task=task,
         config_text=config_yaml(config),
@@ -140,7 +142,7 @@ def plan(config: RunConfig, task: Task, shape: ModelShape, *, note: str = "") ->
         video_embeddings=of_video,
         host_store=round(config.video.cache_gib * GIB) if kept else 0,
         # Pinned host memory comes in powers of two.
-        step_store=-(-batch_size // layout.dp) * (1 << (share - 1).bit_length()) if kept else 0,
+        step_store=batches * -(-batch_size // layout.dp) * (1 << (share - 1).bit_length()) if kept else 0,
         host_activations=0 if task == "eval" else _host_activations(config, shape, layout=layout, lengths=lengths),
         flops=_flops(config, task, shape, lengths=lengths, batch_size=batch_size, shared=True),
         engine=_engine(config, task, shape, layout=layout, lengths=lengths),

@@ -57,6 +57,8 @@ def plan_engine(
         memory["deepstack embeddings of a step"] = rollout.prefill_tokens * element * deepstack
     asked = [rollout.placement]
     if rollout.placement is EnginePlacement.auto:
-        asked = [EnginePlacement.disaggregated, EnginePlacement.colocated]
+        asked = [EnginePlacement.disaggregated]
+        if not rollout.steps_off_policy:
+            asked.append(EnginePlacement.colocated)
     shares = {placement: rollout.memory_share or MEMORY_SHARE[placement] for placement in asked}
     return EnginePlan(gpus=tp, shares=shares, memory=memory, trainer=trainer)

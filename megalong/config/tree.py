@@ -215,6 +215,10 @@ class RolloutConfig:
     top_p: float = 1.0
     top_k: int = 0
     """0: off."""
+    steps_off_policy: int = 0
+    """0: on-policy, a step trains on responses of the weights that it starts from. 1: the engines sample for the next
+    step while this one trains, so responses are of the weights of one step before. Needs vLLM beside the trainer
+    (disaggregated), and grpo.tis_cap; not with grpo.dynamic_sampling, which samples until a batch is full."""
     batch_prompts: int = 8
     """Prompts that one generate call of the embedded engine takes together."""
     placement: EnginePlacement = EnginePlacement.auto
@@ -260,7 +264,8 @@ class GrpoConfig:
     """DAPO: drop groups whose accuracy has no spread and refill the batch."""
     dynamic_sampling_max_batches: int = 20
     tis_cap: float = 0.0
-    """Truncated importance sampling between sampler and trainer: weight min(pi_old/pi_sampler, cap); 0: off."""
+    """Truncated importance sampling between sampler and trainer: weight min(pi_old/pi_sampler, cap); 0: off. It also
+    corrects for the older weights of rollout.steps_off_policy=1."""
 
 
 @dataclass

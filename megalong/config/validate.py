@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from megalong.config.errors import ConfigError
 from megalong.config.model_shape import ModelShape
 from megalong.config.tree import AdvantageKind, AttentionKernel, FrameSampling, Recompute, RolloutEngine, RunConfig
+from megalong.config.validate_rollout import off_policy_problems, vllm_problems
 
 Task = Literal["sft", "grpo", "eval", "check-sync", "cache-embeddings"]
 
@@ -139,6 +140,7 @@ _ROLLOUT_BOUNDS: tuple[_Bound, ...] = (
     _Bound("rollout.temperature", 0, above=True),
     _Bound("rollout.top_p", 0, 1, above=True),
     _Bound("rollout.top_k", 0),
+    _Bound("rollout.steps_off_policy", 0, 1),
     _Bound("rollout.batch_prompts", 1),
     _Bound("rollout.engine_tp", 1),
     _Bound("rollout.engines_per_node", 1),
@@ -344,18 +346,6 @@ def _batch_problems(config: RunConfig, task: Task, *, world_size: int) -> Iterat
         )
 
 
-def vllm_problems(config: RunConfig) -> Iterator[str]:
-    """What vLLM cannot sample for training; rollout.engine=auto is checked when it has taken vLLM."""
-    rollout = config.rollout
-    cut = [name for name, off in (("top_p", 1.0), ("top_k", 0)) if getattr(rollout, name) != off]
-    if cut and rollout.temperature != 1:
-        yield (
-            f"rollout.engine={rollout.engine.name} takes vLLM, with rollout.temperature={rollout.temperature:g} and "
-            f"rollout.{cut[0]}={getattr(rollout, cut[0])}: vLLM reports log-probabilities either at temperature 1 or "
-            "after the cut, and the trainer's are at the temperature and before it; change one of the two"
-        )
-
-
 def _grpo_problems(config: RunConfig) -> Iterator[str]:
     weights = {str(name): weight for name, weight in config.reward.weights.items()}
     if not any(weights.values()):
@@ -374,6 +364,8 @@ def _grpo_problems(config: RunConfig) -> Iterator[str]:
             "grpo.dynamic_sampling=true keeps groups whose accuracy varies, but reward.weights has no accuracy; "
             "add reward.weights.accuracy or turn dynamic sampling off"
         )
+    if config.rollout.steps_off_policy:
+        yield from off_policy_problems(config)
 
 
 def _evaluation_problems(config: RunConfig, task: Task) -> Iterator[str]:

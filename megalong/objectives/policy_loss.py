@@ -78,7 +78,8 @@ def policy_loss(
     Second result, all [] and detached. Sums weighted by weights_R (row_weights): added up over micro-batches
     and replicas they are means over the global batch, of the kind the aggregation defines:
     policy_loss and kl_loss (they add up to loss), ratio, clip_fraction_low, clip_fraction_high,
-    sampler_gap_sum (|old - sampler|), kl (k3, when ref is given), tis_weight (when tis_cap > 0).
+    sampler_gap_sum (|old - sampler|, which includes what the policy changed since it sampled), kl (k3, when ref is
+    given), tis_weight (when tis_cap > 0).
     sampler_gap_max alone is a maximum, 0 without rows: reduce it with max.
     Raises ValueError for shapes that differ, or kl_coef > 0 without ref_logprobs_R.
     """

@@ -103,6 +103,15 @@ class EmbeddedEngine:
             del bucket  # its memory is the next one's
         update.end()
 
+    def begin(self, requests: Sequence[Request], *, sampling: Sampling) -> None:
+        """See RolloutEngine. It shares the trainer's device, so it samples when it is waited for."""
+        self._begun = requests, sampling
+
+    def finish(self) -> list[list[Sampled]]:
+        requests, sampling = self._begun
+        del self._begun
+        return self.generate(requests, sampling=sampling)
+
     @torch.no_grad()
     def generate(self, requests: Sequence[Request], *, sampling: Sampling) -> list[list[Sampled]]:
         """See RolloutEngine. Prompts are batched (left-padded) `batch_prompts` at a time, similar lengths together."""

@@ -82,8 +82,15 @@ class RolloutEngine(Protocol):
         """Take an update. The first one holds every weight; later ones may leave out frozen weights.
         Raises WeightSyncError and keeps refusing to generate when an update is wrong."""
 
+    def begin(self, requests: Sequence[Request], *, sampling: Sampling) -> None:
+        """Ask for G responses of each request. An engine beside the trainer works on them while the trainer goes on.
+        Until finish() nothing else can be asked of it but close()."""
+
+    def finish(self) -> list[list[Sampled]]:
+        """Wait for the responses to the requests begun last: G of each, in order."""
+
     def generate(self, requests: Sequence[Request], *, sampling: Sampling) -> list[list[Sampled]]:
-        """G responses of each request, in order."""
+        """begin(), then finish()."""
 
     @property
     def version(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,8 +25,22 @@ def response_seeds(sample_id: str, *, seed: int, step: int, repeat: int, group_s
     return tuple(zlib.crc32(f"{seed}/{step}/{sample_id}/{first + index}".encode()) for index in range(group_size))
 
 
+@dataclass(kw_only=True, slots=True)
+class PendingGroups:
+    """What begin() gives out and finish() takes."""
+
+    prompts: list[Prompt]
+    version: int  # of the weights that sample
+    asked: bool  # whether this rank's engine has a share of the prompts
+    groups: list[RolloutGroup] | None = None  # once they are there
+
+
 class GroupSampler:
-    """Samples G responses per prompt with the weights loaded last."""
+    """Samples G responses per prompt with the weights loaded last. All methods are collective over the replica.
+
+    One batch at a time: load_weights, release and begin wait for the batch begun before, whose groups are kept for
+    its finish().
+    """
 
     def __init__(
         self,
@@ -43,10 +58,12 @@ class GroupSampler:
         self.needs_weights = False  # before the next sample, all of them
         flags = gather_objects(engine is not None, group=layout.replica)
         self._released = False
+        self._pending: PendingGroups | None = None  # what the engines are sampling
         self._drivers = [rank for rank, has_engine in enumerate(flags) if has_engine]
 
     def load_weights(self, buckets: Iterable[WeightBucket], *, version: int) -> None:
         """See RolloutEngine. A rank without an engine takes part in making the buckets."""
+        self.settle()
         self._make_room()
         if self.engine is None:
             for bucket in buckets:
@@ -56,7 +73,8 @@ class GroupSampler:
         self.version, self.needs_weights = version, False
 
     def release(self) -> None:
-        """The engines give back the memory that the trainer needs, until the next load_weights or sample."""
+        """The engines give back the memory that the trainer needs, until the next load_weights or begin."""
+        self.settle()
         if self.engine is not None:
             self.engine.release()
         lost = self.engine is not None and self.engine.needs_weights
@@ -85,11 +103,24 @@ class GroupSampler:
         step: int,
         repeats: Sequence[int] | None = None,
     ) -> list[RolloutGroup]:
-        """One group per prompt, in order, equal on every rank of the replica.
+        """begin(), then finish()."""
+        return self.finish(self.begin(prompts, embeds, sampling=sampling, step=step, repeats=repeats))
+
+    def begin(
+        self,
+        prompts: Sequence[Prompt],
+        embeds: Sequence[Tensor | None],
+        *,
+        sampling: Sampling,
+        step: int,
+        repeats: Sequence[int] | None = None,
+    ) -> PendingGroups:
+        """Ask the engines for one group per prompt.
 
         embeds: [N, D'] of each prompt that this rank owns (owners); the others' are not read. repeats: how many times
         this step, on any replica, has had each prompt's sample before; by default no sample comes twice.
         """
+        self.settle()
         self._make_room()
         repeats = repeats or [0] * len(prompts)
         here = [owner == self.layout.replica_rank for owner in self.owners(len(prompts))]
@@ -110,22 +141,44 @@ class GroupSampler:
             for prompt, embeds_ND, repeat, is_mine in zip(prompts, embeds, repeats, here, strict=True)
             if is_mine
         ]
-        mine = self.engine.generate(requests, sampling=sampling) if requests else []
+        if requests:
+            self.engine.begin(requests, sampling=sampling)
+        self._pending = PendingGroups(prompts=list(prompts), version=self.version, asked=bool(requests))
+        return self._pending
+
+    def finish(self, pending: PendingGroups) -> list[RolloutGroup]:
+        """The groups of a batch, waited for: in the order of its prompts, equal on every rank of the replica."""
+        if pending is self._pending:
+            self.settle()
+        return pending.groups
+
+    def settle(self) -> None:
+        """Wait for the batch that the engines are sampling, if there is one."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        mine = self.engine.finish() if pending.asked else []
         everyone = [group for part in gather_objects(mine, group=self.layout.replica) for group in part]
-        return [self._group(prompt, sampled) for prompt, sampled in zip(prompts, everyone, strict=True)]
+        pending.groups = self.groups_of(pending.prompts, everyone, version=pending.version)
+
+    def groups_of(
+        self, prompts: Sequence[Prompt], everyone: Sequence[Sequence[Sampled]], *, version: int
+    ) -> list[RolloutGroup]:
+        """The records of responses to the prompts, sampled with the weights of a version."""
+        return [
+            RolloutGroup(
+                prompt=prompt,
+                response_ids=tuple(response.ids for response in sampled),
+                logprobs=tuple(response.logprobs for response in sampled),
+                texts=tuple(self.decode(response.ids) for response in sampled),
+                truncated=tuple(response.truncated for response in sampled),
+                weights_version=version,
+            )
+            for prompt, sampled in zip(prompts, everyone, strict=True)
+        ]
 
     def owners(self, num_prompts: int) -> list[int]:
         """The rank of the replica that samples each prompt."""
         size = len(self._drivers)
         shares = [shard_range(num_prompts, index, size) for index in range(size)]
         return [self._drivers[index] for index, (first, last) in enumerate(shares) for _ in range(first, last)]
-
-    def _group(self, prompt: Prompt, sampled: Sequence[Sampled]) -> RolloutGroup:
-        return RolloutGroup(
-            prompt=prompt,
-            response_ids=tuple(response.ids for response in sampled),
-            logprobs=tuple(response.logprobs for response in sampled),
-            texts=tuple(self.decode(response.ids) for response in sampled),
-            truncated=tuple(response.truncated for response in sampled),
-            weights_version=self.version,
-        )

@@ -86,6 +86,7 @@ class VllmEngine:
         self.prefilled_tokens = 0  # prompt tokens computed since the start
         self.handover_seconds = 0.0  # spent on embeddings on their way to the engine, since the start
         self._asleep = False
+        self._begun: Any = None  # requests and their embeddings' file, from begin() to finish()
         self._group: Any = None  # of NCCL, with the engine's workers
         self._answers: list[Any] = []  # results that came while a collective was under way
         self._folder = Path(tempfile.mkdtemp(prefix="megalong-engine-", dir=memory_folder()))
@@ -154,7 +155,7 @@ class VllmEngine:
         damaged = [index for index, flag in enumerate(sent.damaged) if flag]
         return f"a bucket's checksum is wrong (number {damaged[0]})" if damaged else wrong
 
-    def generate(self, requests: Sequence[Request], *, sampling: Sampling) -> list[list[Sampled]]:
+    def begin(self, requests: Sequence[Request], *, sampling: Sampling) -> None:
         """See RolloutEngine. Embeddings are handed over once per prompt, and its keys and values computed once."""
         self.weights.require()
         for request in requests:
@@ -167,13 +168,24 @@ class VllmEngine:
         media = self._write_media([request.embeds_ND for request in requests if request.embeds_ND is not None])
         self.handover_seconds += time.perf_counter() - started
         stripped = [replace(request, embeds_ND=None) for request in requests]
-        groups, cached = self._call("generate", stripped, sampling=sampling, media=media)
+        self._send("generate", stripped, sampling=sampling, media=media)
+        self._begun = stripped, media
+
+    def finish(self) -> list[list[Sampled]]:
+        """See RolloutEngine."""
+        (requests, media), self._begun = self._begun, None
+        groups, cached = self._answer("generate")
         if media is not None:
             Path(media[0]).unlink()
         self.prefilled_tokens += sum(
             len(request.ids_P) - reused for request, group in zip(requests, cached, strict=True) for reused in group
         )
         return groups
+
+    def generate(self, requests: Sequence[Request], *, sampling: Sampling) -> list[list[Sampled]]:
+        """See RolloutEngine."""
+        self.begin(requests, sampling=sampling)
+        return self.finish()
 
     def release(self) -> None:
         """Give the GPU's memory back until the next load_weights (or generate, when weights are kept)."""
@@ -322,6 +334,8 @@ class VllmEngine:
         return self._answer(method)
 
     def _send(self, method: str, *args: Any, **kwargs: Any) -> None:
+        if self._begun is not None:  # the next answer is that of generate()
+            raise RuntimeError(f"{method}() was asked of an engine that samples; call finish() first")
         try:
             # Not send(): torch teaches it to share tensors, by handles that end with this process.
             self._connection.send_bytes(pickle.dumps((method, args, kwargs)))

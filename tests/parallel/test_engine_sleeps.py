@@ -40,10 +40,13 @@ class Sleeper:
         self.engine.load_weights(buckets, version=version)
         self.awake, self.needs_weights = True, False
 
-    def generate(self, requests: Sequence[Request], *, sampling: Sampling) -> list[list[Sampled]]:
+    def begin(self, requests: Sequence[Request], *, sampling: Sampling) -> None:
         if self.needs_weights:
             raise AssertionError("asked to sample without weights")
-        return self.engine.generate(requests, sampling=sampling)
+        self.engine.begin(requests, sampling=sampling)
+
+    def finish(self) -> list[list[Sampled]]:
+        return self.engine.finish()
 
     def release(self) -> None:
         self.awake, self.needs_weights = False, True

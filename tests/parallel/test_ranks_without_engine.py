@@ -29,7 +29,11 @@ class FakeEngine:
         self.sums = [int(bucket.checksum) for bucket in buckets]
         self.version, self.needs_weights = version, False
 
-    def generate(self, requests: Sequence[Request], *, sampling: Sampling) -> list[list[Sampled]]:
+    def begin(self, requests: Sequence[Request], *, sampling: Sampling) -> None:
+        self.begun = requests
+
+    def finish(self) -> list[list[Sampled]]:
+        requests, self.begun = self.begun, None
         self.asked += [str(request.ids_P[0]) for request in requests]
         return [
             [

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from megalong import engines
 from megalong.config.errors import ConfigError
-from megalong.config.tree import EnginePlacement, RolloutConfig
+from megalong.config.tree import EnginePlacement, RolloutConfig, RunConfig
 from megalong.engines import place_engine
 from megalong.rollout.transfer import Transport
 
@@ -77,6 +79,31 @@ def test_engines_that_do_not_fit_are_refused(asked: tuple[str, dict[str, int]], 
     placement, sizes = asked
     with pytest.raises(ConfigError, match=re.escape(message)):
         placed(placement, **sizes)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "engine", "message"),
+    [
+        (2, "vllm", "but rollout.placement=auto puts the engines on its GPUs here; leave rollout.engine_tp GPUs"),
+        (0, "auto", "but rollout.engine=auto takes the embedded engine here"),
+    ],
+)
+def test_an_engine_that_shares_the_trainer_s_gpus_cannot_sample_ahead(
+    gpus: int, engine: str, message: str, monkeypatch: pytest.MonkeyPatch, layout: object, tiny_checkpoint: Path
+) -> None:
+    """What validate() cannot know: where `auto` leads. Evaluations of the same recipe wait for their samples."""
+    config = OmegaConf.structured(RunConfig)
+    overrides = [f"rollout.engine={engine}", "rollout.steps_off_policy=1", f"model.path={tiny_checkpoint}"]
+    config.merge_with_dotlist([*overrides, "model.dtype=float32", "logger.run_dir=r"])
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(engines, "_gpu_names", lambda device: list(GPUS[:gpus]))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    with pytest.raises(
+        ConfigError, match=re.escape(f"rollout.steps_off_policy=1 samples while the trainer works, {message}")
+    ):
+        engines.build_engine(config, layout, task="grpo", eos_id=0)
+    if gpus == 0:
+        assert engines.build_engine(config, layout, task="check-sync", eos_id=0) is not None
 
 
 def test_gpus_are_called_what_the_environment_calls_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megalong import evaluating, grpo, sft
+from megalong import evaluating, grpo, rollouts, sft
 from megalong import run as run_module
 from megalong.config.tree import AdvantageKind, Aggregation, LearningRateSchedule, OptimizerConfig, RunConfig
 from megalong.engine.trainer import learning_rate, merge_sums
@@ -194,7 +194,7 @@ class Sampler:
     def release(self) -> None:
         """Nothing sleeps here; tests/parallel/test_engine_sleeps.py is about that."""
 
-    def sample(
+    def begin(
         self,
         prompts: Sequence[Prompt],
         embeds: Sequence[Tensor | None],
@@ -202,11 +202,14 @@ class Sampler:
         sampling: object,
         step: int,
         repeats: list[int],
-    ) -> list[RolloutGroup]:
+    ) -> Sequence[Prompt]:
         self.repeats.append(repeats)
+        return prompts
+
+    def finish(self, pending: Sequence[Prompt]) -> list[RolloutGroup]:
         return [
             group(item.sample.sample_id, [RIGHT if item.sample.sample_id in self.mixed else WRONG, WRONG])
-            for item in prompts
+            for item in pending
         ]
 
 
@@ -262,8 +265,8 @@ def test_repeats_are_counted_over_the_step_in_the_order_of_the_global_batch(
     run = fake_run(SimpleNamespace(dp=None, dp_rank=rank))
     seen: Counter[str] = Counter()
     for batch, expected in zip(batches, want, strict=True):
-        monkeypatch.setattr(grpo, "gather_objects", lambda item, group, batch=batch: [list(part) for part in batch])
-        assert grpo.count_repeats(run, [prompt(name) for name in batch[rank]], seen) == expected
+        monkeypatch.setattr(rollouts, "gather_objects", lambda item, group, batch=batch: [list(part) for part in batch])
+        assert rollouts.count_repeats(run, [prompt(name) for name in batch[rank]], seen) == expected
 
 
 # ---- from rewards to packs and losses
@@ -428,10 +431,10 @@ def test_prompt_batches_save_the_place_of_what_was_handed_out(layout: object, mo
 def test_run_steps_stop_after_the_step_in_progress_on_sigterm(layout: object) -> None:
     trainer = SimpleNamespace(step=3)
     seen: list[int] = []
-    released: list[int] = []
+    released: list[tuple[int, list]] = []
     run = run_module.Run(
         config=RunConfig(), layout=layout, trainer=trainer, builder=None, sampler=None, logger=None, timer=None,
-        vision=SimpleNamespace(release=lambda: released.append(len(seen))), resumed={},
+        vision=SimpleNamespace(release=lambda *, keep: released.append((len(seen), keep))), resumed={},
     )  # fmt: skip
     before = signal.getsignal(signal.SIGTERM)
     for step in run.steps(9):
@@ -440,7 +443,7 @@ def test_run_steps_stop_after_the_step_in_progress_on_sigterm(layout: object) ->
         if step == 5:
             os.kill(os.getpid(), signal.SIGTERM)
     assert seen == [4, 5]
-    assert released == [0, 1], "each step starts without the videos of the one before"
+    assert released == [(0, []), (1, [])], "each step starts without the videos of the one before"
     assert signal.getsignal(signal.SIGTERM) is before
 
 

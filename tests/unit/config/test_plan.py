@@ -231,6 +231,8 @@ def test_the_embedding_store_per_video_and_rank(recipe: Path, shape: ModelShape)
     text = " ".join(render(small).split())
     assert "GPU memory per process, at most 1.50 GiB host memory per process, at most 2.00 GiB" in text
     assert "4.00 GiB, does NOT fit" in text
+    ahead = planned(recipe, shape, overrides=("rollout.steps_off_policy=1", "grpo.tis_cap=2"))
+    assert ahead.step_store == 2 * result.step_store, "the next step's videos, too"
     off = planned(recipe, shape, overrides=("video.cache_embeddings=false", "video.cache_gpu_gib=1"))
     assert (off.host_store, off.step_store, GPU_STORE in off.memory) == (0, 0, False)
     assert "# embedding store (off) embeddings of a video 6.152 GiB" in " ".join(render(off).split())
@@ -306,6 +308,8 @@ def test_an_engine_beside_the_trainer_needs_room_for_both(recipe: Path, shape: M
     assert "colocated: the trainer keeps" not in render(
         planned(recipe, shape, overrides=("rollout.placement=disaggregated",))
     )
+    assert list(engine_of(recipe, shape, "rollout.placement=auto").shares) == [DISAGGREGATED, COLOCATED]
+    assert list(engine_of(recipe, shape, "rollout.steps_off_policy=1", "grpo.tis_cap=2").shares) == [DISAGGREGATED]
     more = engine_of(recipe, shape, colocated, "video.cache_gpu_gib=5")
     assert more.trainer == engine_of(recipe, shape, colocated).trainer + 5 * GIB
     less = engine_of(recipe, shape, colocated, "eval.manifest=e.jsonl", task="eval")

@@ -121,6 +121,27 @@ CASES: list[tuple[Task, list[str], list[str]]] = [
     ("grpo", ["reward.weights.format=.nan"], ["reward.weights.format=nan must be a finite number"]),
     ("grpo", ["reward.overlong_buffer=4096"], ["longer than data.max_response_tokens=2048"]),
     ("grpo", ["reward.weights={format: 1}", "grpo.dynamic_sampling=true"], ["reward.weights has no accuracy"]),
+    (
+        "grpo",
+        ["rollout.steps_off_policy=2"],
+        ["off_policy=2 must be at least 0 and at most 1", "tis_cap=0"],
+    ),
+    ("grpo", ["rollout.steps_off_policy=1"], ["and grpo.tis_cap=0 corrects for none; set it, to 2 say"]),
+    (
+        "grpo",
+        ["rollout.steps_off_policy=1", "grpo.tis_cap=2", "rollout.engine=embedded"],
+        ["with rollout.engine=embedded both are on the same device; set it to 0, or take rollout.engine=vllm"],
+    ),
+    (
+        "grpo",
+        ["rollout.steps_off_policy=1", "grpo.tis_cap=2", "rollout.placement=colocated"],
+        ["with rollout.placement=colocated both are on the same device"],
+    ),
+    (
+        "grpo",
+        ["rollout.steps_off_policy=1", "grpo.tis_cap=2", "grpo.dynamic_sampling=true"],
+        ["begins one batch a step and grpo.dynamic_sampling=true more when needed; turn one of them off"],
+    ),
     ("eval", ["eval.manifest=null"], ["megalong eval needs a manifest"]),
     ("sft", ["eval.manifest=null", "eval.at_end=true"], ["eval.at_end=true needs a manifest"]),
     ("grpo", ["eval.manifest=null", "eval.every=5"], ["eval.every=5 needs a manifest"]),
@@ -160,6 +181,10 @@ def test_a_contradiction_is_named(
         ("eval", ["data.train=???", "optimizer.lr=-1", "sft.batch_size=33", "model.train_llm=false"]),
         ("grpo", ["grpo.advantage=reinforce_pp", "rollout.group_size=1"]),
         ("grpo", ["grpo.kl_coef=0", "eval.manifest=null"]),
+        ("grpo", ["rollout.steps_off_policy=1", "grpo.tis_cap=2", "grpo.updates_per_batch=2"]),
+        # They sample and wait; what else the recipe of a training says does not matter.
+        ("eval", ["rollout.steps_off_policy=1", "rollout.engine=embedded"]),
+        ("check-sync", ["rollout.steps_off_policy=1", "rollout.placement=colocated"]),
         ("grpo", ["parallel.cp=2", "grpo.batch_size=33"]),  # one replica
         # A process of it is its own replica, and nothing is trained.
         ("cache-embeddings", ["video.cache_dir=d", "parallel.tp=3", "optimizer.lr=-1", "eval.num_samples=4"]),

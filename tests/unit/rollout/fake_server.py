@@ -9,6 +9,8 @@ import time
 from multiprocessing.connection import Connection
 from pickletools import genops
 
+SLOW_SECONDS = 1.0
+
 
 def serve(connection: Connection) -> None:
     while True:
@@ -26,6 +28,10 @@ def serve(connection: Connection) -> None:
             os.kill(os.getpid(), 9)
         if fault == "hang":
             time.sleep(600)
+        if fault == "slow":
+            time.sleep(SLOW_SECONDS)
+            connection.send_bytes(pickle.dumps((True, ([["group"]], [[2]]))))
+            continue
         reply = (False, "Traceback ..\nValueError: no such token") if fault == "error" else (True, None)
         connection.send_bytes(pickle.dumps(reply))
 

@@ -157,6 +157,15 @@ def test_refuses_a_wrong_update_and_samples_again_after_a_right_one(
     assert engine.generate([text_request(4)], sampling=GREEDY) == want
 
 
+def test_begin_and_finish_are_generate(world: World) -> None:
+    engine = world.engine()
+    requests = [text_request(4), text_request(9)]
+    want = world.engine().generate(requests, sampling=GREEDY)
+    for _ in range(2):
+        engine.begin(requests, sampling=GREEDY)
+        assert engine.finish() == want
+
+
 def test_refuses_a_stale_version_and_keeps_what_it_has(world: World) -> None:
     engine = world.engine()
     engine.load_weights(world.buckets(), version=5)

@@ -25,7 +25,11 @@ class EchoEngine:
     def load_weights(self, buckets: Iterable[WeightBucket], *, version: int) -> None:
         self.version = version
 
-    def generate(self, requests: Sequence[Request], *, sampling: Sampling) -> list[list[Sampled]]:
+    def begin(self, requests: Sequence[Request], *, sampling: Sampling) -> None:
+        self.begun = requests
+
+    def finish(self) -> list[list[Sampled]]:
+        requests, self.begun = self.begun, None
         self.requests += requests
         return [
             [Sampled(ids=(seed, 3), logprobs=(-1.0, -2.0), truncated=seed % 2 == 0) for seed in request.seeds]
@@ -116,3 +120,47 @@ def test_a_rank_without_an_engine_makes_room_before_any_engine_wakes_up(
         with pytest.raises(TypeError):  # True is no list of groups
             sampler.sample([prompt("a")], [None], sampling=SAMPLING, step=1)
         assert happened == ["emptied", "gather", "gather"]
+
+
+def test_one_batch_at_a_time_and_none_with_other_weights_than_it_began_with(layout: object) -> None:
+    """What would disturb the engines waits for the batch begun before, whose groups are kept."""
+    happened: list[str] = []
+
+    class Engine(EchoEngine):
+        def load_weights(self, buckets: Iterable[WeightBucket], *, version: int) -> None:
+            happened.append(f"load {version}")
+
+        def begin(self, requests: Sequence[Request], *, sampling: Sampling) -> None:
+            happened.append(f"begin {requests[0].ids_P}")
+            super().begin(requests, sampling=sampling)
+
+        def finish(self) -> list[list[Sampled]]:
+            happened.append("finish")
+            return super().finish()
+
+        def release(self) -> None:
+            happened.append("release")
+            self.needs_weights = False
+
+    sampler = GroupSampler(Engine(), layout, decode=str, seed=9)
+    sampler.load_weights([], version=4)
+    first = sampler.begin([prompt("a")], [None], sampling=SAMPLING, step=1)
+    sampler.load_weights([], version=5)
+    second = sampler.begin([prompt("b"), prompt("c")], [None] * 2, sampling=SAMPLING, step=2)
+    other = sampler.sample([prompt("d")], [None], sampling=SAMPLING, step=2)
+    sampler.begin([prompt("e")], [None], sampling=SAMPLING, step=3)
+    sampler.release()
+    begun = "begin (1, 2, 3)"
+    assert happened == [
+        "load 4", begun, "finish", "load 5", begun, "finish", begun, "finish", begun, "finish", "release",
+    ]  # fmt: skip
+    for pending, names, step, version in ((first, "a", 1, 4), (second, "bc", 2, 5)):
+        groups = sampler.finish(pending)
+        assert groups == sampler.finish(pending)
+        assert [group.prompt.sample.sample_id for group in groups] == list(names)
+        assert {group.weights_version for group in groups} == {version}
+        for group in groups:
+            seeds = response_seeds(group.prompt.sample.sample_id, seed=9, step=step, repeat=0, group_size=3)
+            assert group.response_ids == tuple((seed, 3) for seed in seeds)
+    assert [group.prompt.sample.sample_id for group in other] == ["d"]
+    assert len(happened) == 11, "nothing is asked twice"

@@ -99,6 +99,41 @@ def test_a_process_that_hangs_is_ended_after_the_timeout(make: Make) -> None:
     assert is_gone(engine._process.pid)
 
 
+def test_the_trainer_goes_on_while_the_process_samples(make: Make) -> None:
+    engine = make("slow")
+    engine.load_weights(buckets(engine), version=0)
+    started = time.monotonic()
+    engine.begin([make_request([1, 2, 3], None, (0,))], sampling=GREEDY)
+    assert time.monotonic() - started < fake_server.SLOW_SECONDS / 2
+    with pytest.raises(RuntimeError, match=r"start_update\(\) was asked of an engine that samples; call finish\(\)"):
+        engine.load_weights(buckets(engine), version=1)
+    assert engine.finish() == [["group"]]
+    assert time.monotonic() - started >= fake_server.SLOW_SECONDS
+    assert engine.prefilled_tokens == 1
+    engine.load_weights(buckets(engine), version=2)
+    assert engine.version == 2
+
+
+def test_a_process_that_died_meanwhile_is_found_by_who_waits_for_it(make: Make) -> None:
+    engine = make("exit")
+    engine.load_weights(buckets(engine), version=0)
+    engine.begin([make_request([1, 2, 3], None, (0,))], sampling=GREEDY)
+    engine._process.wait(timeout=10)
+    with pytest.raises(RolloutEngineError, match=r"exit code 7\) ended in generate\(\)"):
+        engine.finish()
+
+
+def test_a_process_is_ended_while_it_samples(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make("hang")
+    engine.load_weights(buckets(engine), version=0)
+    engine.begin([make_request([1, 2, 3], None, (0,))], sampling=GREEDY)
+    wait = engine._process.wait
+    monkeypatch.setattr(engine._process, "wait", lambda timeout=None: wait(timeout and min(timeout, 1.0)))
+    engine.close()
+    assert is_gone(engine._process.pid)
+    assert not engine._folder.exists()
+
+
 def test_an_error_of_the_engine_arrives_with_its_traceback(make: Make) -> None:
     engine = make("error")
     message = failure(engine)
