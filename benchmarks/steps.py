@@ -79,9 +79,13 @@ def make_folder(folder: Path, *, layers: int, tiny: bool) -> Path:
 
 
 def random_tensor(name: str, shape: Sequence[int], *, device: torch.device) -> Tensor:
-    """bfloat16 values that depend on the name alone: 0.02 times a normal number, around 1 for norms."""
+    """bfloat16 values that depend on the name alone: 0.02 times a normal number, around 1 for norms.
+
+    As Megatron begins: what a layer of 28 adds to the residual stream is scaled down by the root of 2 x 28.
+    """
     generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
-    values = torch.randn(tuple(shape), dtype=torch.float32, device=device, generator=generator).mul_(0.02)
+    scale = 0.02 / 56**0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
+    values = torch.randn(tuple(shape), dtype=torch.float32, device=device, generator=generator).mul_(scale)
     if len(shape) == 1 and not name.endswith("bias"):
         values += 1
     return values.to(torch.bfloat16)

@@ -70,7 +70,7 @@ def train_and_watch(demo: DemoWorld, run_dir: Path, overrides: tuple[str, ...], 
     def step_and_watch(trainer: Trainer, *args: object, **settings: object) -> StepStats:
         stats = train_step(trainer, *args, **settings)
         watched.stats.append(stats)
-        watched.weights.append(sum(int(bucket.checksum) for bucket in trainer.export_weights()))
+        watched.weights.append(sum(int(bucket.checksums_n.sum()) for bucket in trainer.export_weights()))
         return stats
 
     with mock.patch.object(Trainer, "train_step", step_and_watch):

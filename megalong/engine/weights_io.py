@@ -18,7 +18,7 @@ from megalong.models.names import canonical
 from megalong.models.weights import Entry, Replicated
 from megalong.parallel.collectives import broadcast_object
 from megalong.parallel.layout import ParallelLayout
-from megalong.records import WeightBucket, bucket_checksum
+from megalong.records import WeightBucket
 
 
 class CheckpointReader:
@@ -163,21 +163,21 @@ def _buckets(tensors: Iterator[tuple[str, Tensor]], bucket_bytes: int) -> Iterat
     for name, tensor in tensors:
         size = tensor.numel() * tensor.element_size()
         if bucket and held + size > bucket_bytes:
-            yield WeightBucket(tensors=bucket, checksum=bucket_checksum(bucket))
+            yield WeightBucket.of(bucket)
             bucket, held = {}, 0
         bucket[name] = tensor
         held += size
     if bucket:
-        yield WeightBucket(tensors=bucket, checksum=bucket_checksum(bucket))
+        yield WeightBucket.of(bucket)
 
 
 def _from_stage(buckets: Iterator[WeightBucket], stage: int, layout: ParallelLayout) -> Iterator[WeightBucket]:
-    """The buckets of a pipeline stage on every stage, with the checksum that the sending one made."""
+    """The buckets of a pipeline stage on every stage, with the checksums that the sending one made."""
     while True:
         mine = next(buckets, None) if stage == layout.pp_rank else None
         shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in mine.tensors.items()} if mine else None
-        announced = broadcast_object((shapes, mine and int(mine.checksum)), source=stage, group=layout.pp)
-        shapes, checksum = announced
+        announced = broadcast_object((shapes, mine and mine.checksums_n.tolist()), source=stage, group=layout.pp)
+        shapes, checksums = announced
         if shapes is None:
             return
         if mine:
@@ -189,5 +189,5 @@ def _from_stage(buckets: Iterator[WeightBucket], stage: int, layout: ParallelLay
         for tensor in tensors.values():
             dist.broadcast(tensor, group_src=stage, group=layout.pp)
             del tensor
-        yield WeightBucket(tensors=tensors, checksum=torch.tensor(checksum, device=layout.device))
+        yield WeightBucket(tensors=tensors, checksums_n=torch.tensor(checksums, device=layout.device))
         del mine, tensors  # their memory is the next one's

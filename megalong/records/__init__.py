@@ -13,7 +13,9 @@ A digit is a fixed size; no suffix is a scalar or not a tensor.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
 import torch
@@ -165,44 +167,51 @@ class WeightBucket:
     """A bounded piece of the policy in Hugging Face names and shapes, on its way to a sampler."""
 
     tensors: dict[str, Tensor]
-    checksum: Tensor  # bucket_checksum(tensors) at the sender
+    checksums_n: Tensor  # tensor_checksums(tensors.values()) at the sender
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor]) -> WeightBucket:
+        """With the checksums of the tensors as they are now."""
+        return cls(tensors=tensors, checksums_n=tensor_checksums(tensors.values()))
 
 
-def bucket_checksum(tensors: dict[str, Tensor]) -> Tensor:
-    """Checksum over names, shapes, dtypes and bytes, in order: 0-dim int64 on the tensors' device, not waited for.
+def tensor_checksums(tensors: Iterable[Tensor]) -> Tensor:
+    """Checksum of each tensor's shape, dtype and bytes: [n] int64 on the tensors' device, not waited for.
 
-    Sender and receiver call this one function. Bytes are summed as int64 words (modulo 2^64), each weighed by an odd
-    factor of its row plus one of its column: any change of one word changes the sum.
+    Sender and receiver call this one function; the receiver may know the tensors by other names. Bytes are summed as
+    int64 words (modulo 2^64), rows of them weighed by odd factors: any change of one word changes the sum.
     """
-    total = None
-    for name, tensor in tensors.items():
-        header = zlib.crc32(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest = _word_sum(tensor) * (2 * header + 1) + header
-        total = digest if total is None else total * 3 + digest
-    return torch.zeros((), dtype=torch.int64) if total is None else total
+    sums = []
+    for tensor in tensors:
+        header = zlib.crc32(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
+        sums.append(_word_sum(tensor) * (2 * header + 1) + header)
+    return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.int64)
 
 
-_ROW_WORDS = 4096
+_ROW_WORDS = 256
 
 
 def _word_sum(tensor: Tensor) -> Tensor:
-    """Weighted sum of the tensor's bytes as int64 words, 0-dim int64."""
+    """Weighted sum of the tensor's bytes as int64 words, 0-dim int64. It is read once."""
     data = tensor.detach().contiguous().view(-1).view(torch.uint8)
     if data.storage_offset() % 8 or data.data_ptr() % 8:
         data = data.clone()  # words must be aligned
     whole = len(data) // (8 * _ROW_WORDS) * 8 * _ROW_WORDS
-    rest = torch.nn.functional.pad(data[whole:], (0, -(len(data) - whole) % 8)).view(torch.int64)
-    total = (rest * _odd(len(rest), data.device)).sum()
+    rest = data[whole:]
+    if len(rest) % 8:
+        rest = torch.nn.functional.pad(rest, (0, -len(rest) % 8))
+    words = rest.view(torch.int64)
+    total = (words * _odd_numbers(_ROW_WORDS, data.device)[: len(words)]).sum()
     if whole:
-        words_RW = data[:whole].view(torch.int64).view(-1, _ROW_WORDS)
-        rows_R, columns_W = words_RW.sum(1), words_RW.sum(0)
-        # Even row factors plus odd column factors: odd together.
-        total = total + (rows_R * (_odd(len(rows_R), data.device) + 1)).sum()
-        total = total + (columns_W * (_odd(_ROW_WORDS, data.device) * 0x9E3779B1)).sum()
+        rows_R = data[:whole].view(torch.int64).view(-1, _ROW_WORDS).sum(1)
+        # A table of a power of two: few of them are made.
+        odd = _odd_numbers(1 << (len(rows_R) - 1).bit_length(), data.device)[: len(rows_R)]
+        total = total * 3 + (rows_R * odd).sum()
     return total
 
 
-def _odd(count: int, device: torch.device) -> Tensor:
+@cache
+def _odd_numbers(count: int, device: torch.device) -> Tensor:
     return torch.arange(count, device=device) * 2 + 1
 
 
@@ -220,5 +229,5 @@ __all__ = [
     "StepStats",
     "TokenBatch",
     "WeightBucket",
-    "bucket_checksum",
+    "tensor_checksums",
 ]

@@ -20,7 +20,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from megalong.records import MEDIA_TOKEN, WeightBucket, bucket_checksum
+from megalong.records import MEDIA_TOKEN, WeightBucket, tensor_checksums
 from megalong.rollout.engine import Request, Sampled, Sampling, WeightSyncError
 from megalong.rollout.weight_check import WeightCheck
 
@@ -93,7 +93,7 @@ class EmbeddedEngine:
         update = self.weights.begin(version)
         parameters = dict(self.model.named_parameters())
         for bucket in buckets:
-            if bucket_checksum(bucket.tensors) != bucket.checksum:
+            if not torch.equal(tensor_checksums(bucket.tensors.values()), bucket.checksums_n):
                 raise WeightSyncError(
                     f"version {version}: a bucket's checksum is wrong ({list(bucket.tensors)[:3]} ..)"
                 )

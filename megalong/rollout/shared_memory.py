@@ -1,15 +1,55 @@
-"""Tensors in files in memory, which two processes of a host share."""
+"""Memory that the trainer and a rollout engine in another process both see: of the host, and of a GPU."""
 
 from __future__ import annotations
 
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import reduce_tensor
 
 from megalong.rollout.engine import RolloutEngineError
+from megalong.rollout.transfer import Transport
+
+
+class BucketRoom:
+    """Where a trainer packs its buckets for an engine.
+
+    By CUDA IPC all of them go through one buffer, which the engine's workers map once. (torch gives memory that it
+    shared back when all who mapped it have let go of it, and it has looked: with a new buffer for each bucket, most of
+    a copy of the weights was held after an update.)
+    """
+
+    def __init__(self, transport: Transport, folder: Path) -> None:
+        self.transport, self.folder = transport, folder
+        self._shared: Tensor | None = None
+        self._shared_place: tuple[str, tuple[Any, ...]] | None = None
+
+    def of(self, num_bytes: int, *, device: torch.device) -> Tensor:
+        """[num_bytes] uint8, whatever was there before."""
+        if self.transport is not Transport.ipc:
+            return torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        if self._shared is None or len(self._shared) < num_bytes:
+            self._shared = self._shared_place = None
+            torch.cuda.empty_cache()  # in memory of its own, not in a part of some that could be given back
+            self._shared = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+            uuid = str(torch.cuda.get_device_properties(device).uuid)
+            self._shared_place = uuid, reduce_tensor(self._shared)[1]
+        return self._shared[:num_bytes]
+
+    def place(self, packed: Tensor) -> Any:
+        """Where the engine's workers find the bytes (vllm_worker.BucketInfo.place), once they are written."""
+        if self.transport is Transport.nccl:
+            return None
+        if self.transport is Transport.ipc:
+            torch.cuda.current_stream().synchronize()
+            return self._shared_place
+        path = self.folder / "bucket"
+        shared_tensor(path, (len(packed),), torch.uint8).copy_(packed)
+        return str(path)
 
 
 def shared_tensor(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

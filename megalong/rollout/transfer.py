@@ -27,15 +27,22 @@ class Transport(Enum):
     file = "file"  # a file in memory: no GPU
 
 
-def pack_bucket(tensors: dict[str, Tensor]) -> tuple[Tensor, Manifest]:
-    """One [bytes] uint8 tensor on the tensors' device, and what is in it."""
-    manifest = [(name, tuple(item.shape), str(item.dtype).removeprefix("torch.")) for name, item in tensors.items()]
-    starts, num_bytes = _places(manifest)
-    packed = torch.zeros(num_bytes, dtype=torch.uint8, device=next(iter(tensors.values())).device)
+def manifest_of(tensors: dict[str, Tensor]) -> Manifest:
+    """What pack_bucket writes."""
+    return [(name, tuple(item.shape), str(item.dtype).removeprefix("torch.")) for name, item in tensors.items()]
+
+
+def packed_bytes(manifest: Manifest) -> int:
+    """Bytes of a packed bucket."""
+    return _places(manifest)[1]
+
+
+def pack_bucket(tensors: dict[str, Tensor], into: Tensor) -> None:
+    """Write the tensors into [packed_bytes] uint8, one after the other; bytes between them are left as they are."""
+    starts, _ = _places(manifest_of(tensors))
     for start, tensor in zip(starts, tensors.values(), strict=True):
         data = tensor.detach().contiguous().view(-1).view(torch.uint8)
-        packed[start : start + len(data)] = data
-    return packed, manifest
+        into[start : start + len(data)] = data
 
 
 def unpack_bucket(packed: Tensor, manifest: Manifest) -> dict[str, Tensor]:

@@ -22,13 +22,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import reduce_tensor
 from transformers import PreTrainedModel
 
-from megalong.records import WeightBucket, bucket_checksum
+from megalong.records import WeightBucket
 from megalong.rollout.engine import Request, RolloutEngineError, Sampled, Sampling
-from megalong.rollout.shared_memory import memory_folder, shared_tensor
-from megalong.rollout.transfer import Transport, pack_bucket
+from megalong.rollout.shared_memory import BucketRoom, memory_folder, shared_tensor
+from megalong.rollout.transfer import Transport, manifest_of, pack_bucket, packed_bytes
 from megalong.rollout.vllm_model import write_config
 from megalong.rollout.weight_check import Update, WeightCheck
 
@@ -63,8 +62,8 @@ class VllmSettings:
 class _Sent:
     """What was sent of an update. Checksums stay on their device: waiting for each would stop the stream of buckets."""
 
-    checksums: list[Tensor] = field(default_factory=list)
-    damaged: list[Tensor] = field(default_factory=list)  # per bucket, whether it is not what its checksum says
+    checksums: list[Tensor] = field(default_factory=list)  # [n] of all tensors of each bucket..
+    chosen: list[list[int]] = field(default_factory=list)  # ..and which of them the engine takes
     unanswered: int = 0
 
 
@@ -90,6 +89,7 @@ class VllmEngine:
         self._group: Any = None  # of NCCL, with the engine's workers
         self._answers: list[Any] = []  # results that came while a collective was under way
         self._folder = Path(tempfile.mkdtemp(prefix="megalong-engine-", dir=memory_folder()))
+        self._room = BucketRoom(settings.transport, self._folder)
         write_config(model, self._folder, max_tokens=settings.max_tokens, eos_id=eos_id)
         self._connection = self._start()
         try:
@@ -124,12 +124,14 @@ class VllmEngine:
 
     def _send_bucket(self, bucket: WeightBucket, update: Update, sent: _Sent) -> None:
         tensors = update.of(bucket)
-        sent.damaged.append(bucket_checksum(bucket.tensors) != bucket.checksum)
         if not tensors:
             return
-        packed, manifest = pack_bucket(tensors)
-        sent.checksums.append(bucket_checksum(tensors))
-        self._send("update", {"manifest": manifest, "num_bytes": len(packed), "place": self._place(packed)})
+        manifest = manifest_of(tensors)
+        packed = self._room.of(packed_bytes(manifest), device=next(iter(tensors.values())).device)
+        pack_bucket(tensors, packed)
+        sent.checksums.append(bucket.checksums_n)
+        sent.chosen.append([at for at, name in enumerate(bucket.tensors) if self.weights.name_of(name) is not None])
+        self._send("update", {"manifest": manifest, "num_bytes": len(packed), "place": self._room.place(packed)})
         sent.unanswered += 1
         if self.settings.transport is Transport.nccl:
             stream = torch.cuda.current_stream()
@@ -137,9 +139,6 @@ class VllmEngine:
             self._answer_all(sent, but=1)  # the engine loads it while the next one is gathered
         else:
             self._answer_all(sent)  # until then the engine reads the bucket
-            del packed
-            if self.settings.transport is Transport.ipc:
-                torch.cuda.ipc_collect()  # else torch keeps what was shared until it runs out of memory
 
     def _answer_all(self, sent: _Sent, *, but: int = 0) -> None:
         while sent.unanswered > but:
@@ -150,10 +149,11 @@ class VllmEngine:
         """What is wrong with the update that was sent."""
         self._answer_all(sent)
         self._make_room()  # keys and values wake up where the buckets were gathered
-        wrong = self._call("finish_update", [int(checksum) for checksum in sent.checksums])
+        checksums = [checksums_n.tolist() for checksums_n in sent.checksums]
+        expected = [[part[at] for at in chosen] for part, chosen in zip(checksums, sent.chosen, strict=True)]
+        wrong = self._call("finish_update", expected)
         self._asleep = False
-        damaged = [index for index, flag in enumerate(sent.damaged) if flag]
-        return f"a bucket's checksum is wrong (number {damaged[0]})" if damaged else wrong
+        return wrong
 
     def begin(self, requests: Sequence[Request], *, sampling: Sampling) -> None:
         """See RolloutEngine. Embeddings are handed over once per prompt, and its keys and values computed once."""
@@ -289,17 +289,6 @@ class VllmEngine:
         except BaseException:
             self._kill()
             raise
-
-    def _place(self, packed: Tensor) -> Any:
-        """Where the engine's workers find the bytes of a bucket (BucketInfo.place)."""
-        if self.settings.transport is Transport.nccl:
-            return None
-        if self.settings.transport is Transport.ipc:
-            torch.cuda.current_stream().synchronize()
-            return {str(torch.cuda.get_device_properties(packed.device).uuid): reduce_tensor(packed)[1]}
-        path = self._folder / "bucket"
-        shared_tensor(path, (len(packed),), torch.uint8).copy_(packed)
-        return str(path)
 
     def _write_media(self, embeds: Sequence[Tensor]) -> tuple[str, int, int] | None:
         """The embeddings of all prompts, one after the other, in a file in memory: path, rows and width."""

@@ -80,10 +80,10 @@ class Server:
     def update(self, info: dict[str, Any]) -> None:
         self.llm.update_weights({"update_info": info})
 
-    def finish_update(self, checksums: Sequence[int]) -> str | None:
+    def finish_update(self, checksums: list[list[int]]) -> str | None:
         """What was wrong with the update, None when nothing was. Keys and values of older weights are forgotten."""
         self.llm.finish_weight_update()
-        wrong = [text for text in self.llm.collective_rpc("check_update", args=(list(checksums),)) if text]
+        wrong = [text for text in self.llm.collective_rpc("check_update", args=(checksums,)) if text]
         if self.asleep:
             self.llm.wake_up(tags=["kv_cache"])
             self.asleep = False

@@ -29,7 +29,7 @@ from vllm.multimodal.processing import BaseMultiModalProcessor, BaseProcessingIn
 from vllm.multimodal.processing.dummy_inputs import BaseDummyInputsBuilder
 from vllm.sequence import IntermediateTensors
 
-from megalong.records import bucket_checksum
+from megalong.records import tensor_checksums
 from megalong.rollout.transfer import MEDIA_ITEM_TOKENS, TRANSFER_BACKEND, Manifest, Transport, unpack_bucket
 
 
@@ -173,7 +173,7 @@ class BucketInfo(WeightTransferUpdateInfo):
 
     manifest: Manifest
     num_bytes: int
-    place: Any = None  # file: a path; ipc: {GPU uuid: arguments of rebuild_cuda_tensor}; nccl: None
+    place: Any = None  # file: a path; ipc: GPU uuid and arguments of rebuild_cuda_tensor; nccl: None
 
 
 class BucketTransfer(WeightTransferEngine[BucketInit, BucketInfo]):
@@ -188,6 +188,8 @@ class BucketTransfer(WeightTransferEngine[BucketInit, BucketInfo]):
     def init_transfer_engine(self, init_info: BucketInit) -> None:
         self.transport = Transport(init_info.transport)
         self.group = None
+        self.shared: Tensor | None = None
+        self.shared_place: Any = None
         if self.transport is Transport.nccl:
             info = NCCLWeightTransferInitInfo(**init_info.nccl)
             self.group = worker_init_process_group(info, self.parallel_config)
@@ -208,7 +210,7 @@ class BucketTransfer(WeightTransferEngine[BucketInit, BucketInfo]):
     def receive_weights(self, update_info: BucketInfo) -> None:
         packed = self._receive(update_info)
         tensors = unpack_bucket(packed, update_info.manifest)
-        self.checksums.append(bucket_checksum(tensors))
+        self.checksums.append(tensor_checksums(tensors.values()))
         if self.error is not None:
             return
         try:
@@ -221,15 +223,22 @@ class BucketTransfer(WeightTransferEngine[BucketInit, BucketInfo]):
         if self.transport is Transport.file:
             return torch.from_file(info.place, shared=True, size=info.num_bytes, dtype=torch.uint8).clone()
         if self.transport is Transport.ipc:
-            (uuid, arguments), *_ = info.place.items()
-            devices = range(torch.cuda.device_count())
-            (index,) = [at for at in devices if str(torch.cuda.get_device_properties(at).uuid) == uuid]
-            # The sender counts its GPUs in its own way. Another GPU of this engine copies from there.
-            packed = rebuild_cuda_tensor(*arguments[:6], index, *arguments[7:])
-            return packed.to(self.device, copy=True)
+            packed = self._shared(info.place)[: info.num_bytes].to(self.device, copy=True)
+            torch.cuda.current_stream().synchronize()  # when this is answered, the trainer writes the next one there
+            return packed
         packed = torch.empty(info.num_bytes, dtype=torch.uint8, device=self.device)
         self.group.broadcast(packed, src=0, stream=torch.cuda.current_stream())
         return packed
+
+    def _shared(self, place: tuple[str, tuple[Any, ...]]) -> Tensor:
+        """The trainer's buffer: the UUID of its GPU and what rebuild_cuda_tensor takes. It is the same for long."""
+        if place != self.shared_place:
+            uuid, arguments = place
+            devices = range(torch.cuda.device_count())
+            (index,) = [at for at in devices if str(torch.cuda.get_device_properties(at).uuid) == uuid]
+            # The sender counts its GPUs in its own way. Another GPU of this engine copies from there.
+            self.shared, self.shared_place = rebuild_cuda_tensor(*arguments[:6], index, *arguments[7:]), place
+        return self.shared
 
     def finish_weight_update(self) -> None:
         if torch.accelerator.is_available():
@@ -237,13 +246,15 @@ class BucketTransfer(WeightTransferEngine[BucketInit, BucketInfo]):
         if self.layerwise:
             finalize_layerwise_reload(self.model, self.model_config)
 
-    def check(self, expected: Sequence[int]) -> str | None:
+    def check(self, expected: list[list[int]]) -> str | None:
         """What is wrong with the update that was just finished; None: nothing."""
         if self.error is not None:
             return f"vLLM could not load the weights: {type(self.error).__name__}: {self.error}"
-        received = [int(checksum) for checksum in self.checksums]
-        if received != list(expected):
-            wrong = [index for index, pair in enumerate(zip(received, expected, strict=False)) if pair[0] != pair[1]]
+        received = [checksums_n.tolist() for checksums_n in self.checksums]
+        if received != [list(checksums) for checksums in expected]:
+            wrong = [
+                index for index, pair in enumerate(zip(received, expected, strict=False)) if pair[0] != list(pair[1])
+            ]
             return f"a bucket's checksum is wrong (after the transfer; number {wrong[:3]} of {len(expected)})"
         return None
 
@@ -269,7 +280,7 @@ class WorkerExtension:
         """Let go of them: their memory is the host's again."""
         self.model_runner.get_model().media_ND = None
 
-    def check_update(self, checksums: Sequence[int]) -> str | None:
+    def check_update(self, checksums: list[list[int]]) -> str | None:
         return self.weight_transfer_engine.check(checksums)
 
 

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from megalong.records import bucket_checksum
+from megalong.records import tensor_checksums
 
 FORMAT = "megalong embeddings 1"
 PART_BYTES = 128 << 20
@@ -163,7 +163,7 @@ class DiskStore:
         if embeds_nD.ndim != 2 or len(embeds_nD) != part.last - part.first or embeds_nD.dtype != self.dtype:
             shape = f"{list(embeds_nD.shape)} {embeds_nD.dtype}"
             raise _RefusedError(f"its tensor is {shape}, expected {part.last - part.first} rows of {self.dtype}")
-        checksum = str(int(bucket_checksum(tensors)))
+        checksum = str(int(tensor_checksums([embeds_nD])))
         if said.get("checksum") != checksum:
             raise _RefusedError(f"its checksum is {said.get('checksum')!r}, and {checksum!r} of its tensor")
         return embeds_nD
@@ -174,7 +174,7 @@ class DiskStore:
         # Of its own name: two processes may write the same rows at a time, and the last rename wins.
         partial = final.with_name(f"{final.name}.{uuid.uuid4().hex}.partial")
         tensors = {TENSOR: embeds_nD.cpu().contiguous()}
-        said = {**_describe(key, first, last), "checksum": str(int(bucket_checksum(tensors)))}
+        said = {**_describe(key, first, last), "checksum": str(int(tensor_checksums(tensors.values())))}
         try:
             final.parent.mkdir(parents=True, exist_ok=True)
             save_file(tensors, partial, metadata=said)

@@ -10,7 +10,7 @@ import torch
 from harness import run_world
 
 from megalong.parallel.layout import make_layout
-from megalong.records import Prompt, RolloutGroup, Sample, WeightBucket, bucket_checksum
+from megalong.records import Prompt, RolloutGroup, Sample, WeightBucket
 from megalong.rollout.engine import Request, Sampled, Sampling
 from megalong.rollout.sampler import GroupSampler
 
@@ -26,7 +26,7 @@ class FakeEngine:
         self.sums: list[int] = []
 
     def load_weights(self, buckets: Iterable[WeightBucket], *, version: int) -> None:
-        self.sums = [int(bucket.checksum) for bucket in buckets]
+        self.sums = [bucket.checksums_n.tolist() for bucket in buckets]
         self.version, self.needs_weights = version, False
 
     def begin(self, requests: Sequence[Request], *, sampling: Sampling) -> None:
@@ -66,7 +66,7 @@ def sampled(drivers: tuple[int, ...], count: int) -> tuple[list[RolloutGroup], l
         for index in range(3):
             made.append(index)  # a rank that made none would leave the others alone in a collective
             tensors = {"w": torch.full((2,), float(index))}
-            yield WeightBucket(tensors=tensors, checksum=bucket_checksum(tensors))
+            yield WeightBucket.of(tensors)
 
     sampler.load_weights(buckets(), version=4)
     prompts = [prompt(number) for number in range(count)]

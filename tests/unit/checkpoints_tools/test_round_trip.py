@@ -22,7 +22,7 @@ from megalong.engine.checkpoint import load_weights, save_checkpoint
 from megalong.engine.trainer import Trainer
 from megalong.engine.weights_io import export_weights
 from megalong.parallel.layout import ParallelLayout, make_layout
-from megalong.records import bucket_checksum
+from megalong.records import tensor_checksums
 
 
 def make_variant(hf: Path, *, dtype: torch.dtype, tied: bool, prefix: bool) -> None:
@@ -134,7 +134,7 @@ def exported(trainer: Trainer, *, bucket_bytes: int = 1 << 30) -> dict[str, torc
     table = trainer.model.weight_table()
     done: dict[str, torch.Tensor] = {}
     for bucket in export_weights(trainer.model, table, trainer.layout, bucket_bytes=bucket_bytes):
-        assert bucket.checksum == bucket_checksum(bucket.tensors)
+        assert torch.equal(bucket.checksums_n, tensor_checksums(bucket.tensors.values()))
         assert len(bucket.tensors) == 1 or sum(tensor.nbytes for tensor in bucket.tensors.values()) <= bucket_bytes
         assert not done.keys() & bucket.tensors.keys()
         done.update({name: tensor.clone() for name, tensor in bucket.tensors.items()})

@@ -24,7 +24,7 @@ from megalong.models.weights import (
     decoder_table,
     stage_table,
 )
-from megalong.records import bucket_checksum
+from megalong.records import tensor_checksums
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, VOCAB = 8, 4, 3, 6, 10
 
@@ -179,7 +179,7 @@ def test_export_gives_the_files_back_bit_for_bit(layout: object, tiny_checkpoint
     names = [name for bucket in buckets for name in bucket.tensors]
     assert names == [name for entry in table for name in entry.hf]
     for bucket in buckets:
-        assert bucket.checksum == bucket_checksum(bucket.tensors)
+        assert torch.equal(bucket.checksums_n, tensor_checksums(bucket.tensors.values()))
         assert len(bucket.tensors) == 1 or sum(tensor.nbytes for tensor in bucket.tensors.values()) <= bucket_bytes
         for name, tensor in bucket.tensors.items():
             folder, _, inner = name.partition("/")
@@ -187,16 +187,25 @@ def test_export_gives_the_files_back_bit_for_bit(layout: object, tiny_checkpoint
                 assert torch.equal(tensor, file.get_tensor(inner)), name
 
 
-def test_checksum_sees_names_shapes_dtypes_bytes_and_order() -> None:
-    a, b = torch.tensor([1.0, 2.0]), torch.tensor([[3.0, 4.0]])
-    base = int(bucket_checksum({"a": a, "b": b}))
-    others = [
-        {"a": a, "c": b},
-        {"a": a, "b": b.reshape(2)},
-        {"a": a, "b": b.view(torch.int32)},
-        {"a": a, "b": b + 1e-6},
-        {"b": b, "a": a},
-        {"a": a},
-    ]
-    assert base == int(bucket_checksum({"a": a.clone(), "b": b.clone()}))
-    assert len({base, *(int(bucket_checksum(other)) for other in others)}) == 1 + len(others)
+def test_checksums_see_shapes_dtypes_bytes_and_places() -> None:
+    generator = torch.Generator().manual_seed(1)
+    for size in (0, 1, 7, 255, 256, 257, 1000, 70_001):
+        base = torch.randn(size, generator=generator)
+        others = [base.to(torch.float64), base.view(torch.int32), base[None], torch.cat([base, base.new_zeros(1)])]
+        if size > 1:
+            others += [base.flip(0), base.roll(1), torch.cat([base[:-1], -base[-1:]])]
+        if size > 600:  # rows of 512 numbers change places
+            others += [torch.cat([base[512:1000], base[:512], base[1000:]])]
+        (checksum,) = tensor_checksums([base]).tolist()
+        found = tensor_checksums([base.clone(), *others]).tolist()
+        assert found[0] == checksum
+        assert len(set(found)) == 1 + len(others), size
+
+
+def test_a_flipped_bit_changes_the_checksum() -> None:
+    data = torch.randint(256, (5000,), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    checksum = tensor_checksums([data])
+    for place in range(0, 5000, 61):
+        wrong = data.clone()
+        wrong[place] ^= 1 << place % 8
+        assert tensor_checksums([wrong]) != checksum

@@ -17,7 +17,7 @@ from megalong.data.packing import GroupTokens, pack_groups
 from megalong.data.sequence import THINKING_TEMPLATE
 from megalong.engine.trainer import Trainer
 from megalong.models.longvila.demo_checkpoint import DemoModelSize, make_demo_checkpoint
-from megalong.records import MEDIA_TOKEN, FrameSelection, Prompt, Sample, WeightBucket, bucket_checksum
+from megalong.records import MEDIA_TOKEN, FrameSelection, Prompt, Sample, WeightBucket, tensor_checksums
 from megalong.rollout.engine import Request, Sampled, Sampling, WeightSyncError
 
 GREEDY = Sampling(group_size=1, max_tokens=12, temperature=0.0, top_p=1.0, top_k=0)
@@ -110,11 +110,11 @@ def spoilt(
     """The policy's buckets, the one with Q_BIAS changed."""
     result = []
     for bucket in world.buckets():
-        tensors, checksum = dict(bucket.tensors), bucket.checksum
+        tensors, checksums_n = dict(bucket.tensors), bucket.checksums_n
         if Q_BIAS in tensors:
             change(tensors)
-            checksum = bucket_checksum(tensors) if good_checksum else checksum
-        result.append(WeightBucket(tensors=tensors, checksum=checksum))
+            checksums_n = tensor_checksums(tensors.values()) if good_checksum else checksums_n
+        result.append(WeightBucket(tensors=tensors, checksums_n=checksums_n))
     return result
 
 

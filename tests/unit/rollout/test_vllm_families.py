@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, Qwen2_5_VLTextConfig, Qwen3Config, Qwe
 from megalong.models.qwen2_5_vl.positions import Grid, mrope_positions
 from megalong.models.qwen2_5_vl.sampler import Sampler
 from megalong.models.qwen3_vl.sampler import sampler_model
-from megalong.records import MEDIA_TOKEN, WeightBucket, bucket_checksum
+from megalong.records import MEDIA_TOKEN, WeightBucket
 from megalong.rollout.embedded import EmbeddedEngine
 from megalong.rollout.engine import Request, RolloutEngine, Sampled, Sampling
 from megalong.rollout.transfer import Transport
@@ -54,7 +54,7 @@ def qwen3_vl() -> PreTrainedModel:
 
 def load(engine: RolloutEngine, model: PreTrainedModel, *, version: int = 0) -> None:
     tensors = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    engine.load_weights([WeightBucket(tensors=tensors, checksum=bucket_checksum(tensors))], version=version)
+    engine.load_weights([WeightBucket.of(tensors)], version=version)
 
 
 def video_request(*, mrope: bool) -> Request:

@@ -19,7 +19,7 @@ from engines import make_request
 
 from megalong.config.tree import ModelConfig
 from megalong.engine.build import family_of
-from megalong.records import WeightBucket, bucket_checksum
+from megalong.records import WeightBucket
 from megalong.rollout import vllm_engine
 from megalong.rollout.engine import RolloutEngineError, Sampling
 from megalong.rollout.transfer import Transport
@@ -60,7 +60,7 @@ def make(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def buckets(engine: VllmEngine) -> list[WeightBucket]:
     """Any weights of the right names and shapes."""
     tensors = {f"llm/{name}": torch.zeros(shape) for name, shape in engine.weights.shapes.items()}
-    return [WeightBucket(tensors=tensors, checksum=bucket_checksum(tensors))]
+    return [WeightBucket.of(tensors)]
 
 
 def failure(engine: VllmEngine) -> str:
@@ -253,7 +253,7 @@ def test_a_bucket_is_gone_when_the_next_one_is_made(make: Make) -> None:
             assert [ref() for ref in alive] == [None] * len(alive)
             tensors = {f"llm/{name}": torch.zeros(shape)}
             alive.append(weakref.ref(tensors[f"llm/{name}"]))
-            bucket = WeightBucket(tensors=tensors, checksum=bucket_checksum(tensors))
+            bucket = WeightBucket.of(tensors)
             del tensors
             yield bucket
             del bucket

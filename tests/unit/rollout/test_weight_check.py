@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megalong.records import WeightBucket, bucket_checksum
+from megalong.records import WeightBucket
 from megalong.rollout.engine import WeightSyncError
 from megalong.rollout.weight_check import Update, WeightCheck
 
@@ -21,7 +21,7 @@ def check() -> WeightCheck:
 
 def bucket(*names: str, **tensors: Tensor) -> WeightBucket:
     held = {f"llm/{name}": torch.ones(SHAPES[name]) for name in names} | tensors
-    return WeightBucket(tensors=held, checksum=bucket_checksum(held))
+    return WeightBucket.of(held)
 
 
 def updated(check: WeightCheck, *names: str, version: int, again: bool = False, in_parts: bool = True) -> Update:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megalong.records import bucket_checksum
+from megalong.records import tensor_checksums
 from megalong.vision import disk as module
 from megalong.vision.disk import DiskStore, EmbeddingCacheError
 
@@ -79,7 +79,7 @@ def rewrite(path: Path, tensor: Tensor, **changes: str) -> None:
     """The file with another tensor and a checksum that fits it, or with other metadata."""
     said = module._metadata(path.read_bytes())
     tensors = {"embeds_ND": tensor}
-    save_file(tensors, path, metadata={**said, "checksum": str(int(bucket_checksum(tensors))), **changes})
+    save_file(tensors, path, metadata={**said, "checksum": str(int(tensor_checksums(tensors.values()))), **changes})
 
 
 def flip_a_byte(path: Path) -> None:
