@@ -27,11 +27,12 @@ from torch import Tensor
 from megalong.attention.shard import PackShard
 from megalong.config.demo_data import DemoDataConfig, DemoQuestionsConfig
 from megalong.config.load import load_config
-from megalong.config.tree import RunConfig
+from megalong.config.tree import RunConfig, VideoConfig
 from megalong.data.demo_videos import make_demo_data
 from megalong.data.manifest import read_manifest
-from megalong.data.sequence import THINKING_TEMPLATE
+from megalong.data.sequence import THINKING_TEMPLATE, SequenceBuilder
 from megalong.engine.trainer import Trainer
+from megalong.models.families import FAMILIES
 from megalong.models.longvila.demo_checkpoint import DemoModelSize, make_demo_checkpoint
 from megalong.records import TokenBatch
 
@@ -92,6 +93,15 @@ def make_demo_world(folder: Path) -> DemoWorld:
     return DemoWorld(folder=folder, recipe=recipe, tied=tied, sft=data.train_sft, rl=data.train_rl)
 
 
+def make_model_for_vllm(demo: DemoWorld, folder: Path) -> Path:
+    """A checkpoint for the demo's questions with wider heads: vLLM's CPU attention has none smaller than 32."""
+    texts = [sample.question for sample in read_manifest(demo.rl, video_dir=None)]
+    size = DemoModelSize(
+        hidden=128, layers=2, intermediate=64, tower_hidden=16, tower_heads=2, tower_intermediate=32, image=16, patch=4
+    )
+    return make_demo_checkpoint(folder, texts=texts, size=size)
+
+
 def _make_vocabulary_odd_and_answers_short(llm: Path) -> None:
     """One row more, so that tensor parallelism has to pad; a long row for the end token, so that responses end."""
     config = json.loads((llm / "config.json").read_text())
@@ -112,6 +122,20 @@ def _with_tied_head(model: Path, copy: Path) -> Path:
     config = json.loads((copy / "llm" / "config.json").read_text())
     (copy / "llm" / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
     return copy
+
+
+def make_builder(checkpoint: Path, family: str, *, thinking: bool = False) -> SequenceBuilder:
+    """The sequence builder that a run on this checkpoint has; of a family with vision."""
+    entry = FAMILIES[family]
+    tokens = entry.read_tokens(checkpoint)
+    return SequenceBuilder(
+        encode=tokens.encode,
+        encode_markup=tokens.encode_markup,
+        eos_id=tokens.eos_id,
+        videos=entry.vision.layout(entry.read_spec(checkpoint), tokens, VideoConfig()),
+        system_prompt=tokens.system_prompt,
+        thinking=thinking,
+    )
 
 
 class World:

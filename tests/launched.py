@@ -84,6 +84,20 @@ def kill_rank(rank: int, *, launched: subprocess.Popen, folder: Path) -> None:
     os.kill(victim, signal.SIGKILL)
 
 
+def run_script(
+    script: str, *args: str, folder: Path, kill: int | None = None, limit: float = 240, **environment: str
+) -> tuple[int, str]:
+    """Exit code and log of a launch script, run to its end within `limit` seconds. kill: a rank to kill on the way."""
+    launched = launch(script, *args, folder=folder, **environment)
+    try:
+        if kill is not None:
+            kill_rank(kill, launched=launched, folder=folder)
+        code = launched.wait(timeout=limit)
+    finally:
+        end_all(launched, folder)
+    return code, (folder / "log").read_text()
+
+
 def end_all(launched: subprocess.Popen, folder: Path) -> None:
     for pid in descendants(folder):
         os.kill(pid, signal.SIGKILL)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from faulty_runs import command_line
 from harness import DemoWorld, World, make_demo_world
-from launched import end_all, kill_rank, launch
+from launched import run_script
 
 from megalong.metrics import read_jsonl
 
@@ -45,13 +45,8 @@ def test_a_rank_killed_under_nccl_starts_again(demo: DemoWorld, tmp_path: Path) 
     args = [str(demo.folder / "model"), str(demo.rl), *demo.overrides(run_dir, task="grpo"), *PLAIN]
     settings = {"RESTARTS": "1", "GPUS": "2", "RECIPE": str(demo.recipe), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "20"}
     more = ("grpo.steps=20", "checkpoint.save_every=1")
-    launched = launch("grpo_7b_8xa100.sh", *args, *more, folder=tmp_path, CUDA_VISIBLE_DEVICES="0,1", **settings)
-    try:
-        kill_rank(1, launched=launched, folder=tmp_path)
-        code = launched.wait(timeout=240)
-    finally:
-        end_all(launched, tmp_path)
-    log = (tmp_path / "log").read_text()
+    settings |= {"CUDA_VISIBLE_DEVICES": "0,1"}
+    code, log = run_script("grpo_7b_8xa100.sh", *args, *more, folder=tmp_path, kill=1, **settings)
     assert code == 0, log[-8000:]
     assert "exitcode: -9" in log
     assert log.count("step 1 | loss") == 1  # it did not start over

@@ -44,30 +44,18 @@ def build(checkpoint: Path, layout, *, dtype: str, spec: str, recompute: str = "
 
 
 def make_pack(trainer, checkpoint: Path):
-    from megalong.config.tree import VideoConfig
+    from harness import make_builder
+
     from megalong.data.packing import GroupTokens, pack_groups
-    from megalong.data.sequence import SequenceBuilder
-    from megalong.models.families import FAMILIES
     from megalong.records import FrameSelection, Sample
 
-    family = FAMILIES["longvila"]
-    tokens = family.read_tokens(checkpoint)
-    videos = family.vision.layout(trainer.model.spec, tokens, VideoConfig())
-    builder = SequenceBuilder(
-        encode=tokens.encode,
-        encode_markup=tokens.encode_markup,
-        eos_id=tokens.eos_id,
-        videos=videos,
-        system_prompt=tokens.system_prompt,
-        thinking=True,
-    )
+    builder = make_builder(checkpoint, "longvila", thinking=True)
+    side = trainer.model.spec.vision.image_size
     sample = Sample(
         sample_id="a", question="which box is red? A. left B. right", answer="B", videos=("v",),
         problem_type="multiple choice", category="spatial", reasoning="the box is right", subtitles="",
     )  # fmt: skip
-    selection = FrameSelection(
-        path="v", frames=(0, 1, 2), seconds=(0.0, 1.0, 2.0), height=videos.size, width=videos.size
-    )
+    selection = FrameSelection(path="v", frames=(0, 1, 2), seconds=(0.0, 1.0, 2.0), height=side, width=side)
     prompt, target = builder.prompt(sample, [selection]), builder.target(sample)
     return pack_groups([GroupTokens(prompt=prompt, responses=(target, target[:3], target[2:]))])
 

@@ -13,11 +13,9 @@ from pathlib import Path
 import pytest
 import tiny_vl
 import torch
-from harness import DemoWorld, World
+from harness import DemoWorld, World, make_model_for_vllm
 
 from megalong.__main__ import main
-from megalong.data.manifest import read_manifest
-from megalong.models.longvila.demo_checkpoint import DemoModelSize, make_demo_checkpoint
 from megalong.records import WeightBucket
 from megalong.rollout.embedded import EmbeddedEngine
 
@@ -114,11 +112,7 @@ NEEDS_VLLM = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason
 
 @NEEDS_VLLM
 def test_in_sync_with_vllm(demo: DemoWorld, tmp_path: Path) -> None:
-    texts = [sample.question for sample in read_manifest(demo.rl, video_dir=None)]
-    size = DemoModelSize(  # vLLM's CPU attention has no heads smaller than 32
-        hidden=128, layers=2, intermediate=64, tower_hidden=16, tower_heads=2, tower_intermediate=32, image=16, patch=4
-    )
-    model = make_demo_checkpoint(tmp_path / "model", texts=texts, size=size)
+    model = make_model_for_vllm(demo, tmp_path / "model")
     vllm = ("rollout.engine=vllm", "rollout.memory_share=0.1", f"model.path={model}")
     codes, rows, log = checked(demo, tmp_path, *vllm)
     assert codes == [0], log

@@ -5,13 +5,14 @@ Two "nodes" are two torchrun agents of this machine that meet at a port, started
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
 from faulty_runs import train
-from harness import DemoWorld, run_world
-from launched import end_all, kill_rank, launch
+from harness import DemoWorld, make_model_for_vllm, run_world
+from launched import run_script
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from megalong.metrics import read_jsonl
@@ -50,13 +51,7 @@ def test_a_killed_rank_starts_again_and_the_run_ends_the_same(
         script, environment = "grpo_7b_8xa100.sh", {"RECIPE": str(demo.recipe), "GPUS": "2"}
     else:
         script, args, environment = "slurm_multi_node.sbatch", ["grpo", str(demo.recipe), *args], {}
-    launched = launch(script, *args, folder=tmp_path, RESTARTS="1", **environment)
-    try:
-        kill_rank(1, launched=launched, folder=tmp_path)
-        code = launched.wait(timeout=240)
-    finally:
-        end_all(launched, tmp_path)
-    log = (tmp_path / "log").read_text()
+    code, log = run_script(script, *args, folder=tmp_path, kill=1, RESTARTS="1", **environment)
     assert code == 0, log[-8000:]
     assert "exitcode: -9" in log  # it was really killed
     assert log.count("step 1 | loss") == 1  # and did not start over
@@ -71,12 +66,22 @@ def test_a_killed_rank_starts_again_and_the_run_ends_the_same(
 def test_a_run_that_always_fails_ends_after_its_restarts(demo: DemoWorld, tmp_path: Path) -> None:
     wrong = (*demo.overrides(tmp_path / "run", task="grpo"), "grpo.clip_low=-1")
     args = [str(demo.folder / "model"), str(demo.rl), *wrong]
-    launched = launch("grpo_7b_8xa100.sh", *args, folder=tmp_path, RECIPE=str(demo.recipe), GPUS="1", RESTARTS="1")
-    try:
-        code = launched.wait(timeout=240)
-    finally:
-        end_all(launched, tmp_path)
-    log = (tmp_path / "log").read_text()
+    environment = {"RECIPE": str(demo.recipe), "GPUS": "1", "RESTARTS": "1"}
+    code, log = run_script("grpo_7b_8xa100.sh", *args, folder=tmp_path, **environment)
     assert code == 1, log
     assert log.count("megalong grpo: grpo.clip_low=-1 must be") == 2  # the first start and one more
     assert "ConfigError: grpo.clip_low=-1 must be" in log[log.index("Root Cause") :]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+def test_each_node_samples_with_an_engine_of_its_own(demo: DemoWorld, tmp_path: Path) -> None:
+    """Both are local rank 0 of their node; all that they share is the run folder."""
+    model, run_dir = make_model_for_vllm(demo, tmp_path / "model"), tmp_path / "run"
+    vllm = ("rollout.engine=vllm", "rollout.memory_share=0.1", "grpo.steps=2")
+    args = ["grpo", str(demo.recipe), str(model), str(demo.rl), *demo.overrides(run_dir, task="grpo"), *vllm]
+    code, log = run_script("slurm_multi_node.sbatch", *args, folder=tmp_path, limit=540)
+    assert code == 0, log[-8000:]
+    assert all((run_dir / f"engine_rank{rank}.log").stat().st_size for rank in range(2))
+    rows = read_jsonl(run_dir / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(row["sampler_gap_max"] < 1e-3 for row in rows), "both had the weights of the step"

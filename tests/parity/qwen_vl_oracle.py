@@ -12,12 +12,12 @@ from pathlib import Path
 
 import tiny_vl
 import torch
-from harness import forward_pack, run_world
+from harness import forward_pack, make_builder, run_world
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen3VLForConditionalGeneration
 
 from megalong.attention.shard import shard_tokens
-from megalong.config.tree import Dtype, ModelConfig, OptimizerConfig, Recompute, VideoConfig
+from megalong.config.tree import Dtype, ModelConfig, OptimizerConfig, Recompute
 from megalong.data.packing import GroupTokens, pack_groups
 from megalong.data.sequence import SequenceBuilder
 from megalong.engine.build import build_model
@@ -118,20 +118,6 @@ class Oracle:
             for top in (block_top, block_top + p)
             for left in (block_left, block_left + p)
         ])  # fmt: skip
-
-
-def make_builder(folder: Path, family: str) -> SequenceBuilder:
-    entry = FAMILIES[family]
-    tokens = entry.read_tokens(folder)
-    layout = entry.vision.layout(entry.read_spec(folder), tokens, VideoConfig())
-    return SequenceBuilder(
-        encode=tokens.encode,
-        encode_markup=tokens.encode_markup,
-        eos_id=tokens.eos_id,
-        videos=layout,
-        system_prompt=tokens.system_prompt,
-        thinking=False,
-    )
 
 
 def group(builder: SequenceBuilder, videos: Sequence[Video], lens: Sequence[int], *, seed: int = 0) -> GroupTokens:

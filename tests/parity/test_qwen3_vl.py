@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import tiny_vl
-from qwen_vl_oracle import FILM, HOUR, ODD, PACKS, Pack, check_pack, check_stages, check_vocabulary_rows, make_builder
+from harness import make_builder
+from qwen_vl_oracle import FILM, HOUR, ODD, PACKS, Pack, check_pack, check_stages, check_vocabulary_rows
 
 from megalong.config.tree import Recompute
 from megalong.models.families import FAMILIES

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import tiny_vl
 import torch
-from harness import run_world
+from harness import make_builder, run_world
 from megatron.core import parallel_state
-from qwen_vl_oracle import PACKS, TOLERANCE, Oracle, group, make_builder, make_trainer
+from qwen_vl_oracle import PACKS, TOLERANCE, Oracle, group, make_trainer
 from torch import Tensor
 
 from megalong.data.packing import GroupTokens, pack_groups

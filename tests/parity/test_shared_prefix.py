@@ -14,9 +14,10 @@ from unittest import mock
 import pytest
 import tiny_vl
 import torch
+from harness import make_builder
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from qwen_vl_oracle import BLOCK, FILM, FRAME, ODD, SHORT, Video, make_builder
+from qwen_vl_oracle import BLOCK, FILM, FRAME, ODD, SHORT, Video
 from torch import Tensor
 
 from megalong.attention.shard import PackShard
