@@ -86,12 +86,13 @@ def _run_recipe(args: argparse.Namespace) -> int:
 
     config = load_config(args.recipe, args.overrides)
     if args.verb == "plan":
-        from megalong.config.plan import plan, planned_processes, shape_for_planning
+        from megalong.config.plan import check_engine, plan, planned_processes, shape_for_planning
         from megalong.config.plan_text import render
         from megalong.config.validate import validate
 
         shape, note = shape_for_planning(config)
         validate(config, task=args.task, world_size=planned_processes(config), model=shape)
+        check_engine(config, args.task, shape)
         print(render(plan(config, args.task, shape, note=note)))  # noqa: T201
         return 0
     import torch

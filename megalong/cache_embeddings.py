@@ -55,7 +55,7 @@ def cache_embeddings(config: RunConfig, timer: PhaseTimer | None = None) -> Fill
     training. Started again, it goes on where it was ended. Samples with a video that cannot be read are written to
     <video.cache_dir>/dropped.jsonl. Returns the totals of all processes.
     """
-    started = time.perf_counter()
+    started, since = time.perf_counter(), time.time()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     shape = read_model_shape(config.model.path, family=config.model.family, video=config.video)
     validate(config, task="cache-embeddings", world_size=world_size, model=shape)
@@ -68,6 +68,7 @@ def cache_embeddings(config: RunConfig, timer: PhaseTimer | None = None) -> Fill
         load_encoder_weights(newest_checkpoint(Path(config.model.init_from)), encoder)
     tokens = family_of(config.model).read_tokens(Path(config.model.path))
     vision = open_vision(config, layout, encoder, spec=spec, tokens=tokens)
+    vision.embeds.disk.keep_since = since
     if layout.is_main:
         vision.embeds.disk.sweep()
     total = fill(vision, config, samples, layout, timer or PhaseTimer())

@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 
 from megalong.config.errors import ConfigError
+from megalong.config.model_shape import ModelShape
+from megalong.config.placement import colocated_problems, place_engines, replica_problems
 from megalong.config.tree import MEMORY_SHARE, EnginePlacement, RolloutConfig, RunConfig
 from megalong.config.tree import RolloutEngine as EngineChoice
 from megalong.config.validate import Task
 from megalong.config.validate_rollout import vllm_problems
 from megalong.engine.build import TORCH_DTYPE, family_of
-from megalong.parallel.collectives import gather_objects
 from megalong.parallel.layout import ParallelLayout
 from megalong.rollout.embedded import EmbeddedEngine
 from megalong.rollout.engine import RolloutEngine
@@ -23,6 +24,7 @@ from megalong.rollout.transfer import Transport
 from megalong.rollout.vllm_engine import VllmEngine, VllmSettings
 from megalong.rollout.vllm_model import MODELS
 
+TRANSPORTS = {EnginePlacement.disaggregated: Transport.nccl, EnginePlacement.colocated: Transport.ipc}
 SHARES = {
     Transport.nccl: MEMORY_SHARE[EnginePlacement.disaggregated],
     Transport.ipc: MEMORY_SHARE[EnginePlacement.colocated],
@@ -31,19 +33,35 @@ SHARES = {
 """rollout.memory_share=0: the last one is of the host's memory."""
 
 
-def build_engine(config: RunConfig, layout: ParallelLayout, *, task: Task, eos_id: int) -> RolloutEngine | None:
-    """The engine that this rank drives, None when it drives none (collective).
+def check_engines(config: RunConfig, *, task: Task, world_size: int, shape: ModelShape) -> None:
+    """Raise ConfigError for rollout engines that this run cannot have, before any weights are read."""
+    with torch.device("meta"):
+        model = family_of(config.model).sampler_model(Path(config.model.path), TORCH_DTYPE[config.model.dtype])
+    gpus = len(_gpu_names(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
+    ahead = task == "grpo" and config.rollout.steps_off_policy > 0
+    if not _takes_vllm(config, model.config.model_type, task=task, on_gpu=gpus > 0):
+        if ahead:
+            raise ConfigError([_not_beside_the_trainer("rollout.engine=auto takes the embedded engine here")])
+        return
+    problems = [*vllm_problems(config, training=task in ("grpo", "check-sync"), world_size=world_size, model=shape)]
+    if gpus and not problems:
+        placement, engines = place_engines(config.rollout, gpus=gpus, processes=_local("LOCAL_WORLD_SIZE"))
+        if placement is EnginePlacement.colocated:
+            problems += colocated_problems(config.rollout, config.parallel, world_size=world_size)
+            if ahead:
+                problems.append(_not_beside_the_trainer("rollout.placement=auto puts the engines on its GPUs here"))
+        problems += replica_problems(config.parallel, engines, world_size=world_size)
+    if problems:
+        raise ConfigError(problems)
 
-    Raises ConfigError when the engines have no GPUs, or a replica no engine.
-    """
+
+def build_engine(config: RunConfig, layout: ParallelLayout, *, task: Task, eos_id: int) -> RolloutEngine | None:
+    """The engine that this rank drives, None when it drives none; of a configuration that passed check_engines."""
     family = family_of(config.model)
     path, dtype = Path(config.model.path), TORCH_DTYPE[config.model.dtype]
     with torch.device("meta"):
         model = family.sampler_model(path, dtype)
-    ahead = task == "grpo" and config.rollout.steps_off_policy > 0
-    if not _takes_vllm(config, model.config.model_type, task=task, device=layout.device):
-        if ahead:
-            raise ConfigError([_not_beside_the_trainer("rollout.engine=auto takes the embedded engine here")])
+    if not _takes_vllm(config, model.config.model_type, task=task, on_gpu=layout.device.type == "cuda"):
         return EmbeddedEngine(
             family.sampler_model(path, dtype),
             name_of=family.sampler_name,
@@ -51,21 +69,13 @@ def build_engine(config: RunConfig, layout: ParallelLayout, *, task: Task, eos_i
             device=layout.device,
             batch_prompts=config.rollout.batch_prompts,
         )
-    settings = _settings(config, layout, task=task, ahead=ahead)
-    has_engine = gather_objects(settings is not None, group=layout.replica)
-    if not any(has_engine):
-        raise ConfigError(
-            [
-                f"replica {layout.dp_rank} has no rollout engine: only the first {config.rollout.engines_per_node} "
-                "ranks of a node drive one (rollout.engines_per_node); raise it, or make replicas larger"
-            ]
-        )
+    settings = _settings(config, layout, task=task)
     if settings is None:
         return None
     return VllmEngine(model, name_of=family.sampler_name, eos_id=eos_id, settings=settings)
 
 
-def _takes_vllm(config: RunConfig, model_type: str, *, task: Task, device: torch.device) -> bool:
+def _takes_vllm(config: RunConfig, model_type: str, *, task: Task, on_gpu: bool) -> bool:
     choice = config.rollout.engine
     if choice is EngineChoice.vllm:
         problems = []
@@ -79,12 +89,9 @@ def _takes_vllm(config: RunConfig, model_type: str, *, task: Task, device: torch
         if problems:
             raise ConfigError(problems)
         return True
-    if choice is EngineChoice.embedded or device.type != "cuda" or task == "sft":
+    if choice is EngineChoice.embedded or not on_gpu or task == "sft":
         return False
-    takes = importlib.util.find_spec("vllm") is not None and model_type in MODELS
-    if takes and task != "eval" and (problems := list(vllm_problems(config))):
-        raise ConfigError(problems)
-    return takes
+    return importlib.util.find_spec("vllm") is not None and model_type in MODELS
 
 
 def _not_beside_the_trainer(why: str) -> str:
@@ -94,13 +101,12 @@ def _not_beside_the_trainer(why: str) -> str:
     )
 
 
-def _settings(config: RunConfig, layout: ParallelLayout, *, task: Task, ahead: bool) -> VllmSettings | None:
-    """Of the engine that this rank drives; None without one. ahead: it must not share the trainer's GPUs."""
+def _settings(config: RunConfig, layout: ParallelLayout, *, task: Task) -> VllmSettings | None:
+    """Of the engine that this rank drives; None without one."""
     rollout = config.rollout
-    local_rank, local_size = (int(os.environ.get(name, default)) for name, default in _LOCAL.items())
-    devices, transport = place_engine(rollout, _gpu_names(layout.device), local_rank=local_rank, local_size=local_size)
-    if ahead and transport is Transport.ipc:
-        raise ConfigError([_not_beside_the_trainer("rollout.placement=auto puts the engines on its GPUs here")])
+    devices, transport = place_engine(
+        rollout, _gpu_names(layout.device), local_rank=_local("LOCAL_RANK"), local_size=_local("LOCAL_WORLD_SIZE")
+    )
     if devices is None:
         return None
     temperature = config.eval.temperature if task == "eval" else rollout.temperature
@@ -121,7 +127,9 @@ def _settings(config: RunConfig, layout: ParallelLayout, *, task: Task, ahead: b
     )
 
 
-_LOCAL = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+def _local(name: str) -> int:
+    """What torchrun says about this node; alone without it."""
+    return int(os.environ.get(name, {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}[name]))
 
 
 def _gpu_names(device: torch.device) -> list[str]:
@@ -142,40 +150,6 @@ def place_engine(
     """
     if not names:
         return (), Transport.file
-    size, count = rollout.engine_tp, rollout.engines_per_node
-    free = names[local_size:]
-    apart = rollout.placement is EnginePlacement.disaggregated
-    if rollout.placement is EnginePlacement.auto:
-        apart = len(free) >= size
-    if not apart:
-        if len(names) < local_size:
-            raise ConfigError(
-                f"rollout.engine=vllm, colocated: a process sees {len(names)} GPU(s) (CUDA_VISIBLE_DEVICES) and its "
-                f"node has {local_size} training processes, each on one of its own; let every process see all of them, "
-                "as torchrun does, or set rollout.engine=embedded"
-            )
-        if local_size % size:
-            raise ConfigError(
-                [
-                    f"rollout.placement=colocated with rollout.engine_tp={size}: it does not divide the {local_size} "
-                    "processes of a node, whose GPUs the engines share"
-                ]
-            )
-        return (tuple(names[local_rank : local_rank + size]) if local_rank % size == 0 else None), Transport.ipc
-    if len(free) < size * count:
-        raise ConfigError(
-            [
-                f"rollout.placement=disaggregated: {count} engines (rollout.engines_per_node) of {size} GPUs "
-                f"(rollout.engine_tp) do not fit into the {len(free)} GPUs of the node that its {local_size} training "
-                "processes leave; start fewer processes or set rollout.placement=colocated"
-            ]
-        )
-    if count > local_size:
-        raise ConfigError(
-            [
-                f"rollout.engines_per_node={count} is more than the {local_size} training processes of a node, each of "
-                "which drives at most one; raise rollout.engine_tp instead"
-            ]
-        )
-    at = local_rank * size
-    return (tuple(free[at : at + size]) if local_rank < count else None), Transport.nccl
+    placement, engines = place_engines(rollout, gpus=len(names), processes=local_size)
+    mine = engines[local_rank]
+    return None if mine is None else tuple(names[number] for number in mine), TRANSPORTS[placement]

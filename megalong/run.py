@@ -27,7 +27,7 @@ from megalong.data.sequence import SequenceBuilder
 from megalong.engine.build import build_model, family_of
 from megalong.engine.checkpoint import complete_checkpoints, load_checkpoint, load_weights, save_checkpoint
 from megalong.engine.trainer import Trainer
-from megalong.engines import build_engine
+from megalong.engines import build_engine, check_engines
 from megalong.metrics import PhaseTimer, RunLogger
 from megalong.models.errors import CheckpointError
 from megalong.parallel.collectives import gather_objects, max_over, sum_over
@@ -121,12 +121,12 @@ class Run:
         return len({path for part in parts for path in part})
 
     def store_metrics(self) -> dict[str, float]:
-        """Files of video.cache_dir that were refused, since the start, over all ranks (collective)."""
+        """Files of video.cache_dir that were refused, and that made room, so far, over all ranks (collective)."""
         disk = self.vision.embeds.disk
         if disk is None:
             return {}
-        refused = {"refused_embeddings": float(len(disk.refused))}
-        return sum_over(refused, group=self.layout.world, device=self.layout.device)
+        counts = {"refused_embeddings": float(len(disk.refused)), "evicted_embeddings": float(disk.num_evicted)}
+        return sum_over(counts, group=self.layout.world, device=self.layout.device)
 
     def close(self) -> None:
         self.vision.close()
@@ -227,6 +227,7 @@ def _start(config: RunConfig, *, task: Task, timer: PhaseTimer) -> Run:
     shape = read_model_shape(config.model.path, family=config.model.family, video=config.video)
     validate(config, task=task, world_size=world_size, model=shape)
     check_store(config)
+    check_engines(config, task=task, world_size=world_size, shape=shape)
     start = None if task in ("eval", "check-sync") else resume_point(config)
     family = family_of(config.model)
     layout = layout_of(config, shape)

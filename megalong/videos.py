@@ -54,6 +54,7 @@ def vision_settings(config: RunConfig) -> VisionSettings:
         embed_gpu_bytes=int(video.cache_gpu_gib * GIB),
         embed_host_bytes=int(video.cache_gib * GIB),
         embed_folder=video.cache_dir,
+        embed_folder_bytes=int(video.cache_dir_gib * GIB),
         frame_store_bytes=int(video.frame_cache_gib * GIB),
         decode_workers=config.data.decode_workers,
         decoder=video.decoder,

@@ -13,6 +13,7 @@ from megalong.config.plan_engine import EnginePlan, plan_engine
 from megalong.config.shapes import SHIPPED_SHAPES, read_model_shape
 from megalong.config.tree import Dtype, Recompute, RolloutEngine, RunConfig
 from megalong.config.validate import Task, frames_per_video, prompt_tokens
+from megalong.config.validate_rollout import vllm_problems
 
 GIB = 1 << 30
 GPU_STORE = "embedding store (video.cache_gpu_gib)"
@@ -113,6 +114,19 @@ def planned_processes(config: RunConfig) -> int:
     """Processes to plan for: `gpus`, or those of one replica when it is 0."""
     parallel = config.parallel
     return config.gpus or parallel.tp * parallel.cp * parallel.pp
+
+
+def check_engine(config: RunConfig, task: Task, shape: ModelShape) -> None:
+    """Raise ConfigError where rollout.engine=auto will take vLLM, and that cannot sample for the run."""
+    if task == "sft" or not config.gpus or _samples_embedded(config, task):
+        return
+    problems = list(
+        vllm_problems(
+            config, training=task in ("grpo", "check-sync"), world_size=planned_processes(config), model=shape
+        )
+    )
+    if problems:
+        raise ConfigError(problems)
 
 
 def plan(config: RunConfig, task: Task, shape: ModelShape, *, note: str = "") -> Plan:

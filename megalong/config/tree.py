@@ -177,8 +177,13 @@ class VideoConfig:
     cache_dir: str | None = None
     """Folder of embeddings on disk, for any number of runs and any parallel layout: read from, and written to when host
     memory is full; `megalong cache-embeddings` fills it. Entries are found by the video's content (size, and three
-    samples of a MiB), its frames and their size, and the tower's weights, settings and dtype. It has no bound: nothing
-    is deleted from it but damaged files. `megalong plan` says what a video takes; to empty it, delete the folder."""
+    samples of a MiB), its frames and their size, the decoder (which `auto` stands for, but not its version; a file that
+    it refuses is PyAV's under its name), and the tower's weights, settings and dtype. `megalong plan` says what a video
+    takes; to empty it, delete the folder."""
+    cache_dir_gib: float = 1024.0
+    """Most of what is in cache_dir, whoever wrote it: the least recently used files go first. Each process that writes
+    counts anew after every 1/64 of it. `megalong cache-embeddings` deletes nothing that it has found or made itself: it
+    ends with an error when that does not fit."""
     frame_cache_gib: float = 16.0
     """Host-memory budget of decoded frames (this rank's share of each video, uint8)."""
 
@@ -226,7 +231,7 @@ class RolloutConfig:
     engine_tp: int = 1
     """vllm: tensor-parallel GPUs of an engine."""
     engines_per_node: int = 1
-    """vllm, disaggregated: engines on each node, each driven by one of its first training processes. (Colocated, there
+    """vllm, disaggregated: engines on each node, driven by as many of its training processes. (Colocated, there
     are as many as the node's GPUs make.)"""
     memory_share: float = 0.0
     """vllm: share of a GPU's memory for weights, keys and values; 0: 0.9 disaggregated, 0.4 colocated."""

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from megalong.config.errors import ConfigError
 from megalong.config.model_shape import ModelShape
+from megalong.config.placement import head_problems
 from megalong.config.tree import AdvantageKind, AttentionKernel, FrameSampling, Recompute, RolloutEngine, RunConfig
 from megalong.config.validate_rollout import off_policy_problems, vllm_problems
 
@@ -39,8 +40,8 @@ def validate(config: RunConfig, *, task: Task, world_size: int, model: ModelShap
         problems += _vision_problems(config, model=model)
     if task == "grpo":
         problems += _grpo_problems(config)
-    if task in ("grpo", "check-sync") and config.rollout.engine is RolloutEngine.vllm:
-        problems += vllm_problems(config)
+    if task in ("grpo", "eval", "check-sync") and config.rollout.engine is RolloutEngine.vllm:
+        problems += vllm_problems(config, training=task != "eval", world_size=world_size, model=model)
     problems += _evaluation_problems(config, task)
     if problems:
         raise ConfigError(problems)
@@ -98,6 +99,7 @@ _BOUNDS: tuple[_Bound, ...] = (
     _Bound("video.tower_batch_frames", 1),
     _Bound("video.cache_gpu_gib", 0),
     _Bound("video.cache_gib", 0, above=True),
+    _Bound("video.cache_dir_gib", 0, above=True),
     _Bound("video.frame_cache_gib", 0, above=True),
     _Bound("data.max_prompt_tokens", 1),
     _Bound("data.max_response_tokens", 1),
@@ -158,7 +160,7 @@ def _out_of_bounds(config: RunConfig, task: Task) -> Iterator[str]:
     bounds = _BOUNDS
     if task in ("sft", "grpo"):
         bounds += _TRAINING_BOUNDS + (_SFT_BOUNDS if task == "sft" else _GRPO_BOUNDS)
-    if task in ("grpo", "eval", "check-sync"):
+    if task in ("grpo", "eval", "check-sync") or (task == "sft" and config.rollout.engine is RolloutEngine.vllm):
         bounds += _ROLLOUT_BOUNDS
     for bound in bounds:
         value = _value(config, bound.key)
@@ -202,18 +204,8 @@ def _parallel_problems(config: RunConfig, *, world_size: int, model: ModelShape)
 
 
 def split_problems(model: ModelShape, *, tp: int, pp: int) -> Iterator[str]:
-    """Why the model's sizes cannot be cut over tp and pp ranks; nothing when they can.
-
-    More tensor-parallel ranks than key-value heads are fine when each head is shared by as many ranks.
-    """
-    for name, size in (("attention heads", model.heads), ("ffn width", model.ffn)):
-        if size % tp:
-            yield f"parallel.tp={tp} does not divide the model's {size} {name}; choose a divisor of {size}"
-    if model.kv_heads % tp and tp % model.kv_heads:
-        yield (
-            f"parallel.tp={tp} neither divides the model's {model.kv_heads} key-value heads nor is a multiple of them; "
-            f"choose a divisor or a multiple of {model.kv_heads}"
-        )
+    """Why the model's sizes cannot be cut over tp and pp ranks; nothing when they can."""
+    yield from head_problems(model, key="parallel.tp", size=tp)
     if model.layers % pp:
         yield f"parallel.pp={pp} does not divide the model's {model.layers} layers; choose a divisor"
 

@@ -4,19 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megalong.config.model_shape import ModelShape
+from megalong.config.placement import colocated_problems, head_problems
 from megalong.config.tree import EnginePlacement, RolloutEngine, RunConfig
 
 
-def vllm_problems(config: RunConfig) -> Iterator[str]:
-    """What vLLM cannot sample for training; rollout.engine=auto is checked when it has taken vLLM."""
-    rollout = config.rollout
+def vllm_problems(config: RunConfig, *, training: bool, world_size: int, model: ModelShape) -> Iterator[str]:
+    """Why vLLM cannot sample for this run, whatever the node; rollout.engine=auto is checked when it has taken vLLM.
+
+    training: the log-probabilities of what is sampled are read.
+    """
+    rollout, parallel = config.rollout, config.parallel
+    if min(rollout.engine_tp, parallel.tp, parallel.cp, parallel.pp) < 1:
+        return
     cut = [name for name, off in (("top_p", 1.0), ("top_k", 0)) if getattr(rollout, name) != off]
-    if cut and rollout.temperature != 1:
+    if training and cut and rollout.temperature != 1:
         yield (
-            f"rollout.engine={rollout.engine.name} takes vLLM, with rollout.temperature={rollout.temperature:g} and "
+            f"{takes_vllm(config)}, with rollout.temperature={rollout.temperature:g} and "
             f"rollout.{cut[0]}={getattr(rollout, cut[0])}: vLLM reports log-probabilities either at temperature 1 or "
             "after the cut, and the trainer's are at the temperature and before it; change one of the two"
         )
+    problems = [*head_problems(model, key="rollout.engine_tp", size=rollout.engine_tp)]
+    if rollout.placement is EnginePlacement.colocated:
+        problems += colocated_problems(rollout, parallel, world_size=world_size)
+    yield from (f"{takes_vllm(config)}: {problem}" for problem in problems)
+
+
+def takes_vllm(config: RunConfig) -> str:
+    """That vLLM samples, and why."""
+    if config.rollout.engine is RolloutEngine.vllm:
+        return "rollout.engine=vllm"
+    return "rollout.engine=auto takes vLLM, where there are GPUs and it is installed"
 
 
 def off_policy_problems(config: RunConfig) -> Iterator[str]:

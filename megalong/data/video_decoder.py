@@ -41,9 +41,10 @@ class SegmentDecoder(Protocol):
 
 
 class FrameDecoder(Protocol):
-    """What makes Clips of selections. `fallbacks`: files that another decoder than the chosen one had to take, why."""
+    """What makes Clips of selections."""
 
-    fallbacks: dict[str, str]
+    settings: str  # all that decides the pixels of a file: decoders differ by a few grey levels
+    fallbacks: dict[str, str]  # files that another decoder than the chosen one had to take -> why
 
     def decode(self, selection: FrameSelection, *, first: int, last: int) -> Clip: ...
 
@@ -52,6 +53,8 @@ class FrameDecoder(Protocol):
 
 class CpuFrameDecoder:
     """PyAV, one thread per call."""
+
+    settings = VideoDecoder.pyav.name
 
     def __init__(self) -> None:
         self.fallbacks: dict[str, str] = {}
@@ -68,12 +71,15 @@ class GpuFrameDecoder:
 
     The frames are those of `decode_frames`, in page-locked host memory. A file that the GPU path refuses goes to PyAV,
     which also has the last word on damaged ones; each such file is logged and in `fallbacks`. Not so selections that
-    are PyAV's by plan: those for which at most `cpu_pixels` pixels must be decoded.
+    are PyAV's by plan: those for which at most `cpu_pixels` pixels must be decoded. name: of the decoder. `settings` do
+    not say which files were refused: the same decoder refuses them again.
     """
 
     def __init__(
-        self, device: torch.device, make: Callable[[], SegmentDecoder], *, streams: int = STREAMS, cpu_pixels: int = 0
-    ) -> None:
+        self, device: torch.device, make: Callable[[], SegmentDecoder], *, name: str, streams: int = STREAMS,
+        cpu_pixels: int = 0,
+    ) -> None:  # fmt: skip
+        self.settings = f"{name}, pyav up to {cpu_pixels} pixels" if cpu_pixels else name
         self.device, self.streams, self.cpu_pixels, self.fallbacks = device, streams, cpu_pixels, {}
         self._make = make
         self._pool = ThreadPoolExecutor(max_workers=streams, thread_name_prefix="nvdec")
@@ -180,7 +186,7 @@ def open_decoder(kind: VideoDecoder, device: torch.device) -> FrameDecoder:
         make = import_module("megalong.data.video_dali").DaliDecoder
     else:
         make = import_module("megalong.data.video_nvcodec").NvCodecDecoder
-    return GpuFrameDecoder(device, lambda: make(number), cpu_pixels=cpu_pixels)
+    return GpuFrameDecoder(device, lambda: make(number), name=kind.name, cpu_pixels=cpu_pixels)
 
 
 def _is_installed(package: str) -> bool:

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import time
@@ -31,6 +32,8 @@ FORMAT = "megalong embeddings 1"
 PART_BYTES = 128 << 20
 """Most bytes of a file: a reader checks whole files, so it reads up to two of them more than it wants."""
 ABANDONED_SECONDS = 3600
+LOOKS = 64
+GIB = 1 << 30
 TENSOR = "embeds_ND"
 
 _PART = re.compile(r"(\d+)-(\d+)\.safetensors")
@@ -57,14 +60,22 @@ class _RefusedError(Exception):
 class DiskStore:
     """Rows [first, last) of a video's [N, D'] embeddings, by key. Several processes may use a folder at a time.
 
-    Nothing is ever deleted but refused files. Methods raise EmbeddingCacheError when the folder cannot be used.
+    The least recently used files make room when the folder holds budget_bytes; a file that is read is touched. Each
+    process looks at the folder when it first writes, when it is full by its own count, and after every 1 / LOOKS of the
+    budget that it has written: by so much, for each of the others, the folder may be over its budget. Methods raise
+    EmbeddingCacheError when the folder cannot be used, or what must stay in it leaves no room.
     """
 
-    def __init__(self, folder: Path, *, dtype: torch.dtype) -> None:
+    def __init__(self, folder: Path, *, dtype: torch.dtype, budget_bytes: int) -> None:
         self.folder = folder
         self.dtype = dtype
+        self.budget_bytes = budget_bytes
+        self.keep_since = math.inf  # files used at or after this time (of time.time()) are not deleted to make room
         self.refused: list[Path] = []  # files that were not what they should be, since the start
+        self.num_evicted = 0
         self.bytes_written = 0
+        self._bytes_seen: int | None = None  # in the folder, at the last look
+        self._bytes_since = 0  # written by this process since then
 
     def holds(self, key: str, first: int, last: int) -> bool:
         """Whether files for all these rows are there; what is in them is looked at by read()."""
@@ -94,6 +105,11 @@ class DiskStore:
         """Keep rows [first, first + n) of the video, unless they are there."""
         if self.holds(key, first, first + len(embeds_nD)):
             return
+        if embeds_nD.nbytes > self.budget_bytes:
+            raise EmbeddingCacheError(
+                f"{embeds_nD.nbytes / GIB:.3f} GiB of embeddings of one video do not fit into {self.folder}: raise "
+                f"video.cache_dir_gib (now {self.budget_bytes / GIB:.3f}) or set video.cache_dir=null"
+            )
         row_bytes = embeds_nD[:1].nbytes
         for part_nD in embeds_nD.split(max(1, PART_BYTES // row_bytes)):
             self._write_part(key, first, part_nD)
@@ -101,10 +117,45 @@ class DiskStore:
 
     def sweep(self) -> None:
         """Delete what writers that were killed left behind: unfinished files that nobody has touched for an hour."""
-        for path in self.folder.rglob("*.partial"):
-            with contextlib.suppress(FileNotFoundError):  # another process sweeps too, or has just finished the file
-                if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
-                    path.unlink()
+        for used, _, path in self._files("*.partial"):
+            if time.time() - used > ABANDONED_SECONDS:
+                path.unlink(missing_ok=True)
+
+    def _make_room(self, num_bytes: int) -> None:
+        """Delete the least recently used files until so many bytes have room."""
+        step = self.budget_bytes // LOOKS
+        if self._bytes_seen is not None:
+            self._bytes_since += num_bytes
+            if self._bytes_since <= step and self._bytes_seen + self._bytes_since <= self.budget_bytes:
+                return
+        self.sweep()
+        files = self._files()
+        held = sum(size for _, size, _ in files)
+        if held + num_bytes > self.budget_bytes:
+            for used, size, path in sorted(files):
+                if held + num_bytes <= self.budget_bytes - step or used >= self.keep_since:
+                    break
+                try:
+                    path.unlink(missing_ok=True)
+                except OSError as error:
+                    raise self._error(path, "deleted", error) from error
+                held -= size
+                self.num_evicted += 1
+        if held + num_bytes > self.budget_bytes:
+            raise EmbeddingCacheError(
+                f"{self.folder} holds {held / GIB:.3f} GiB that may not be deleted, and {num_bytes / GIB:.3f} more do "
+                f"not fit: raise video.cache_dir_gib (now {self.budget_bytes / GIB:.3f}) or take fewer videos"
+            )
+        self._bytes_seen, self._bytes_since = held, num_bytes
+
+    def _files(self, pattern: str = "*.safetensors*") -> list[tuple[float, int, Path]]:
+        """When it was last used, size and path of every file, unfinished ones, too."""
+        found = []
+        for path in self.folder.rglob(pattern):
+            with contextlib.suppress(FileNotFoundError):  # another process has deleted, or just finished it
+                status = path.stat()
+                found.append((status.st_mtime, status.st_size, path))
+        return found
 
     def _folder_of(self, key: str) -> Path:
         digest = hashlib.sha256(key.encode()).hexdigest()
@@ -134,8 +185,11 @@ class DiskStore:
     def _read_part(self, part: _Part, key: str) -> Tensor | None:
         """All rows of a file; None when it is refused, or gone."""
         try:
-            return self._checked(part.path.read_bytes(), part, key)
-        except FileNotFoundError:  # another process has refused it
+            embeds_nD = self._checked(part.path.read_bytes(), part, key)
+            with contextlib.suppress(OSError):  # a cache that this process may only read
+                os.utime(part.path)
+            return embeds_nD
+        except FileNotFoundError:  # another process has refused it, or made room
             return None
         except OSError as error:
             raise self._error(part.path, "read", error) from error
@@ -175,6 +229,7 @@ class DiskStore:
         partial = final.with_name(f"{final.name}.{uuid.uuid4().hex}.partial")
         tensors = {TENSOR: embeds_nD.cpu().contiguous()}
         said = {**_describe(key, first, last), "checksum": str(int(tensor_checksums(tensors.values())))}
+        self._make_room(embeds_nD.nbytes)
         try:
             final.parent.mkdir(parents=True, exist_ok=True)
             save_file(tensors, partial, metadata=said)

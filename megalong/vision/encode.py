@@ -39,6 +39,7 @@ class VisionSettings:
     embed_gpu_bytes: int
     embed_host_bytes: int
     embed_folder: str | None  # of the disk store
+    embed_folder_bytes: int
     frame_store_bytes: int
     decode_workers: int
     decoder: VideoDecoder = VideoDecoder.auto
@@ -223,8 +224,8 @@ class VisionStage:
         return selection_key(selection)
 
     def embed_key(self, selection: FrameSelection) -> str:
-        """Key of embeddings: the frames' key, and the weights and dtype of tower and projector."""
-        return f"{self.key(selection)}/{self._weights_digest}"
+        """Key of embeddings: the frames' key, what decodes them, and the weights and dtype of tower and projector."""
+        return f"{self.key(selection)}/{self.decoder.settings}/{self._weights_digest}"
 
     def _by_content(self, selections: Sequence[FrameSelection]) -> dict[str, FrameSelection]:
         """One selection for each content key: several paths may name the same content."""
@@ -367,7 +368,8 @@ def _disk_store(encoder: nn.Module | None, settings: VisionSettings) -> DiskStor
     """None where embeddings are not kept, or in memory alone."""
     if encoder is None or not settings.frozen or settings.embed_folder is None:
         return None
-    return DiskStore(Path(settings.embed_folder), dtype=next(encoder.parameters()).dtype)
+    dtype = next(encoder.parameters()).dtype
+    return DiskStore(Path(settings.embed_folder), dtype=dtype, budget_bytes=settings.embed_folder_bytes)
 
 
 def _encoder_digest(encoder: nn.Module) -> str:

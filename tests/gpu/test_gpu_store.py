@@ -37,7 +37,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 def test_entries_move_between_the_tiers_unchanged(tmp_path: Path) -> None:
     """Room for one entry on the GPU, two in host memory; four are put."""
-    disk = DiskStore(tmp_path, dtype=torch.bfloat16)
+    disk = DiskStore(tmp_path, dtype=torch.bfloat16, budget_bytes=1 << 30)
     device = torch.device("cuda", torch.cuda.current_device())
     kept = EmbeddingStore(device=device, gpu_bytes=GIB, host_bytes=2 * GIB, disk=disk)
     num_bytes = embeddings(0).nbytes

@@ -152,3 +152,22 @@ def test_damaged_entries_and_unreadable_videos_are_counted_by_the_fill(
     log = (tmp_path / "processes" / "rank0.log").read_text() + (tmp_path / "processes" / "rank1.log").read_text()
     assert f"{bad} is refused" in log
     assert "9 videos, 1 encoded, 7 there already, 1 unreadable (2 samples, see dropped.jsonl)" in log
+
+
+def test_a_full_folder_ends_the_fill_and_makes_room_for_training(
+    demo: DemoWorld, filled: Path, losses: list[float], tmp_path: Path
+) -> None:
+    files = [path.stat().st_size for path in (filled / "cache").rglob("*.safetensors")]
+    budget = sum(sorted(files)[-3:])  # for three of eight videos
+    bound = f"video.cache_dir_gib={budget / 2**30}"
+    world = World(2, fill, demo, tmp_path, (bound,), folder=tmp_path / "fill")
+    assert 0 not in world.exit_codes()
+    assert "more do not fit: raise video.cache_dir_gib (now 0.000) or take fewer videos" in world.log()
+    overrides = (bound, ONE_BATCH, "parallel.cp=2")
+    ranks = run_world(2, train, demo, tmp_path, overrides, folder=tmp_path / "train")
+    assert [found for found, _ in ranks] == [pytest.approx(losses, rel=1e-5)] * 2
+    assert 0 < sum(frames for _, frames in ranks) < 3 * 4 * 5
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["evicted_embeddings"] > 0
+    held = sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*.safetensors"))
+    assert held <= budget + 2 * max(files), "two write at a time, and neither counts what the other has just begun"

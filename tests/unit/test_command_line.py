@@ -83,6 +83,16 @@ def test_plan_prints_the_recipe_and_its_costs(recipe: Path, capsys: pytest.Captu
     assert ("rollout: decode" in text) is (task == "grpo")
 
 
+@pytest.mark.parametrize("engine", ["auto", "vllm"])
+def test_plan_says_what_vllm_cannot_cut(recipe: Path, capsys: pytest.CaptureFixture[str], engine: str) -> None:
+    asked = ["gpus=4", "grpo.batch_size=4", f"rollout.engine={engine}", "rollout.engine_tp=16"]
+    assert main(["plan", str(recipe), *asked]) == 2
+    message = capsys.readouterr().err
+    assert f"rollout.engine={engine}" in message
+    assert "rollout.engine_tp=16 does not divide the model's 4 attention heads; choose a divisor of 4" in message
+    assert main(["plan", str(recipe), *asked, "rollout.engine=embedded"]) == 0
+
+
 CONFIG_ERRORS = {
     "misspelt key": (["grpo.stpes=3"], r"override 'grpo.stpes=3': unknown key grpo.stpes; did you mean grpo.steps?"),
     "unknown section": (["gropo.steps=3"], "did you mean grpo.steps?"),

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from harness import run_world
 from omegaconf import OmegaConf
 
 from megalong import engines
+from megalong import run as run_module
 from megalong.config.errors import ConfigError
-from megalong.config.tree import EnginePlacement, RolloutConfig, RunConfig
+from megalong.config.load import load_config
+from megalong.config.placement import place_engines, replica_of, replica_problems
+from megalong.config.shapes import read_model_shape
+from megalong.config.tree import EnginePlacement, ParallelConfig, RolloutConfig, RunConfig
 from megalong.engines import place_engine
+from megalong.metrics import PhaseTimer
+from megalong.parallel.layout import make_layout
 from megalong.rollout.transfer import Transport
 
 GPUS = ("4", "5", "6", "7", "GPU-a", "GPU-b", "GPU-c", "GPU-d")  # as CUDA_VISIBLE_DEVICES may name them
@@ -31,7 +40,11 @@ def placed(placement: str, *, gpus: int, processes: int, tp: int = 1, count: int
 def test_disaggregated_engines_take_the_gpus_behind_the_training_processes() -> None:
     assert placed("disaggregated", gpus=8, processes=6) == ([("GPU-c",), *[None] * 5], Transport.nccl)
     assert placed("disaggregated", gpus=8, processes=4, tp=2, count=2) == (
-        [("GPU-a", "GPU-b"), ("GPU-c", "GPU-d"), None, None],
+        [("GPU-a", "GPU-b"), None, ("GPU-c", "GPU-d"), None],  # spread: the processes may be two replicas
+        Transport.nccl,
+    )
+    assert placed("disaggregated", gpus=8, processes=5, count=3) == (
+        [("GPU-b",), ("GPU-c",), None, ("GPU-d",), None],
         Transport.nccl,
     )
     assert placed("disaggregated", gpus=2, processes=1) == ([("5",)], Transport.nccl)
@@ -65,7 +78,17 @@ REFUSED = {
     ),
     "engines across the node's edge": (
         ("colocated", {"gpus": 8, "processes": 6, "tp": 4}),
-        "rollout.engine_tp=4: it does not divide the 6 processes",
+        "rollout.placement=colocated: rollout.engine_tp=4 does not divide the 6 training processes",
+    ),
+    "auto, engines across the node's edge": (
+        ("auto", {"gpus": 8, "processes": 6, "tp": 4}),
+        "rollout.placement=auto chose colocated, because the 6 training processes of a node with 8 GPUs leave 2, too "
+        "few for an engine of 4 (rollout.engine_tp): rollout.engine_tp=4 does not divide",
+    ),
+    "auto with room for one, and why": (
+        ("auto", {"gpus": 8, "processes": 6, "tp": 2, "count": 2}),
+        "rollout.placement=auto chose disaggregated, because the 6 training processes of a node with 8 GPUs leave 2, "
+        "enough for an engine of 2 (rollout.engine_tp): 2 engines",
     ),
     "processes that see one GPU each": (
         ("colocated", {"gpus": 1, "processes": 4}),
@@ -95,15 +118,96 @@ def test_an_engine_that_shares_the_trainer_s_gpus_cannot_sample_ahead(
     config = OmegaConf.structured(RunConfig)
     overrides = [f"rollout.engine={engine}", "rollout.steps_off_policy=1", f"model.path={tiny_checkpoint}"]
     config.merge_with_dotlist([*overrides, "model.dtype=float32", "logger.run_dir=r"])
+    shape = read_model_shape(tiny_checkpoint, family="longvila", video=config.video)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(engines, "_gpu_names", lambda device: list(GPUS[:gpus]))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     with pytest.raises(
         ConfigError, match=re.escape(f"rollout.steps_off_policy=1 samples while the trainer works, {message}")
     ):
-        engines.build_engine(config, layout, task="grpo", eos_id=0)
+        engines.check_engines(config, task="grpo", world_size=2, shape=shape)
     if gpus == 0:
         assert engines.build_engine(config, layout, task="check-sync", eos_id=0) is not None
+
+
+# parallel.*, processes of all nodes, of one, what is asked for -> the replicas that have no engine
+REPLICAS = {
+    "one engine for four replicas": ({"tp": 1}, 4, 4, {"gpus": 5}, "3 of 4 replicas (the first: 1) have no rollout"),
+    "two engines for two replicas": ({"tp": 2}, 4, 4, {"gpus": 6, "count": 2}, None),
+    "two for four": ({"tp": 1}, 4, 4, {"gpus": 6, "count": 2}, "2 of 4 replicas (the first: 1)"),
+    "a replica of two nodes": ({"tp": 2, "cp": 4}, 8, 4, {"gpus": 5}, None),
+    "two nodes, a replica on each": ({"tp": 4}, 8, 4, {"gpus": 5}, None),
+    "two nodes, two replicas on each": ({"cp": 2}, 8, 4, {"gpus": 5}, "2 of 4 replicas (the first: 1)"),
+    # Ranks 0, 1 and 4, 5 are the stages of the first replica, and 2, 3 and 6, 7 those of the second.
+    "stages apart": ({"tp": 2, "pp": 2}, 8, 8, {"gpus": 9}, "1 of 2 replicas (the first: 1)"),
+    "stages on two nodes": ({"tp": 2, "pp": 2}, 8, 4, {"gpus": 6, "count": 2}, None),
+    "colocated": ({"tp": 2, "pp": 2}, 8, 8, {"gpus": 8, "tp": 2}, None),
+}
+
+
+@pytest.mark.parametrize(("parallel", "world", "node", "asked", "message"), REPLICAS.values(), ids=REPLICAS.keys())
+def test_every_replica_has_an_engine_or_the_run_is_refused(
+    parallel: dict[str, int], world: int, node: int, asked: dict[str, int], message: str | None
+) -> None:
+    rollout = RolloutConfig(engine_tp=asked.get("tp", 1), engines_per_node=asked.get("count", 1))
+    _, places = place_engines(rollout, gpus=asked["gpus"], processes=node)
+    found = list(replica_problems(ParallelConfig(**parallel), places, world_size=world))
+    assert len(found) == (message is not None)
+    assert all(message in problem for problem in found)
+
+
+def test_ranks_belong_to_the_replicas_that_megatron_makes(tmp_path: Path) -> None:
+    want = [replica_of(rank, ParallelConfig(pp=2), world_size=4) for rank in range(4)]
+    assert want == [0, 1, 0, 1]
+    assert run_world(4, my_replica, {"pp": 2}, folder=tmp_path) == want
+
+
+def my_replica(parallel: dict[str, int]) -> int:
+    return make_layout(**{"tp": 1, "cp": 1, "pp": 1, **parallel}, seed=1).dp_rank
+
+
+ENGINES_OF_A_RUN = {
+    "no vLLM": (["rollout.engine=vllm"], {"vllm": False}, "rollout.engine=vllm, but vLLM is not installed"),
+    "heads": (
+        ["rollout.engine=vllm", "rollout.engine_tp=3"], {},
+        "rollout.engine=vllm: rollout.engine_tp=3 does not divide the model's 4 attention heads",
+    ),
+    "heads, by auto": (
+        ["rollout.engine_tp=3"], {},
+        "rollout.engine=auto takes vLLM, where there are GPUs and it is installed: rollout.engine_tp=3 does not divide",
+    ),
+    "placement, by auto": (["rollout.engine_tp=4"], {"gpus": 2}, "rollout.placement=auto chose colocated, because"),
+    "an engine over replicas": (
+        ["rollout.engine_tp=2", "rollout.placement=colocated"], {"world": 4},
+        "rollout.engine_tp=2 does not divide parallel.tp=1 x parallel.cp=1 = 1, so a colocated engine would be on",
+    ),
+    "no engine for a replica": ([], {"world": 4, "gpus": 6}, "3 of 4 replicas (the first: 1) have no rollout engine"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("overrides", "machine", "message"), ENGINES_OF_A_RUN.values(), ids=ENGINES_OF_A_RUN.keys())
+def test_engines_that_cannot_be_are_an_error_before_weights_are_read(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str],
+    machine: dict[str, Any], message: str,
+) -> None:  # fmt: skip
+    def read(*_: object, **__: object) -> None:
+        raise AssertionError("weights are read")
+
+    monkeypatch.setattr(run_module, "build_model", read)
+    monkeypatch.setattr(run_module, "layout_of", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: machine.get("gpus", 8))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    find = importlib.util.find_spec
+    there = object() if machine.get("vllm", True) else None
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: there if name == "vllm" else find(name, *rest))
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, str(machine.get("world", 1)))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model: {{path: {tiny_checkpoint}}}\nlogger: {{run_dir: {tmp_path}}}\ndata: {{train: t}}\n")
+    small = ["video.num_frames=2", "data.max_prompt_tokens=300", "data.max_response_tokens=8", "grpo.batch_size=4"]
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        run_module.open_run(load_config(recipe, [*small, *overrides]), task="grpo", timer=PhaseTimer())
 
 
 def test_gpus_are_called_what_the_environment_calls_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -142,6 +142,26 @@ CASES: list[tuple[Task, list[str], list[str]]] = [
         ["rollout.steps_off_policy=1", "grpo.tis_cap=2", "grpo.dynamic_sampling=true"],
         ["begins one batch a step and grpo.dynamic_sampling=true more when needed; turn one of them off"],
     ),
+    (
+        "grpo",
+        ["rollout.engine=vllm", "rollout.engine_tp=3"],
+        [
+            "3 does not divide the model's 28 att",
+            "divide the model's 18944",
+            "neither divides the model's 4 key-value heads",
+        ],
+    ),
+    (
+        "check-sync",
+        ["rollout.engine=vllm", "rollout.engine_tp=7", "rollout.placement=colocated"],
+        ["ffn width", "key-value heads", "does not divide parallel.tp=4 x parallel.cp=1 = 4, so a colocated engine"],
+    ),
+    (
+        "grpo",
+        ["rollout.engine=vllm", "rollout.temperature=0.7", "rollout.top_p=0.9"],
+        ["rollout.engine=vllm, with rollout.temperature=0.7 and rollout.top_p=0.9"],
+    ),
+    ("sft", ["rollout.engine=vllm", "rollout.engine_tp=0"], ["rollout.engine_tp=0 must be at least 1"]),
     ("eval", ["eval.manifest=null"], ["megalong eval needs a manifest"]),
     ("sft", ["eval.manifest=null", "eval.at_end=true"], ["eval.at_end=true needs a manifest"]),
     ("grpo", ["eval.manifest=null", "eval.every=5"], ["eval.every=5 needs a manifest"]),
@@ -159,6 +179,7 @@ CASES: list[tuple[Task, list[str], list[str]]] = [
     ),
     ("sft", ["video.cache_dir=d", "video.cache_embeddings=false"], ["video.cache_dir=d needs video.cache_embeddings"]),
     ("grpo", ["video.cache_dir=d", "mr_sp.mode=none"], ["video.cache_dir=d is not read with mr_sp.mode=none"]),
+    ("sft", ["video.cache_dir_gib=0"], ["video.cache_dir_gib=0 must be more than 0"]),
     ("sft", ["video.frame_cache_gib=0"], ["video.frame_cache_gib=0 must be more than 0"]),
     ("eval", ["video.max_frame_pixels=-1"], ["video.max_frame_pixels=-1 must be at least 0"]),
 ]
@@ -185,6 +206,9 @@ def test_a_contradiction_is_named(
         # They sample and wait; what else the recipe of a training says does not matter.
         ("eval", ["rollout.steps_off_policy=1", "rollout.engine=embedded"]),
         ("check-sync", ["rollout.steps_off_policy=1", "rollout.placement=colocated"]),
+        ("grpo", ["rollout.engine_tp=3", "rollout.engine=embedded"]),
+        # An evaluation reads no log-probabilities.
+        ("eval", ["rollout.engine=vllm", "rollout.temperature=0.7", "rollout.top_p=0.9", "rollout.engine_tp=2"]),
         ("grpo", ["parallel.cp=2", "grpo.batch_size=33"]),  # one replica
         # A process of it is its own replica, and nothing is trained.
         ("cache-embeddings", ["video.cache_dir=d", "parallel.tp=3", "optimizer.lr=-1", "eval.num_samples=4"]),

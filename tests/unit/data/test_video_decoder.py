@@ -59,7 +59,7 @@ class Refusing(PacketDecoder):
 
 @pytest.fixture
 def decoder() -> Iterator[GpuFrameDecoder]:
-    decoder = GpuFrameDecoder(torch.device("cpu"), PacketDecoder, streams=3)
+    decoder = GpuFrameDecoder(torch.device("cpu"), PacketDecoder, name="packets", streams=3)
     yield decoder
     decoder.close()
 
@@ -101,7 +101,7 @@ def test_a_refused_file_is_decoded_by_pyav_counted_and_named_once(
         "a segment": ("libx264", Refusing, "not today"),
     }[refuse]
     path = write_video(tmp_path / "a.mp4", 60, codec=codec)
-    decoder = GpuFrameDecoder(torch.device("cpu"), make, streams=2)
+    decoder = GpuFrameDecoder(torch.device("cpu"), make, name="made", streams=2)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             assert numbers(decoder.decode(pick(path, list(range(60))), first=0, last=60)) == list(range(60))
@@ -113,7 +113,7 @@ def test_a_refused_file_is_decoded_by_pyav_counted_and_named_once(
 def test_small_videos_are_pyav_s_by_plan(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4", 60, gop=12)
     width, height = probe(path).width, probe(path).height
-    decoder = GpuFrameDecoder(torch.device("cpu"), Refusing, streams=2, cpu_pixels=30 * width * height)
+    decoder = GpuFrameDecoder(torch.device("cpu"), Refusing, name="none", streams=2, cpu_pixels=30 * width * height)
     small = pick(path, [0, 11, 40, 44, 48])  # from the keyframes 0, 36 and 48: 12 + 9 + 1 frames
     large = pick(path, [11, 35, 44])  # 12 + 12 + 9
     for chosen, fallbacks in ((small, set()), (large, {str(path)})):
@@ -135,8 +135,10 @@ def test_auto_takes_nvcodec_before_dali_and_leaves_small_videos_to_pyav(monkeypa
         decoder._make()
         assert made.pop() == expected
         assert decoder.cpu_pixels == video_decoder.CPU_PIXELS
+        assert decoder.settings == f"{expected.split()[0]}, pyav up to 32000000 pixels"
         decoder.close()
-        assert open_decoder(VideoDecoder.dali, torch.device("cuda", 3)).cpu_pixels == 0
+        dali = open_decoder(VideoDecoder.dali, torch.device("cuda", 3))
+        assert (dali.cpu_pixels, dali.settings) == (0, "dali")
     monkeypatch.setattr(video_decoder, "_is_installed", lambda package: False)
     assert isinstance(open_decoder(VideoDecoder.auto, torch.device("cuda", 3)), CpuFrameDecoder)
 
@@ -152,7 +154,9 @@ def test_a_broken_file_is_a_decode_error_and_no_fall_back(decoder: GpuFrameDecod
 
 def test_the_cpu_has_pyav_and_nothing_else() -> None:
     for kind in (VideoDecoder.auto, VideoDecoder.pyav):
-        assert isinstance(open_decoder(kind, torch.device("cpu")), CpuFrameDecoder)
+        decoder = open_decoder(kind, torch.device("cpu"))
+        assert isinstance(decoder, CpuFrameDecoder)
+        assert decoder.settings == "pyav"
     for kind in (VideoDecoder.dali, VideoDecoder.nvcodec):
         with pytest.raises(ConfigError, match=f"video.decoder={kind.name} needs a GPU"):
             open_decoder(kind, torch.device("cpu"))

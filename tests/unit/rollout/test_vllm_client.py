@@ -13,12 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from engines import HAS_VLLM
-from omegaconf import OmegaConf
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from megalong.config.errors import ConfigError
-from megalong.config.tree import RunConfig
-from megalong.engines import _takes_vllm
 from megalong.rollout.engine import RolloutEngineError
 from megalong.rollout.shared_memory import shared_tensor
 from megalong.rollout.vllm_model import write_config
@@ -53,28 +49,6 @@ def test_responses_end_where_the_tokenizer_says_and_not_at_the_ends_of_the_check
         )
     write_config(model, tmp_path, max_tokens=8, eos_id=5)
     assert json.loads((tmp_path / "config.json").read_text())["eos_token_id"] == 5
-
-
-def test_auto_refuses_what_vllm_cannot_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """rollout.engine=vllm is refused by validate(); auto is vLLM only where it is installed."""
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    config = OmegaConf.structured(RunConfig)
-    config.rollout.temperature = 0.7
-    gpu = torch.device("cuda")
-    assert _takes_vllm(config, "qwen2", task="grpo", device=gpu)
-    config.rollout.top_p = 0.9
-    with pytest.raises(ConfigError, match=r"rollout.engine=auto takes vLLM.*temperature=0.7 and rollout.top_p=0.9"):
-        _takes_vllm(config, "qwen2", task="grpo", device=gpu)
-    assert _takes_vllm(config, "qwen2", task="eval", device=gpu)  # reads no log-probabilities
-
-
-def test_a_model_that_vllm_has_not_goes_to_the_embedded_engine_or_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    config = OmegaConf.structured(RunConfig)
-    assert not _takes_vllm(config, "gpt2", task="grpo", device=torch.device("cuda"))
-    config.rollout.engine = "vllm"
-    with pytest.raises(ConfigError, match=r"no model for gpt2 .*qwen3_vl_text\); set rollout.engine=embedded"):
-        _takes_vllm(config, "gpt2", task="grpo", device=torch.device("cuda"))
 
 
 @pytest.mark.skipif(not HAS_VLLM, reason="vLLM is not installed")

@@ -26,8 +26,8 @@ WIDTH = 3
 VIDEO = torch.arange(20 * WIDTH, dtype=torch.float32).reshape(20, WIDTH)
 
 
-def store(folder: Path) -> DiskStore:
-    return DiskStore(folder, dtype=torch.float32)
+def store(folder: Path, *, budget_bytes: int = 1 << 30) -> DiskStore:
+    return DiskStore(folder, dtype=torch.float32, budget_bytes=budget_bytes)
 
 
 def files(folder: Path, pattern: str = "*.safetensors") -> list[Path]:
@@ -198,7 +198,96 @@ def test_a_folder_that_cannot_be_used_names_the_setting(tmp_path: Path, monkeypa
 
 
 def test_bfloat16_rows_keep_their_bits(tmp_path: Path) -> None:
-    kept = DiskStore(tmp_path, dtype=torch.bfloat16)
+    kept = DiskStore(tmp_path, dtype=torch.bfloat16, budget_bytes=1 << 30)
     rows = torch.randn(5, 7).bfloat16()
     kept.write("key", 3, rows.T.contiguous().T)  # not contiguous
     assert torch.equal(kept.read("key", 4, 7).view(torch.int16), rows[1:4].view(torch.int16))
+
+
+# ---- the bound
+
+
+SIZE = 4096
+"""Bytes of the tensor of an entry here: its file is some hundred bytes longer."""
+
+
+def write_entries(kept: DiskStore, names: str, *, age: int = 0) -> None:
+    """One file each; the first is last used `age` + 100 s ago, every further one a second later."""
+    for index, name in enumerate(names):
+        kept.write(name, 0, torch.full((SIZE // 4, 1), float(ord(name))))
+        use(kept, name, time.time() - age - 100 + index)
+
+
+def use(kept: DiskStore, name: str, when: float) -> None:
+    (path,) = files(kept._folder_of(name))
+    os.utime(path, (when, when))
+
+
+def there(folder: Path) -> str:
+    """Names of the entries, as another process finds them."""
+    return "".join(name for name in "abcdefgh" if store(folder).holds(name, 0, SIZE // 4))
+
+
+def bytes_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in files(folder, "*.safetensors*"))
+
+
+def test_the_least_recently_used_files_make_room(tmp_path: Path) -> None:
+    budget = 4 * (SIZE + 400)
+    write_entries(store(tmp_path), "abc")  # by another process
+    kept = store(tmp_path, budget_bytes=budget)
+    write_entries(kept, "d", age=-50)
+    assert there(tmp_path) == "abcd"
+    assert kept.read("a", 0, SIZE // 4).unique().tolist() == [ord("a")]  # used now
+    for name, left in (("e", "acde"), ("f", "adef")):
+        write_entries(kept, name, age=-60)
+        assert there(tmp_path) == left
+        assert bytes_of(tmp_path) <= budget
+    assert kept.num_evicted == 2
+    assert kept.read("b", 0, 5) is None, "it is made again"
+
+
+def test_what_others_write_is_counted_after_a_64th_of_the_budget(tmp_path: Path) -> None:
+    budget = 128 * SIZE
+    kept, other = store(tmp_path, budget_bytes=budget), store(tmp_path)
+    kept.write("a", 0, VIDEO)
+    other.write("b", 0, torch.zeros(126 * SIZE // 4, 1))
+    write_entries(kept, "cde", age=-200)
+    assert bytes_of(tmp_path) <= budget
+    assert there(tmp_path) == "cde"
+
+
+def test_a_writer_that_looks_away_counts_what_it_writes_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[str] = []
+    looked = DiskStore._files
+    monkeypatch.setattr(DiskStore, "_files", lambda self, *args: looks.extend(args or ["all"]) or looked(self, *args))
+    kept = store(tmp_path, budget_bytes=640 * SIZE)
+    write_entries(kept, "abcdefgh")
+    assert looks == ["*.partial", "all"]
+    kept.write("more", 0, torch.zeros(4 * SIZE // 4, 1))
+    assert looks == ["*.partial", "all"] * 2
+
+
+def test_unfinished_files_count_and_abandoned_ones_go_first(tmp_path: Path) -> None:
+    kept = store(tmp_path, budget_bytes=3 * SIZE)
+    write_entries(kept, "a")
+    (path,) = files(tmp_path)
+    abandoned = path.with_name("0-9.safetensors.1.partial")
+    abandoned.write_bytes(bytes(SIZE))
+    os.utime(abandoned, (1, 1))
+    write_entries(kept, "b")
+    assert there(tmp_path) == "ab"
+    assert not abandoned.exists()
+
+
+def test_what_was_used_since_a_time_stays_and_no_room_beside_it_is_an_error(tmp_path: Path) -> None:
+    kept = store(tmp_path, budget_bytes=2 * (SIZE + 400))
+    write_entries(kept, "ab")
+    kept.keep_since = time.time() - 50
+    use(kept, "b", time.time())
+    write_entries(kept, "c", age=-200)  # a goes
+    with pytest.raises(EmbeddingCacheError, match=r"may not be deleted, and .* raise video\.cache_dir_gib \(now"):
+        write_entries(kept, "d")
+    assert there(tmp_path) == "bc"
+    with pytest.raises(EmbeddingCacheError, match=r"one video do not fit into .*video\.cache_dir_gib \(now 0\.000\)"):
+        kept.write("e", 0, torch.zeros(SIZE, 1))

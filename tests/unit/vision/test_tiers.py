@@ -25,7 +25,7 @@ def make(tmp_path: Path, *, gpu: int = 0, host: int = 4, disk: bool = False) -> 
         device=torch.device("cpu"),
         gpu_bytes=gpu * ROW,
         host_bytes=host * ROW,
-        disk=DiskStore(tmp_path, dtype=torch.float32) if disk else None,
+        disk=DiskStore(tmp_path, dtype=torch.float32, budget_bytes=1 << 20) if disk else None,
     )
 
 

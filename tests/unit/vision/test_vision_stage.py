@@ -25,7 +25,7 @@ from megalong.vision.encode import VisionSettings, VisionStage
 SIZE, TOKENS, WIDTH = 8, 2, 5
 SETTINGS = VisionSettings(
     tower_batch_frames=3, frozen=True, share_frames=True, embed_gpu_bytes=0, embed_host_bytes=1 << 20,
-    embed_folder=None, frame_store_bytes=1 << 20, decode_workers=2,
+    embed_folder=None, embed_folder_bytes=1 << 20, frame_store_bytes=1 << 20, decode_workers=2,
 )  # fmt: skip
 LAYOUT = SquareFrames(size=SIZE, tokens_per_frame=TOKENS, newline_id=1)
 CHOOSE = partial(select_frames, sampling=FrameSampling.uniform, num_frames=7, fps=1.0, max_frames=8, layout=LAYOUT)
@@ -405,6 +405,21 @@ def test_a_refused_file_is_made_again(make: object, videos: dict[str, str], deco
     torch.testing.assert_close(again.embeddings(list(selections.values())), want, rtol=1e-6, atol=1e-6)
     assert len(decoded) == 1
     assert again.embeds.disk.refused == [damaged]
+
+
+def test_another_decoder_never_reads_an_entry(
+    make: object, videos: dict[str, str], decoded: list[str], tmp_path: Path
+) -> None:
+    """Its pixels differ by a few grey levels."""
+    batch = [sample("1", videos["a"])]
+    first = on_disk(make, tmp_path)
+    selections, _ = ready(first, batch)
+    first.embeds.save(first.embed_key(selections[videos["a"]]))
+    for settings, count in (("dali", 2), ("pyav", 2), ("nvcodec, pyav up to 32000000 pixels", 3)):
+        stage = on_disk(make, tmp_path)
+        stage.decoder.settings = settings
+        ready(stage, batch)
+        assert len(decoded) == count, settings
 
 
 def test_other_weights_and_other_settings_never_read_an_entry(
