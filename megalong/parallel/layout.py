@@ -61,6 +61,7 @@ class ParallelLayout:
     dp: ProcessGroup  # ranks with the same place in every replica
     gradient: ProcessGroup  # dp times cp: ranks that hold the same parameters
     replica: ProcessGroup
+    replica_host: ProcessGroup  # the same ranks over gloo: who waits in NCCL keeps its GPU busy
     world: ProcessGroup
 
     @property
@@ -131,7 +132,7 @@ def make_layout(
     if device.type == "cuda":
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
     dp_rank = parallel_state.get_data_parallel_rank(with_context_parallel=False)
-    replica = _replica_group(dp_rank, world_size, timeout=timeout)
+    replica, on_gpu = _replica_group(dp_rank, world_size, timeout=timeout), device.type == "cuda"
     return ParallelLayout(
         rank=rank,
         world_size=world_size,
@@ -153,6 +154,7 @@ def make_layout(
         dp=parallel_state.get_data_parallel_group(with_context_parallel=False),
         gradient=parallel_state.get_data_parallel_group(with_context_parallel=True),
         replica=replica,
+        replica_host=_replica_group(dp_rank, world_size, timeout=timeout, backend="gloo") if on_gpu else replica,
         world=dist.group.WORLD,
     )
 
@@ -197,13 +199,16 @@ def _context_groups(world_size: int, *, a2a_size: int, timeout: datetime.timedel
     )
 
 
-def _replica_group(dp_rank: int, world_size: int, *, timeout: datetime.timedelta) -> ProcessGroup:
+def _replica_group(
+    dp_rank: int, world_size: int, *, timeout: datetime.timedelta, backend: str | None = None
+) -> ProcessGroup:
     """The group of all ranks with this rank's dp_rank; every rank creates every group, as NCCL requires."""
     dp_ranks: list[int] = [0] * world_size
     dist.all_gather_object(dp_ranks, dp_rank)
     mine = None
     for replica in sorted(set(dp_ranks)):
-        group = dist.new_group([rank for rank, owner in enumerate(dp_ranks) if owner == replica], timeout=timeout)
+        ranks = [rank for rank, owner in enumerate(dp_ranks) if owner == replica]
+        group = dist.new_group(ranks, timeout=timeout, backend=backend)
         if replica == dp_rank:
             mine = group
     return mine

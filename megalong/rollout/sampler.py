@@ -56,7 +56,7 @@ class GroupSampler:
         self.seed = seed
         self.version = -1  # of the weights loaded last
         self.needs_weights = False  # before the next sample, all of them
-        flags = gather_objects(engine is not None, group=layout.replica)
+        flags = gather_objects(engine is not None, group=layout.replica_host)
         self._released = False
         self._pending: PendingGroups | None = None  # what the engines are sampling
         self._drivers = [rank for rank, has_engine in enumerate(flags) if has_engine]
@@ -78,7 +78,7 @@ class GroupSampler:
         if self.engine is not None:
             self.engine.release()
         lost = self.engine is not None and self.engine.needs_weights
-        self.needs_weights = any(gather_objects(lost, group=self.layout.replica))
+        self.needs_weights = any(gather_objects(lost, group=self.layout.replica_host))
         self._released = True
 
     def _make_room(self) -> None:
@@ -86,7 +86,7 @@ class GroupSampler:
         if self._released and len(self._drivers) < self.layout.replica_size:
             if self.engine is None:
                 torch.cuda.empty_cache()
-            gather_objects(None, group=self.layout.replica)  # nobody goes on before all have done it
+            gather_objects(None, group=self.layout.replica_host)  # nobody goes on before all have done it
         self._released = False
 
     def close(self) -> None:
@@ -158,7 +158,7 @@ class GroupSampler:
         if pending is None:
             return
         mine = self.engine.finish() if pending.asked else []
-        everyone = [group for part in gather_objects(mine, group=self.layout.replica) for group in part]
+        everyone = [group for part in gather_objects(mine, group=self.layout.replica_host) for group in part]
         pending.groups = self.groups_of(pending.prompts, everyone, version=pending.version)
 
     def groups_of(

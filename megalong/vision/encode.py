@@ -97,7 +97,7 @@ class VisionStage:
             except DecodeError as error:
                 mine[path] = error.reason
         if unknown:  # the same on every rank of the replica
-            for part in gather_objects(mine, group=self.layout.replica):
+            for part in gather_objects(mine, group=self.layout.replica_host):
                 self._indexed.update(part)
         found = {path: self._indexed[path] for path in paths}
         reasons = {path: entry for path, entry in found.items() if isinstance(entry, str)}
@@ -134,7 +134,7 @@ class VisionStage:
                 self.embeds.put(self.embed_key(wanted[key]), fetched)
             else:
                 self.frames.put(key, fetched, num_bytes=fetched.nbytes)
-        for bad, elsewhere in gather_objects((reasons, self.decoder.fallbacks), group=self.layout.replica):
+        for bad, elsewhere in gather_objects((reasons, self.decoder.fallbacks), group=self.layout.replica_host):
             reasons.update(bad)
             self.decoded_elsewhere.update(elsewhere)
         if self.settings.frozen:
