@@ -289,13 +289,8 @@ class Bench:
     def flops(self, case: Case, *, mode: str, recompute: str) -> int:
         """Of the LLM's forward and backward over all ranks, by config.costs; recompute `none` leaves repeats out."""
         prompt = case.prompt(self.shape.vision.tokens_per_frame if self.shape.vision else 0)
-        form = "repeated" if mode in REPEATED else "shared"
-        tokens, pairs = (
-            getattr(costs, f"{form}_{what}")(prompt, case.response, case.group) for what in ("tokens", "pairs")
-        )
-        return costs.train_flops(
-            self.shape, tokens=tokens, pairs=pairs, rows=case.group * case.response, recompute=Recompute[recompute]
-        )
+        work = (costs.repeated_work if mode in REPEATED else costs.shared_work)(prompt, case.response, case.group)
+        return costs.train_flops(self.shape, work, recompute=Recompute[recompute])
 
     def recompute_for(self, case: Case, *, mode: str, memory_gb: float) -> str:
         """keep_attention when it is estimated to fit into a GPU's memory, else full."""

@@ -36,12 +36,33 @@ def shard_pack(segments: Sequence[Segment], context: ContextGroups, *, multiple:
     shares = []
     for ring_rank in range(context.ring_size):
         plan = plan_calls(encoded, ring_rank=ring_rank, ring_size=context.ring_size)
-        rows = _rows_of(plan)
-        # At least one row everywhere: a rank without any would miss the collectives of the layers.
-        padded = max(-(-len(rows) // (multiple * context.a2a_size)), 1) * multiple * context.a2a_size
-        rows = torch.cat((rows, rows.new_full((padded - len(rows),), PADDING)))
-        shares += rows.chunk(context.a2a_size)
+        shares += _over_a2a(_rows_of(plan), context, multiple=multiple)
     return shares
+
+
+def deal_rows(rows_U: Tensor, context: ContextGroups, *, multiple: int) -> list[Tensor]:
+    """Any pack rows, ascending, over the context-parallel ranks in turn: as shard_pack, but as many rows on each."""
+    shares = []
+    for ring_rank in range(context.ring_size):
+        first, last = shard_range(len(rows_U), ring_rank, context.ring_size)
+        shares += _over_a2a(rows_U[first:last], context, multiple=multiple)
+    return shares
+
+
+def _over_a2a(rows: Tensor, context: ContextGroups, *, multiple: int) -> tuple[Tensor, ...]:
+    """A ring rank's rows, padded, over its all-to-all group."""
+    # At least one row everywhere: a rank without any would miss the collectives of the layers.
+    padded = max(-(-len(rows) // (multiple * context.a2a_size)), 1) * multiple * context.a2a_size
+    return torch.cat((rows, rows.new_full((padded - len(rows),), PADDING))).chunk(context.a2a_size)
+
+
+def places_of(shares: Sequence[Tensor], num_rows: int) -> tuple[Tensor, Tensor]:
+    """(rank, local row) of each of the pack's rows, [T] int64 each; PADDING for rows that no share has."""
+    owner_T, local_T = (torch.full((num_rows,), PADDING) for _ in range(2))
+    for rank, rows in enumerate(shares):
+        real = rows[rows != PADDING]
+        owner_T[real], local_T[real] = rank, torch.arange(len(real))
+    return owner_T, local_T
 
 
 class _RowsToHeads(torch.autograd.Function):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,19 +13,42 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megalong.attention.context import collect_rows, gather_keys, ring_plan, spread_rows
+from megalong.attention.kernels import KERNELS
+from megalong.attention.last_layer import NeededRows, needed_rows, row_spans
 from megalong.attention.pack import KeptOutputs, pack_attention
-from megalong.attention.tree import encode_segments
+from megalong.attention.tree import Range, encode_segments
 from megalong.parallel.layout import ContextGroups
 from megalong.records import Segment
 
 
-def encode_mask(segments: Sequence[Segment], *, sharded: bool) -> Tensor:
-    """What the layers are given as attention mask: int64 CPU tensor [sharded, start, length, parent, start, ...].
+def encode_mask(segments: Sequence[Segment], *, sharded: bool, needed_U: Tensor, multiple: int) -> Tensor:
+    """What the layers are given as attention mask: int64 CPU tensor.
 
-    A tensor, because megatron's activation recomputation saves the arguments of a layer as tensors. sharded: the rows
-    are this rank's of attention.context.shard_pack; otherwise the whole pack, on this rank alone.
+    [sharded, multiple, number of spans, first, last, first, ..., start, length, parent, start, ...]. A tensor, because
+    megatron's activation recomputation saves the arguments of a layer as tensors. sharded: the rows are this rank's of
+    attention.context.shard_pack with that multiple; otherwise the whole pack, on this rank alone. needed_U: the pack
+    rows that the last layer computes, ascending.
     """
-    return torch.tensor([int(sharded), *encode_segments(segments)], dtype=torch.int64)
+    spans = row_spans(needed_U)
+    numbers = [int(sharded), multiple, len(spans), *(end for span in spans for end in span)]
+    return torch.tensor([*numbers, *encode_segments(segments)], dtype=torch.int64)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Mask:
+    """What encode_mask was given."""
+
+    sharded: bool
+    multiple: int
+    spans: tuple[Range, ...]
+    segments: tuple[int, ...]  # encode_segments
+
+
+def _decode(mask: Tensor) -> _Mask:
+    sharded, multiple, count, *numbers = mask.tolist()
+    ends, segments = numbers[: 2 * count], numbers[2 * count :]
+    spans = tuple(zip(ends[::2], ends[1::2], strict=True))
+    return _Mask(sharded=bool(sharded), multiple=multiple, spans=spans, segments=tuple(segments))
 
 
 class PackCoreAttention(MegatronModule):
@@ -59,15 +83,37 @@ class PackCoreAttention(MegatronModule):
         self.kernel = kernel  # a name of attention.kernels.KERNELS, or auto
         self.scale = softmax_scale if softmax_scale is not None else 1 / math.sqrt(config.kv_channels)
         self.kept = KeptOutputs()
+        self.needed_only = False  # the model's last layer: attention.last_layer
+        # A row without those before it takes two calls; a kernel that stands alone attends with all rows there.
+        self._splits = kernel == "auto" or KERNELS[kernel].merges
+
+    def needed(self, attention_mask: Tensor) -> NeededRows | None:
+        """The rows that the output is of; None: of all."""
+        if not self.needed_only:
+            return None
+        mask = _decode(attention_mask)
+        return needed_rows(mask.segments, mask.spans, self._context(mask), mask.multiple)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **_: Any) -> Tensor:
-        """query: [t, 1, Q, d], key, value: [t, 1, K, d], this rank's rows. Returns [t, 1, Q * d]."""
-        sharded, *encoded = attention_mask.tolist()
-        context = self.context if sharded else self.context.alone
-        plan = ring_plan(tuple(encoded), context.ring_rank, context.ring_size, query.device)
-        query, key, value = (spread_rows(part[:, 0], context) for part in (query, key, value))
+        """query: [t, 1, Q, d], key, value: [t, 1, K, d], this rank's rows.
+
+        Returns [t, 1, Q * d]; in the last layer [n, 1, Q * d], of the rows that needed() names.
+        """
+        mask, needed = _decode(attention_mask), self.needed(attention_mask)
+        context = self._context(mask)
+        plan = ring_plan(mask.segments, context.ring_rank, context.ring_size, query.device)
+        query, key, value = query[:, 0], key[:, 0], value[:, 0]
+        calls = plan.calls
+        if needed is not None and self._splits:
+            query, calls = needed.take(query), needed.calls
+        query, key, value = (spread_rows(part, context) for part in (query, key, value))
         key, value = gather_keys(torch.cat((key, value), dim=-1), plan, context).chunk(2, dim=-1)
         heads_first = [part.transpose(0, 1)[None].contiguous() for part in (query, key, value)]
-        out = pack_attention(*heads_first, plan.calls, scale=self.scale, kernel=self.kernel, kept=self.kept)
+        out = pack_attention(*heads_first, calls, scale=self.scale, kernel=self.kernel, kept=self.kept)
         rows = collect_rows(out[0].transpose(0, 1), context)
+        if needed is not None and not self._splits:
+            rows = needed.take(rows)
         return rows.reshape(rows.shape[0], 1, -1)
+
+    def _context(self, mask: _Mask) -> ContextGroups:
+        return self.context if mask.sharded else self.context.alone

@@ -1,6 +1,6 @@
 """Attention over a pack by an AttentionPlan: exact, each shared segment computed once.
 
-Forward: the causal calls write output and log-sum-exp of every row, the unmasked calls are merged into them. Backward:
+Forward: the causal calls write output and log-sum-exp of their rows, the unmasked calls are merged into them. Backward:
 the backward of each call with the merged output and log-sum-exp; gradients of keys and values add up over calls.
 """
 
@@ -148,10 +148,9 @@ class _PackAttention(torch.autograd.Function):
 def _forward(
     query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, kernel: str, scale: float
 ) -> tuple[Tensor, Tensor]:
-    out = torch.empty_like(query)
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    lse = query.new_empty(query.shape[:3], dtype=wide)
-    out[:, :, plan.num_rows :] = 0  # padding rows see nothing
+    # A row has seen nothing yet; padding rows never will.
+    out, lse = torch.zeros_like(query), query.new_full(query.shape[:3], -torch.inf, dtype=wide)
     lse[:, :, plan.num_rows :] = 0
     for call in plan.causal:
         queries, keys = _batches(call, query.device)
@@ -173,8 +172,7 @@ def _backward(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
     plan: AttentionPlan, kernel: str, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    grad_query = torch.empty_like(query)
-    grad_query[:, :, plan.num_rows :] = 0
+    grad_query = torch.zeros_like(query)
     # A key gets a part from every call that reads it: add them up in full precision.
     grad_key, grad_value = (torch.zeros_like(part, dtype=lse.dtype) for part in (key, value))
     for call in plan.causal:
@@ -203,11 +201,13 @@ def _batches(call: Call, device: torch.device) -> tuple[_Batch, _Batch]:
 
 
 def _kernel_of(name: str, call: Call, query: Tensor, plan: AttentionPlan) -> Kernel:
+    rows, tokens = (max(last - first for first, last in part) for part in (call.queries, call.keys))
     return choose_kernel(
         name,
         device=query.device,
         dtype=query.dtype,
-        num_tokens=max(last - first for first, last in call.keys),
+        num_rows=rows,
+        num_tokens=tokens,
         head_dim=query.shape[-1],
         merged=bool(plan.unmasked),
     )

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megalong.attention.context import PADDING, response_share, shard_pack
+from megalong.attention.context import PADDING, deal_rows, places_of, response_share, shard_pack
 from megalong.attention.core import encode_mask
+from megalong.attention.last_layer import predicting_rows
 from megalong.parallel.exchange import ExchangePlan, exchange_rows, plan_exchange
 from megalong.parallel.layout import ContextGroups
 from megalong.records import MEDIA_TOKEN, TokenBatch
@@ -23,8 +24,10 @@ class PackShard:
     positions_t: Tensor  # [t] or [3, t] int64
     mask: Tensor  # attention.core.encode_mask
     media: tuple[Tensor, ...]  # for every context-parallel rank: which of the pack's vision embeddings it needs, [n]
-    rows_R: Tensor  # [R] int64: local rows that predict a response token; unused when response rows are exchanged
-    exchange: ExchangePlan | None  # response rows to the ranks that score them; None: this rank scores all of them
+    rows_R: (
+        Tensor  # [R] int64: of the last layer's rows, those that predict each response token; PADDING on other ranks
+    )
+    exchange: ExchangePlan | None  # those rows to the ranks that score them; None: this rank scores all of them
     shares: tuple[tuple[int, int], ...]  # [first, last) of the pack's R response rows that each rank scores
     context: ContextGroups
 
@@ -33,11 +36,11 @@ class PackShard:
         """This rank's of the pack's response rows."""
         return slice(*self.shares[self.context.rank])
 
-    def response_rows(self, hidden_tD: Tensor) -> Tensor:
-        """[t, D] final hidden states -> [r, D] of the response rows that this rank scores."""
+    def response_rows(self, hidden_nD: Tensor) -> Tensor:
+        """[n, D] final hidden states (attention.last_layer's rows) -> [r, D] of the response rows this rank scores."""
         if self.exchange is None:
-            return hidden_tD[self.rows_R.to(hidden_tD.device)]
-        return exchange_rows(hidden_tD, self.exchange, group=self.context.group)
+            return hidden_nD[self.rows_R.to(hidden_nD.device)]
+        return exchange_rows(hidden_nD, self.exchange, group=self.context.group)
 
 
 def shard_tokens(tokens: TokenBatch, context: ContextGroups, *, multiple: int) -> PackShard:
@@ -58,19 +61,18 @@ def shard_tokens(tokens: TokenBatch, context: ContextGroups, *, multiple: int) -
     source_t[is_text_t] = num_media + torch.arange(num_text)
     exchange = None
     shares = response_share(len(tokens.rows_R), context)
+    needed_U = predicting_rows(tokens)
+    owner_T, local_T = places_of(deal_rows(needed_U, context, multiple=multiple), len(tokens.ids_T))
     if context.size > 1:
-        owner_T, local_T = torch.empty_like(tokens.ids_T), torch.empty_like(tokens.ids_T)
-        for rank, rows in enumerate(real):
-            owner_T[rows], local_T[rows] = rank, torch.arange(len(rows))
         wanted = [tokens.rows_R[first:last] for first, last in shares]
         exchange = plan_exchange(owner_T, local_T, wanted, rank=context.rank)
     return PackShard(
         text_M=tokens.ids_T[place_t[is_text_t]],
         source_t=source_t,
         positions_t=tokens.positions_T[..., place_t],
-        mask=encode_mask(tokens.segments, sharded=context.size > 1),
+        mask=encode_mask(tokens.segments, sharded=context.size > 1, needed_U=needed_U, multiple=multiple),
         media=tuple(ordinal_T[rows[media_T[rows]]] for rows in real),
-        rows_R=tokens.rows_R,
+        rows_R=local_T[tokens.rows_R],
         exchange=exchange,
         shares=tuple(shares),
         context=context,

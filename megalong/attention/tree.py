@@ -1,12 +1,15 @@
 """What attention over a pack consists of: kernel calls, planned from the pack's segments and cut over a ring of ranks.
 
 A pack is a forest: every segment sees its ancestors and, causally, itself. That is one causal call per segment (the
-leaves of one parent together) and one unmasked call of all rows below a segment on that segment's keys. Results of a
-row from several calls are merged by their log-sum-exp. The video prefix of G rollouts costs one pass instead of G.
+leaves of one parent together) and one unmasked call of all rows below a segment on that segment's keys, where a last
+row of it that is alone joins, since it sees the same keys. Results of a row from several calls are merged by their
+log-sum-exp. The video prefix of G rollouts costs one pass instead of G.
 
 Cut over a ring of r ranks, each rank takes its share of every segment's rows against the keys of the whole pack:
 segments that others see, and long leaves, in 2r zigzag chunks (chunk j and chunk 2r-1-j: every rank has the same
 number of key/query pairs); short leaves side by side, since nearly all their work is on the ancestors' keys.
+
+A plan may also be of some rows alone (plan_rows): those whose result is read, where the others are keys and no more.
 """
 
 from __future__ import annotations
@@ -37,8 +40,8 @@ class AttentionPlan:
 
     num_keys: int  # rows of the pack
     rows: tuple[Range, ...]  # pack rows of this rank, ascending; local rows are these one after another
-    causal: tuple[Call, ...]  # together they hold every local row once
-    unmasked: tuple[Call, ...]  # one range each
+    causal: tuple[Call, ...]  # no row twice
+    unmasked: tuple[Call, ...]  # one range each; every local row is in some call
 
     @property
     def num_rows(self) -> int:
@@ -70,7 +73,23 @@ def plan_calls(encoded: tuple[int, ...], *, ring_rank: int, ring_size: int) -> A
     Raises ValueError for segments that are no forest in row order.
     """
     roots = _forest(encoded)
-    pieces = sorted(_pieces(roots, ring_rank, ring_size), key=lambda piece: piece[1])
+    return _plan(roots, _pieces(roots, ring_rank, ring_size))
+
+
+@lru_cache(maxsize=256)
+def plan_rows(encoded: tuple[int, ...], rows: tuple[Range, ...]) -> AttentionPlan:
+    """The plan of these rows alone, against the keys of the whole pack.
+
+    encoded: encode_segments. rows: ascending pack rows without overlap, whichever; local rows are these one after
+    another. Raises ValueError for segments that are no forest in row order.
+    """
+    roots = _forest(encoded)
+    return _plan(roots, _pieces_of(roots, rows))
+
+
+def _plan(roots: list[_Node], unordered: Iterator[_Piece]) -> AttentionPlan:
+    """Calls for the rows of the pieces."""
+    pieces = sorted(unordered, key=lambda piece: piece[1])
     offset_of: dict[Range, int] = {}
     local = 0
     for _, first, last in pieces:
@@ -83,15 +102,17 @@ def plan_calls(encoded: tuple[int, ...], *, ring_rank: int, ring_size: int) -> A
         return (offset_of[inside[0]], offset_of[inside[-1]] + inside[-1][1] - inside[-1][0]) if inside else (0, 0)
 
     causal, unmasked = [], []
+    masked = [piece for piece in pieces if not _sees_all(*piece)]
     # Leaf pieces of one parent stand side by side: one padded batch.
-    for _, run in groupby(pieces, key=lambda piece: ("leaves", id(piece[0].parent)) if piece[0].leaf else piece[1]):
+    for _, run in groupby(masked, key=lambda piece: ("leaves", id(piece[0].parent)) if piece[0].leaf else piece[1]):
         ranges = tuple(piece[1:] for piece in run)
         causal.append(Call(tuple(here(*r) for r in ranges), ranges))
-    for spot, first, last in pieces:
+    for spot, first, last in masked:
         if first > spot.node.start:
             unmasked.append(Call((here(first, last),), ((spot.node.start, first),)))
     for node in _walk(roots):
-        below = here(node.stop, node.end)
+        # From the last row on: a piece that starts there is one that sees all.
+        below = here(node.stop - 1, node.end) if node.children else (0, 0)
         if below[1] > below[0]:
             unmasked.append(Call((below,), ((node.start, node.stop),)))
     num_keys = roots[-1].end
@@ -145,10 +166,29 @@ def _walk(nodes: Sequence[_Node]) -> Iterator[_Node]:
         yield from _walk(node.children)
 
 
-def _pieces(roots: list[_Node], rank: int, size: int) -> Iterator[tuple[_Spot, int, int]]:
-    """(where, first, last) of this rank's pack rows."""
+_Piece = tuple[_Spot, int, int]
+"""Where, and [first, last) pack rows of that node."""
 
-    def share(nodes: list[_Node], parent: _Node | None) -> Iterator[tuple[_Spot, int, int]]:
+
+def _sees_all(spot: _Spot, first: int, last: int) -> bool:
+    """A single row, the last of a node that others see: its keys are theirs, so it needs no mask."""
+    return last - first == 1 and last == spot.node.stop and bool(spot.node.children)
+
+
+def _pieces_of(nodes: list[_Node], rows: tuple[Range, ...], parent: _Node | None = None) -> Iterator[_Piece]:
+    """The rows, cut where one node ends and the next begins."""
+    for node in nodes:
+        for first, last in rows:
+            low, high = max(first, node.start), min(last, node.stop)
+            if low < high:
+                yield _Spot(node, parent), low, high
+        yield from _pieces_of(node.children, rows, node)
+
+
+def _pieces(roots: list[_Node], rank: int, size: int) -> Iterator[_Piece]:
+    """This rank's of a ring."""
+
+    def share(nodes: list[_Node], parent: _Node | None) -> Iterator[_Piece]:
         for node in nodes:
             if not _is_short_leaf(node):
                 yield from ((_Spot(node, parent), *piece) for piece in _zigzag(node, rank, size))

@@ -6,6 +6,8 @@ multiply-add as two. Bytes are exact for parameters and states and an upper esti
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from megalong.config.model_shape import ModelShape
 from megalong.config.tree import Recompute
 
@@ -88,14 +90,55 @@ def repeated_pairs(prompt: int, response: int, group: int) -> int:
     return group * (length * (length + 1) // 2)
 
 
-def linear_flops(shape: ModelShape, tokens: int) -> int:
-    """Forward of all layers' matrices: 2 * weights * tokens."""
-    return 2 * shape.layers * layer_matrix_params(shape) * tokens
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """What a forward goes over: rows of the layers, and pairs of a query and a key that it sees."""
+
+    tokens: int
+    pairs: int
+    last_tokens: int  # in the last layer: behind the keys and values, which it has of all tokens
+    last_pairs: int
+    rows: int  # of the output head
 
 
-def attention_flops(shape: ModelShape, pairs: int) -> int:
-    """Forward of scores and values over all layers: 4 * layers * heads * head_dim per pair."""
-    return 4 * shape.layers * shape.heads * shape.head_dim * pairs
+def whole_work(*, tokens: int, pairs: int, rows: int) -> Work:
+    """A sampler's forward: the last layer like the others."""
+    return Work(tokens=tokens, pairs=pairs, last_tokens=tokens, last_pairs=pairs, rows=rows)
+
+
+def shared_work(prompt: int, response: int, group: int) -> Work:
+    """A pack: behind the last layer's keys there are the prompt's last token and all but the last of each response."""
+    ahead = response - 1
+    return Work(
+        tokens=shared_tokens(prompt, response, group),
+        pairs=shared_pairs(prompt, response, group),
+        last_tokens=1 + group * ahead,
+        last_pairs=prompt + group * (ahead * prompt + ahead * response // 2),
+        rows=group * response,
+    )
+
+
+def repeated_work(prompt: int, response: int, group: int) -> Work:
+    """The same group as separate sequences: the last token of every prompt."""
+    return Work(
+        tokens=repeated_tokens(prompt, response, group),
+        pairs=repeated_pairs(prompt, response, group),
+        last_tokens=group * response,
+        last_pairs=group * (response * prompt + response * (response - 1) // 2),
+        rows=group * response,
+    )
+
+
+def linear_flops(shape: ModelShape, work: Work) -> int:
+    """Forward of all layers' matrices: 2 * weights * tokens, of which the last layer's keys and values take all."""
+    keys = 2 * shape.hidden * shape.kv_heads * shape.head_dim
+    weights = layer_matrix_params(shape)
+    return 2 * (((shape.layers - 1) * weights + keys) * work.tokens + (weights - keys) * work.last_tokens)
+
+
+def attention_flops(shape: ModelShape, work: Work) -> int:
+    """Forward of scores and values over all layers: 4 * heads * head_dim per pair and layer."""
+    return 4 * shape.heads * shape.head_dim * ((shape.layers - 1) * work.pairs + work.last_pairs)
 
 
 def head_flops(shape: ModelShape, rows: int) -> int:
@@ -103,30 +146,29 @@ def head_flops(shape: ModelShape, rows: int) -> int:
     return 2 * head_params(shape) * rows
 
 
-def forward_flops(shape: ModelShape, *, tokens: int, pairs: int, rows: int) -> int:
+def forward_flops(shape: ModelShape, work: Work) -> int:
     """One forward: linear + attention + head. A log-probability pass costs this."""
-    return linear_flops(shape, tokens) + attention_flops(shape, pairs) + head_flops(shape, rows)
+    return linear_flops(shape, work) + attention_flops(shape, work) + head_flops(shape, work.rows)
 
 
-def train_flops(
-    shape: ModelShape, *, tokens: int, pairs: int, rows: int, recompute: Recompute, mlp_chunks: int = 0
-) -> int:
+def train_flops(shape: ModelShape, work: Work, *, recompute: Recompute, mlp_chunks: int = 0) -> int:
     """Forward and backward: linear 3 forwards, attention 3.5 (flash backward is 2.5), head 4.
 
     Full recompute adds one forward of linear and attention, kept attention one of linear, and a sliced MLP its own even
     without either. The head's logits are never kept, so its backward makes them again: 4 forwards.
     """
-    linear, attention = linear_flops(shape, tokens), attention_flops(shape, pairs)
-    mlp = 2 * shape.layers * 3 * shape.hidden * shape.ffn * tokens if mlp_chunks > 1 else 0
+    linear, attention = linear_flops(shape, work), attention_flops(shape, work)
+    mlp_tokens = (shape.layers - 1) * work.tokens + work.last_tokens
+    mlp = 2 * 3 * shape.hidden * shape.ffn * mlp_tokens if mlp_chunks > 1 else 0
     again = {Recompute.none: mlp, Recompute.keep_attention: linear, Recompute.full: linear + attention}[recompute]
-    return 3 * linear + attention * 7 // 2 + again + 4 * head_flops(shape, rows)
+    return 3 * linear + attention * 7 // 2 + again + 4 * head_flops(shape, work.rows)
 
 
 def decode_flops(shape: ModelShape, *, prompt: int, response: int, group: int) -> int:
     """Sampling G responses token by token after the prefill: each token attends the prompt and its own past."""
     rows = group * response
     pairs = shared_pairs(prompt, response, group) - prompt * (prompt + 1) // 2
-    return forward_flops(shape, tokens=rows, pairs=pairs, rows=rows)
+    return forward_flops(shape, whole_work(tokens=rows, pairs=pairs, rows=rows))
 
 
 def kv_bytes_per_token(shape: ModelShape, *, element: int) -> int:

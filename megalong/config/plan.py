@@ -348,17 +348,15 @@ def _flops(
 ) -> dict[str, int]:
     """FLOPs of one step by part. `shared=False`: log-probability and training passes repeat the prompt."""
     size = {"prompt": lengths.prompt, "response": lengths.response, "group": lengths.group}
-    tokens = lengths.shared if shared else lengths.repeated
-    pairs = (costs.shared_pairs if shared else costs.repeated_pairs)(**size)
-    rows = lengths.group * lengths.response
-    one_pass = costs.forward_flops(shape, tokens=tokens, pairs=pairs, rows=rows)
+    work = (costs.shared_work if shared else costs.repeated_work)(**size)
+    one_pass = costs.forward_flops(shape, work)
     parts = {}
     if shape.vision:
         parts["vision: encode every frame once"] = lengths.frames * shape.vision.frame_flops
     if task != "sft":
         own = lengths.prompt * (lengths.prompt + 1) // 2
         parts["rollout: prefill, once per prompt"] = costs.forward_flops(
-            shape, tokens=lengths.prompt, pairs=own, rows=1
+            shape, costs.whole_work(tokens=lengths.prompt, pairs=own, rows=1)
         )
         parts["rollout: decode"] = costs.decode_flops(shape, **size)
     if task == "grpo" and config.grpo.updates_per_batch > 1:
@@ -366,8 +364,7 @@ def _flops(
     if task == "grpo" and config.grpo.kl_coef > 0:
         parts["reference log-probabilities"] = one_pass
     if task != "eval":
-        recompute = config.model.recompute
         parts["forward and backward"] = costs.train_flops(
-            shape, tokens=tokens, pairs=pairs, rows=rows, recompute=recompute, mlp_chunks=config.model.mlp_chunks
+            shape, work, recompute=config.model.recompute, mlp_chunks=config.model.mlp_chunks
         )
     return {name: batch_size * value for name, value in parts.items()}

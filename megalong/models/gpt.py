@@ -135,6 +135,8 @@ class PackGpt(GPTModel):
             # Vision embeddings are put in before the sequence is split.
             scatter_embedding_sequence_parallel=False,
         )
+        if self.post_process:
+            self.decoder.layers[-1].compute_needed_only()
         self.rotary_pos_emb = PackRotary(shape)
         self.real_vocab = shape.vocab
         self.num_deepstack = shape.deepstack

@@ -1,7 +1,10 @@
-"""megatron-core's transformer layer with its MLP half in slices of rows, and with deepstack.
+"""megatron-core's transformer layer with its MLP half in slices of rows, as a model's last one, and with deepstack.
 
 On a pack of a million rows the MLP's inner activations, five times as wide as the rows, would outweigh everything else
 that a layer holds. Row by row it depends on nothing but that row, so slices give the same output and gradients.
+
+Behind the attention of the last layer there are only the rows that predict a token (attention.last_layer): what its
+core attention returns, and of the residual stream the same ones.
 """
 
 from __future__ import annotations
@@ -10,6 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
+from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from megatron.core.tensor_parallel.random import is_checkpointing
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
@@ -21,6 +27,45 @@ class PackLayer(TransformerLayer):
     """A layer whose norm, MLP and residual sum run over slices of rows, forward and backward."""
 
     mlp_chunks = 1  # model.mlp_chunks; 1: as megatron does it
+
+    def compute_needed_only(self) -> None:
+        """Be the model's last layer: return the rows that predict a token, [n (/tp with sequence parallel), 1, D]."""
+        self.self_attention.core_attention.needed_only = True
+
+    def _forward_attention(
+        self, hidden_states: Tensor, attention_mask: Tensor, context: Tensor | None = None,
+        rotary_pos_emb: Tensor | None = None, **others: Any,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        if not self.self_attention.core_attention.needed_only:
+            return super()._forward_attention(
+                hidden_states, attention_mask, context, rotary_pos_emb=rotary_pos_emb, **others
+            )
+        # megatron's own adds the attention's output to rows that it takes from hidden_states itself.
+        attended = self.self_attention(
+            self.input_layernorm(hidden_states), attention_mask=attention_mask, rotary_pos_emb=rotary_pos_emb
+        )
+        residual = self._needed(hidden_states, attention_mask)
+        add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
+        with self.bias_dropout_add_exec_handler():
+            return add(attended, residual, self.hidden_dropout), context
+
+    def _needed(self, rows: Tensor, attention_mask: Tensor) -> Tensor:
+        """Of rows as they are before this layer, those that are behind it: all but in the last layer.
+
+        rows: [t, ...] of this context-parallel rank, its tensor-parallel rank's share with sequence parallelism.
+        """
+        needed = self.self_attention.core_attention.needed(attention_mask)
+        if needed is None:
+            return rows
+        if not self.config.sequence_parallel:
+            return needed.take(rows)
+        first = parallel_state.get_tensor_model_parallel_rank() * len(rows)
+        held_m = (needed.picked_m >= first) & (needed.picked_m < first + len(rows))
+        mine = rows.index_select(0, (needed.picked_m[held_m] - first).to(rows.device))
+        places = held_m.nonzero()[:, 0].to(rows.device)
+        picked = rows.new_zeros((len(held_m), *rows.shape[1:])).index_copy(0, places, mine)
+        # Each row is on one rank and zero on the others, so the sum is exact.
+        return scatter_to_sequence_parallel_region(needed.deliver(reduce_from_tensor_model_parallel_region(picked)))
 
     def _forward_mlp(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         rows = hidden_states.shape[0]
@@ -42,12 +87,12 @@ class DeepstackLayer(PackLayer):
     reads here and which recomputation hands through with its gradient.
     """
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        hidden, context_tLD = super().forward(*args, **kwargs)
+    def forward(self, *args: Any, attention_mask: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        hidden, context_tLD = super().forward(*args, attention_mask=attention_mask, **kwargs)
         level = self.layer_number - 1
         if context_tLD is None or level >= context_tLD.shape[1]:
             return hidden, context_tLD
-        return hidden + context_tLD[:, level, None], context_tLD
+        return hidden + self._needed(context_tLD[:, level, None], attention_mask), context_tLD
 
 
 def slice_rows(

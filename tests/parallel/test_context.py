@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from harness import run_world
 
-from megalong.attention.context import PADDING, shard_pack
+from megalong.attention.context import PADDING, deal_rows, shard_pack
 from megalong.attention.core import PackCoreAttention, encode_mask
 from megalong.attention.reference import pack_attention_reference
 from megalong.parallel.exchange import exchange_rows, plan_exchange
@@ -45,10 +45,12 @@ class Config:
 
 
 def compare_attention(world: int, a2a: int) -> dict[str, float]:
-    """Largest difference to the reference over output and gradients, for each case."""
+    """Largest difference to the reference over output and gradients, for each case, of all rows and of some."""
     context = make_layout(tp=1, cp=world, pp=1, seed=1, cp_a2a=a2a).context
     attend = PackCoreAttention(Config(), 1, None, "self", context=context, kernel="cpu_flash")
-    return {name: compare_case(segments_of(case), attend) for name, case in CASES.items()}
+    done = {name: compare_case(segments_of(case), attend) for name, case in CASES.items()}
+    attend.needed_only = True
+    return done | {f"{name}, some rows": compare_some(segments_of(case), attend) for name, case in CASES.items()}
 
 
 def compare_case(segments: list[Segment], attend: PackCoreAttention) -> float:
@@ -71,7 +73,8 @@ def compare_case(segments: list[Segment], attend: PackCoreAttention) -> float:
     # Padding rows hold anything at all: nothing may depend on them.
     local = [torch.where(real[:, None, None], part[rows.clamp_min(0)], 7.0)[:, None].detach() for part in whole]
     local = [part.requires_grad_() for part in local]
-    out = attend(*local, encode_mask(segments, sharded=True))[:, 0].unflatten(-1, (HEADS, WIDTH))
+    mask = encode_mask(segments, sharded=True, needed_U=torch.arange(total), multiple=2)
+    out = attend(*local, mask)[:, 0].unflatten(-1, (HEADS, WIDTH))
     mine = torch.where(real[:, None, None], upstream[rows.clamp_min(0)], 0.0)
     grads = torch.autograd.grad((out * mine).sum(), local)
     pairs = [(out, want), *((grad[:, 0], theirs) for grad, theirs in zip(grads, want_grads, strict=True))]
@@ -80,10 +83,55 @@ def compare_case(segments: list[Segment], attend: PackCoreAttention) -> float:
     return max((ours[real] - theirs[rows[real]]).abs().max().item() if real.any() else 0.0 for ours, theirs in pairs)
 
 
+def predicting(segments: list[Segment]) -> torch.Tensor:
+    """Each parent's last row, and all but the last row of what has no children."""
+    parents = {segment.parent for segment in segments}
+    spans = [
+        (segment.stop - 1, segment.stop) if index in parents else (segment.start, segment.stop - 1)
+        for index, segment in enumerate(segments)
+    ]
+    return torch.cat([torch.arange(*span) for span in spans])
+
+
+def compare_some(segments: list[Segment], attend: PackCoreAttention) -> float:
+    """As compare_case, for the rows that predict, which the last layer deals out anew."""
+    context, needed = attend.context, predicting(segments)
+    generator = torch.Generator().manual_seed(4)
+    whole = [
+        torch.randn(segments[-1].stop, heads, WIDTH, dtype=torch.float64, generator=generator, requires_grad=True)
+        for heads in (HEADS, KV_HEADS, KV_HEADS)
+    ]
+    upstream = torch.randn(segments[-1].stop, HEADS, WIDTH, dtype=torch.float64, generator=generator)
+    want = pack_attention_reference(*whole, segments, scale=attend.scale)
+    want_grads = torch.autograd.grad((want * upstream)[needed].sum(), whole)
+    rows = shard_pack(segments, context, multiple=2)[context.rank]
+    dealt = deal_rows(needed, context, multiple=2)
+    counts = [int((share != PADDING).sum()) for share in dealt]
+    of_rings = [sum(counts[at : at + context.a2a_size]) for at in range(0, context.size, context.a2a_size)]
+    if torch.cat(dealt)[torch.cat(dealt) != PADDING].tolist() != needed.tolist() or max(of_rings) - min(of_rings) > 1:
+        raise AssertionError(f"{dealt} is no even deal of {needed}")
+    if max(map(len, dealt)) > -(-max(of_rings) // (2 * context.a2a_size)) * 2 + 2 * (not max(of_rings)):
+        raise AssertionError(f"{dealt} has more padding than it needs")
+    mine, real = dealt[context.rank], rows != PADDING
+    local = [torch.where(real[:, None, None], part[rows.clamp_min(0)], 7.0)[:, None].detach() for part in whole]
+    local = [part.requires_grad_() for part in local]
+    out = attend(*local, encode_mask(segments, sharded=True, needed_U=needed, multiple=2))
+    out = out[:, 0].unflatten(-1, (HEADS, WIDTH))
+    kept = mine != PADDING
+    if len(out) != len(mine) or out[~kept].any():
+        raise AssertionError(f"{len(out)} rows for {len(mine)}, or padding that is not zero")
+    grads = torch.autograd.grad((out * torch.where(kept[:, None, None], upstream[mine.clamp_min(0)], 0.0)).sum(), local)
+    if any(grad[~real].any() for grad in grads):
+        raise AssertionError("padding rows got a gradient")
+    gaps = [(out[kept] - want[mine[kept]]).abs()]
+    gaps += [(grad[real, 0] - theirs[rows[real]]).abs() for grad, theirs in zip(grads, want_grads, strict=True)]
+    return max(float(gap.max()) if gap.numel() else 0.0 for gap in gaps)
+
+
 @pytest.mark.parametrize(("world", "a2a"), [(2, 2), (2, 1), (4, 4), (4, 2), (3, 1)], ids=lambda number: str(number))
 def test_sharded_attention_equals_the_reference(world: int, a2a: int, tmp_path: Path) -> None:
     for errors in run_world(world, compare_attention, world, a2a, folder=tmp_path):
-        assert errors.keys() == CASES.keys()
+        assert errors.keys() == {*CASES, *(f"{name}, some rows" for name in CASES)}
         for name, error in errors.items():
             assert error < 1e-12, name
 

@@ -51,7 +51,9 @@ def _nothing_chosen_yet() -> Iterator[None]:
 def choose(
     name: str = "auto", *, dtype: torch.dtype = torch.float32, num_tokens: int = 9, merged: bool = True
 ) -> Kernel:
-    return choose_kernel(name, device=CPU, dtype=dtype, num_tokens=num_tokens, head_dim=8, merged=merged)
+    return choose_kernel(
+        name, device=CPU, dtype=dtype, num_rows=num_tokens, num_tokens=num_tokens, head_dim=8, merged=merged
+    )
 
 
 @pytest.mark.parametrize("dtype", KERNELS["cpu_flash"].dtypes, ids=str)

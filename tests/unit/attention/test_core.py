@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from megalong.attention.core import PackCoreAttention, encode_mask
+from megalong.attention.kernels import KERNELS
 from megalong.attention.reference import pack_attention_reference
 from megalong.models.gpt import transformer_config
 from megalong.models.gpt_shape import GptShape
@@ -36,10 +39,21 @@ def core(*, context: ContextGroups = ContextGroups(), **changes: object) -> Pack
     return PackCoreAttention(config(**changes), 1, None, "self", context=context)
 
 
+NEEDED = torch.tensor([2, 3])
+"""The prefix's last row and the longer response's first: both responses' predictions."""
+
+
+def mask_of() -> torch.Tensor:
+    return encode_mask(SEGMENTS, sharded=True, needed_U=NEEDED, multiple=3)
+
+
 def test_encoding_by_hand() -> None:
-    encoded = encode_mask(SEGMENTS, sharded=True)
+    encoded = mask_of()
     assert encoded.dtype == torch.int64
-    assert encoded.tolist() == [1, 0, 3, -1, 3, 2, 0, 5, 1, 0]
+    assert encoded.tolist() == [1, 3, 1, 2, 4, 0, 3, -1, 3, 2, 0, 5, 1, 0]
+    apart = encode_mask(SEGMENTS, sharded=False, needed_U=torch.tensor([0, 2, 3, 5]), multiple=1)
+    assert apart.tolist()[:9] == [0, 1, 3, 0, 1, 2, 4, 5, 6]
+    assert encode_mask(SEGMENTS, sharded=False, needed_U=NEEDED[:0], multiple=1).tolist()[:4] == [0, 1, 0, 0]
 
 
 def rows() -> list[torch.Tensor]:
@@ -50,14 +64,41 @@ def rows() -> list[torch.Tensor]:
 def test_core_attention_is_the_reference_at_the_default_scale() -> None:
     query, key, value = rows()
     want = pack_attention_reference(query[:, 0], key[:, 0], value[:, 0], SEGMENTS, scale=0.5)
-    got = core()(query, key, value, encode_mask(SEGMENTS, sharded=True))
+    got = core()(query, key, value, mask_of())
     assert got.shape == (6, 1, 8)
     torch.testing.assert_close(got, want.reshape(6, 1, 8), rtol=1e-6, atol=1e-6)
 
 
+def test_the_last_layer_s_has_the_rows_that_predict_and_padding() -> None:
+    parts, attend = rows(), core()
+    whole = attend(*parts, mask_of())
+    attend.needed_only = True
+    got = attend(*parts, mask_of())
+    assert got.shape == (3, 1, 8)  # two rows and one that makes three of them
+    torch.testing.assert_close(got[:2], whole[NEEDED], rtol=1e-6, atol=1e-6)
+    assert not got[2].any()
+    grads = [torch.autograd.grad(out.sin().sum(), parts) for out in (got, whole[NEEDED])]
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_a_kernel_that_merges_no_calls_has_its_outputs_picked(monkeypatch: pytest.MonkeyPatch) -> None:
+    lone, parts = (Segment(start=0, length=6, parent=-1),), rows()
+    mask = encode_mask(lone, sharded=False, needed_U=torch.tensor([3, 4]), multiple=1)
+    want = core()(*parts, mask)[3:5]
+    monkeypatch.setitem(KERNELS, "plain", replace(KERNELS["plain"], merges=False))
+    attend = PackCoreAttention(config(), 1, None, "self", context=ContextGroups(), kernel="plain")
+    attend.needed_only = True
+    got = attend(*parts, mask)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    grads = [torch.autograd.grad(out.sin().sum(), parts) for out in (got, want)]
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
 def test_a_kept_output_is_used_once_and_gives_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     """As megatron's recomputation calls it: first without gradients, then with them."""
-    attend, parts, mask = core(), rows(), encode_mask(SEGMENTS, sharded=True)
+    attend, parts, mask = core(), rows(), mask_of()
     want = torch.autograd.grad(attend(*parts, mask).square().sum(), parts)
     with attend.kept.record():
         with torch.no_grad():
@@ -77,7 +118,7 @@ def test_a_kept_output_is_used_once_and_gives_the_same_gradients(monkeypatch: py
 
 
 def test_outputs_are_kept_only_while_recording() -> None:
-    attend, parts, mask = core(), rows(), encode_mask(SEGMENTS, sharded=True)
+    attend, parts, mask = core(), rows(), mask_of()
     with torch.no_grad():
         attend(*parts, mask)
         assert attend.kept.take() is None

@@ -11,9 +11,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from megalong.attention.last_layer import row_spans
 from megalong.attention.pack import pack_attention
 from megalong.attention.reference import pack_attention_reference, visible
-from megalong.attention.tree import encode_segments, plan_calls
+from megalong.attention.tree import encode_segments, plan_calls, plan_rows
 from megalong.records import Segment
 
 HEAD_DIM = 6
@@ -151,6 +152,37 @@ trees = st.recursive(leaf, lambda child: st.tuples(st.integers(1, 9), st.lists(c
 @example(forest=((1, ()),))
 def test_any_tree(forest: tuple[Tree, ...], attend: Callable[..., Tensor]) -> None:
     assert_equal_to_separate(attend, forest, heads=(2, 1), dtype=torch.float64, tolerance=1e-12)
+
+
+@pytest.mark.parametrize("kernel", ["plain", "cpu_flash"])
+@settings(max_examples=60, deadline=None)
+@given(forest=st.lists(trees, min_size=1, max_size=3).map(tuple), data=st.data())
+@example(forest=(group(5, 3, 1, 4),), data=None)
+def test_any_rows_of_any_tree(forest: tuple[Tree, ...], kernel: str, data: st.DataObject | None) -> None:
+    """Of some rows alone: their outputs, and the gradients that come from them, keys of other rows included."""
+    segments = make_segments(forest)
+    length = segments[-1].stop
+    picks = [1, 0, 0, 0, 1, 1, 1, 0, 0, 1, 1, 1, 0]  # the last of the prefix, all but the last of each response
+    if data is not None:
+        picks = data.draw(st.lists(st.integers(0, 1), min_size=length, max_size=length))
+    rows = torch.tensor(picks).nonzero()[:, 0]
+    generator = torch.Generator().manual_seed(length)
+    leaves = [
+        torch.randn(length, count, HEAD_DIM, dtype=torch.float64, generator=generator).requires_grad_()
+        for count in (4, 2, 2)
+    ]
+    upstream = torch.randn(len(rows), 4, HEAD_DIM, dtype=torch.float64, generator=generator)
+    whole = separate_sequences(*leaves, segments, scale=0.37)[rows]
+    plan = plan_rows(tuple(encode_segments(segments)), row_spans(rows))
+    query, key, value = (part.transpose(0, 1)[None] for part in leaves)
+    padded = torch.cat((query[:, :, rows], query[:, :, :1]), dim=2)  # one padding row behind
+    out = pack_attention(padded, key, value, plan, scale=0.37, kernel=kernel)[0].transpose(0, 1)
+    assert not out[len(rows) :].any()
+    out = out[: len(rows)]
+    torch.testing.assert_close(out, whole, rtol=1e-12, atol=1e-12)
+    wanted = torch.autograd.grad((whole * upstream).sum(), leaves)
+    for ours, theirs in zip(torch.autograd.grad((out * upstream).sum(), leaves), wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("attend", ATTENDS.values(), ids=ATTENDS.keys())

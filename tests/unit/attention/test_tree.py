@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megalong.attention.tree import AttentionPlan, Call, encode_segments, plan_calls
+from megalong.attention.tree import AttentionPlan, Call, encode_segments, plan_calls, plan_rows
 from megalong.records import Segment
 
 
@@ -58,6 +58,31 @@ def test_a_video_of_two_questions_is_read_once() -> None:
     (plan,) = plans(segments, 1)
     assert [call.keys for call in plan.unmasked] == [((0, 100),), ((100, 104),), ((110, 115),)]
     assert [call.queries for call in plan.unmasked] == [((100, 119),), ((104, 110),), ((115, 119),)]
+
+
+def test_rows_that_predict_take_two_calls() -> None:
+    """The prefix's last row sees what the responses see of it; a response's last row predicts nothing."""
+    plan = plan_rows(tuple(encode_segments(group_segments(10, [3, 1, 4]))), ((9, 12), (14, 17)))
+    assert plan == AttentionPlan(
+        num_keys=18,
+        rows=((9, 10), (10, 12), (14, 17)),
+        causal=(Call(((1, 3), (3, 6)), ((10, 12), (14, 17))),),
+        unmasked=(Call(((0, 6),), ((0, 10),)),),
+    )
+
+
+def test_rows_of_a_lone_sequence_have_a_triangle_and_what_lies_before_it() -> None:
+    plan = plan_rows(tuple(encode_segments(group_segments(10, [5]))), ((9, 14),))
+    assert plan == AttentionPlan(15, ((9, 14),), (Call(((0, 5),), ((9, 14),)),), (Call(((0, 5),), ((0, 9),)),))
+
+
+def test_a_plan_of_no_rows_has_no_calls() -> None:
+    assert plan_rows(tuple(encode_segments(group_segments(10, [5, 2]))), ()) == AttentionPlan(17, (), (), ())
+
+
+def test_a_plan_of_all_rows_is_that_of_a_ring_of_one() -> None:
+    segments = group_segments(10, [3, 1, 4])
+    assert [plan_rows(tuple(encode_segments(segments)), ((0, 18),))] == plans(segments, 1)
 
 
 def test_zigzag_of_a_prefix_over_two_ranks() -> None:

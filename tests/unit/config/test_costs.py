@@ -79,6 +79,18 @@ def test_pairs_equal_a_brute_force_count(prompt: int, response: int, group: int)
     assert costs.repeated_pairs(prompt, response, group) == group * visible_pairs(prompt + response, 0, 1)
 
 
+@pytest.mark.parametrize(("prompt", "response", "group"), [(5, 3, 2), (7, 1, 4), (1, 4, 3)])
+def test_the_last_layer_has_the_queries_that_predict(prompt: int, response: int, group: int) -> None:
+    """One by one: the prompt's last token sees the prompt, a response's token what is before it and itself."""
+    seen = [prompt] + [prompt + own for _ in range(group) for own in range(1, response)]
+    shared = costs.shared_work(prompt, response, group)
+    assert (shared.last_tokens, shared.last_pairs) == (len(seen), sum(seen))
+    alone = [prompt + own for own in range(response)]
+    repeated = costs.repeated_work(prompt, response, group)
+    assert (repeated.last_tokens, repeated.last_pairs) == (group * len(alone), group * sum(alone))
+    assert costs.shared_work(prompt, response, 1) == costs.repeated_work(prompt, response, 1)
+
+
 def test_tokens_of_a_3600_frame_group() -> None:
     assert PROMPT_3600 == 925_456
     assert costs.shared_tokens(PROMPT_3600, 1024, 8) == 933_648
@@ -86,38 +98,46 @@ def test_tokens_of_a_3600_frame_group() -> None:
 
 
 def test_flops_constants(shape: ModelShape) -> None:
-    assert costs.linear_flops(shape, 1) == 2 * 6_525_288_448
-    assert costs.attention_flops(shape, 1) == 401_408
+    assert costs.linear_flops(shape, costs.whole_work(tokens=1, pairs=0, rows=0)) == 2 * 6_525_288_448
+    assert costs.attention_flops(shape, costs.whole_work(tokens=0, pairs=1, rows=0)) == 401_408
+    keys = costs.Work(tokens=1, pairs=1, last_tokens=0, last_pairs=0, rows=0)
+    assert costs.linear_flops(shape, keys) == 2 * (27 * 233_046_016 + 2 * 3584 * 512)
+    assert costs.attention_flops(shape, keys) == 401_408 * 27 // 28
     assert costs.head_flops(shape, 1) == 2 * 152_064 * 3584
     assert shape.vision.frame_flops == pytest.approx(0.953e12, rel=1e-3)
 
 
 def test_flops_of_a_512_frame_group(shape: ModelShape) -> None:
     size = {"prompt": 512 * 257 + 256, "response": 1024, "group": 8}
-    shared = {"tokens": costs.shared_tokens(**size), "pairs": costs.shared_pairs(**size), "rows": 8192}
-    repeated = {"tokens": costs.repeated_tokens(**size), "pairs": costs.repeated_pairs(**size), "rows": 8192}
-    assert costs.forward_flops(shape, **shared) == pytest.approx(5.76e15, rel=2e-3)
-    assert costs.forward_flops(shape, **repeated) == pytest.approx(42.2e15, rel=2e-3)
-    # linear 1.8275 PF, attention 3.9238 PF, head 0.0089 PF forward: 3 x, 3.5 x and 4 x of them.
-    assert costs.train_flops(shape, **shared, recompute=Recompute.none) == pytest.approx(19.251e15, rel=1e-4)
-    assert costs.train_flops(shape, **shared, recompute=Recompute.full) == pytest.approx(25.0e15, rel=1e-3)
-    again = costs.train_flops(shape, **shared, recompute=Recompute.full) - costs.train_flops(
-        shape, **shared, recompute=Recompute.none
+    shared, repeated = costs.shared_work(**size), costs.repeated_work(**size)
+    whole, apart = (
+        costs.whole_work(tokens=work.tokens, pairs=work.pairs, rows=work.rows) for work in (shared, repeated)
     )
-    assert again == costs.linear_flops(shape, shared["tokens"]) + costs.attention_flops(shape, shared["pairs"])
+    assert costs.forward_flops(shape, whole) == pytest.approx(5.76e15, rel=2e-3)
+    assert costs.forward_flops(shape, apart) == pytest.approx(42.2e15, rel=2e-3)
+    # linear 1.8275 PF, attention 3.9238 PF, head 0.0089 PF forward: 3 x, 3.5 x and 4 x of them.
+    assert costs.train_flops(shape, whole, recompute=Recompute.none) == pytest.approx(19.251e15, rel=1e-4)
+    assert costs.train_flops(shape, whole, recompute=Recompute.full) == pytest.approx(25.0e15, rel=1e-3)
+    # The last layer: 7.33 % of its linear 0.06527 PF (keys and values of all, 8,185 rows of 140,032), and 11.08 % of
+    # its attention's 0.14014 PF (1.083e9 of 9.775e9 pairs).
+    assert costs.train_flops(shape, shared, recompute=Recompute.none) == pytest.approx(18.634e15, rel=1e-4)
+    again = costs.train_flops(shape, shared, recompute=Recompute.full) - costs.train_flops(
+        shape, shared, recompute=Recompute.none
+    )
+    assert again == costs.linear_flops(shape, shared) + costs.attention_flops(shape, shared)
 
 
 def test_prefill_of_3600_frames_takes_236_s_at_780_tflops(shape: ModelShape) -> None:
     pairs = PROMPT_3600 * (PROMPT_3600 + 1) // 2
-    flops = costs.forward_flops(shape, tokens=PROMPT_3600, pairs=pairs, rows=1)
+    flops = costs.forward_flops(shape, costs.whole_work(tokens=PROMPT_3600, pairs=pairs, rows=1))
     assert flops / 780e12 == pytest.approx(236, abs=0.5)
 
 
 def test_prefill_and_decode_together_are_one_shared_forward(shape: ModelShape) -> None:
     size = {"prompt": 1000, "response": 30, "group": 4}
-    prefill = costs.linear_flops(shape, 1000) + costs.attention_flops(shape, 1000 * 1001 // 2)
+    prefill = costs.forward_flops(shape, costs.whole_work(tokens=1000, pairs=1000 * 1001 // 2, rows=0))
     one_pass = costs.forward_flops(
-        shape, tokens=costs.shared_tokens(**size), pairs=costs.shared_pairs(**size), rows=120
+        shape, costs.whole_work(tokens=costs.shared_tokens(**size), pairs=costs.shared_pairs(**size), rows=120)
     )
     assert prefill + costs.decode_flops(shape, **size) == one_pass
 

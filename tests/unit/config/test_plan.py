@@ -96,7 +96,7 @@ def test_settings_that_save_memory(recipe: Path, shape: ModelShape) -> None:
         planned(recipe, shape, overrides=("model.recompute=none", f"model.mlp_chunks={chunks}")) for chunks in (4, 0)
     )
     more = sliced.flops["forward and backward"] - none.flops["forward and backward"]
-    assert more == 4 * 2 * 28 * 3 * 3584 * 18_944 * 933_648
+    assert more == 4 * 2 * 3 * 3584 * 18_944 * (27 * 933_648 + 8185)
     assert "its MLP in 1 slice(s)" in none.memory
     fewer = none.memory["kept activations (recompute none)"] - sliced.memory["kept activations (recompute none)"]
     assert fewer == 28 * local * 2 * (3584 + 3 * 18_944) // 4
@@ -129,9 +129,7 @@ def test_each_pipeline_stage_has_its_own_memory(recipe: Path, shape: ModelShape)
 def test_flops_are_those_of_the_batch(recipe: Path, shape: ModelShape) -> None:
     result = planned(recipe, shape)
     size = {"prompt": 925_456, "response": 1024, "group": 8}
-    one_pass = costs.forward_flops(
-        shape, tokens=costs.shared_tokens(**size), pairs=costs.shared_pairs(**size), rows=8192
-    )
+    one_pass = costs.forward_flops(shape, costs.shared_work(**size))
     assert result.flops["reference log-probabilities"] == 4 * one_pass
     assert result.flops["vision: encode every frame once"] == 4 * 3600 * shape.vision.frame_flops
     assert "old log-probabilities" not in result.flops
