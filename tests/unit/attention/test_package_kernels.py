@@ -52,7 +52,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def choose(name: str = "auto", *, merged: bool = True) -> Kernel:
-    return choose_kernel(name, device=CPU, dtype=torch.float32, num_tokens=9, head_dim=8, merged=merged)
+    return choose_kernel(name, device=CPU, dtype=torch.float32, num_rows=9, num_tokens=9, head_dim=8, merged=merged)
 
 
 @pytest.mark.parametrize("name", PACKAGES)
