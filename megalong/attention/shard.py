@@ -24,9 +24,7 @@ class PackShard:
     positions_t: Tensor  # [t] or [3, t] int64
     mask: Tensor  # attention.core.encode_mask
     media: tuple[Tensor, ...]  # for every context-parallel rank: which of the pack's vision embeddings it needs, [n]
-    rows_R: (
-        Tensor  # [R] int64: of the last layer's rows, those that predict each response token; PADDING on other ranks
-    )
+    rows_R: Tensor  # [R] int64: the last layer's row that predicts each response token; PADDING: another rank's
     exchange: ExchangePlan | None  # those rows to the ranks that score them; None: this rank scores all of them
     shares: tuple[tuple[int, int], ...]  # [first, last) of the pack's R response rows that each rank scores
     context: ContextGroups
