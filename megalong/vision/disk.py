@@ -132,7 +132,9 @@ class DiskStore:
         files = self._files()
         held = sum(size for _, size, _ in files)
         if held + num_bytes > self.budget_bytes:
-            for used, size, path in sorted(files):
+            # Unfinished ones are another writer's until sweep() takes them.
+            whole = [file for file in files if file[2].suffix == ".safetensors"]
+            for used, size, path in sorted(whole):
                 if held + num_bytes <= self.budget_bytes - step or used >= self.keep_since:
                     break
                 try:

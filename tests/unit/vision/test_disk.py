@@ -280,6 +280,20 @@ def test_unfinished_files_count_and_abandoned_ones_go_first(tmp_path: Path) -> N
     assert not abandoned.exists()
 
 
+def test_a_file_that_another_process_is_writing_does_not_make_room(tmp_path: Path) -> None:
+    """It would find it gone when it names it."""
+    kept = store(tmp_path, budget_bytes=3 * SIZE)
+    write_entries(kept, "a")
+    (path,) = files(tmp_path)
+    unfinished = path.with_name("0-9.safetensors.1.partial")
+    unfinished.write_bytes(bytes(SIZE))
+    minutes_ago = time.time() - 600
+    os.utime(unfinished, (minutes_ago, minutes_ago))
+    write_entries(kept, "b")
+    assert there(tmp_path) == "b"
+    assert unfinished.exists()
+
+
 def test_what_was_used_since_a_time_stays_and_no_room_beside_it_is_an_error(tmp_path: Path) -> None:
     kept = store(tmp_path, budget_bytes=2 * (SIZE + 400))
     write_entries(kept, "ab")
