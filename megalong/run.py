@@ -169,6 +169,7 @@ class PromptBatches:
     def _plan(self) -> tuple[list[Prompt], list[Dropped]]:
         prompts, dropped = plan_prompts(self.run, [self.samples[index] for index in next(self._order)])
         self.run.vision.prefetch([item for prompt in prompts for item in prompt.selections])
+        self.run.vision.index_ahead([self.samples[index] for index in self._order.peek()])
         return prompts, dropped
 
 

@@ -42,10 +42,13 @@ class PromptSampler:
         return self
 
     def __next__(self) -> list[int]:
-        first, last = self._share
-        indexes = [self._sample_at(self.position + offset) for offset in range(first, last)]
+        indexes = self.peek()
         self.position += self.batch_size
         return indexes
+
+    def peek(self) -> list[int]:
+        """What the next call of next() returns."""
+        return [self._sample_at(self.position + offset) for offset in range(*self._share)]
 
     def state_dict(self) -> dict[str, int | bool]:
         return {

@@ -75,6 +75,7 @@ class VisionStage:
         self._pool = ThreadPoolExecutor(max_workers=settings.decode_workers, thread_name_prefix="decode")
         self._decoded: deque[tuple[float, float]] = deque()
         self._running: dict[str, Future[np.ndarray | EmbeddingPart]] = {}
+        self._indexing: dict[str, Future[VideoIndex]] = {}
         self._indexed: dict[str, FrameSelection | str] = {}  # path -> its frames, or why it cannot be read
         self.weights_changed()
 
@@ -89,20 +90,27 @@ class VisionStage:
         paths = sorted({path for sample in samples for path in sample.videos})
         if paths and self.encoder is None:
             raise ValueError(f"{paths[0]}: this model family has no vision, and the sample has a video")
-        unknown = [path for path in paths if path not in self._indexed]
         mine: dict[str, FrameSelection | str] = {}
-        for path in unknown[self.layout.replica_rank :: self.layout.replica_size]:
+        for path in self.index_ahead(samples):
             try:
-                mine[path] = choose(probe(path))
+                mine[path] = choose(self._indexing.pop(path).result())
             except DecodeError as error:
                 mine[path] = error.reason
-        if unknown:  # the same on every rank of the replica
+        if any(path not in self._indexed for path in paths):  # the same on every rank of the replica
             for part in gather_objects(mine, group=self.layout.replica_host):
                 self._indexed.update(part)
+            self._indexing = {path: index for path, index in self._indexing.items() if path not in self._indexed}
         found = {path: self._indexed[path] for path in paths}
         reasons = {path: entry for path, entry in found.items() if isinstance(entry, str)}
         selections = {path: entry for path, entry in found.items() if not isinstance(entry, str)}
         return selections, _drops(samples, reasons)
+
+    def index_ahead(self, samples: Sequence[Sample]) -> list[str]:
+        """Start indexing this rank's share of the files that select() will not know yet; returns their paths."""
+        unknown = sorted({path for sample in samples for path in sample.videos} - self._indexed.keys())
+        mine = unknown[self.layout.replica_rank :: self.layout.replica_size] if self.encoder is not None else []
+        self._indexing |= {path: self._pool.submit(probe, path) for path in mine if path not in self._indexing}
+        return mine
 
     def prefetch(self, selections: Sequence[FrameSelection]) -> None:
         """Start reading from disk, or decoding, this rank's share of the videos that are not in memory yet."""

@@ -412,7 +412,7 @@ def test_prompt_batches_save_the_place_of_what_was_handed_out(layout: object, mo
     samples = [prompt(str(index)).sample for index in range(7)]
 
     def batches(resumed: dict) -> run_module.PromptBatches:
-        vision = SimpleNamespace(prefetch=lambda selections: None)
+        vision = SimpleNamespace(prefetch=lambda selections: None, index_ahead=lambda selections: None)
         return run_module.PromptBatches(fake_run(layout, resumed=resumed, vision=vision), samples, batch_size=3)
 
     def ids(chosen: run_module.PromptBatches, count: int) -> list[list[str]]:

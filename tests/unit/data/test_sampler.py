@@ -73,6 +73,11 @@ def test_orders_differ_by_epoch_and_seed_and_are_fixed():
     assert len({*epochs(1), *epochs(2), *epochs(3)}) == 9
 
 
+def test_peek_tells_the_next_batch_and_leaves_the_order():
+    sampler, other = (PromptSampler(7, 3, 0, 1, seed=1, shuffle=True) for _ in range(2))
+    assert [(sampler.peek(), next(sampler)) for _ in range(9)] == [(batch, batch) for batch in islice(other, 9)]
+
+
 def test_without_shuffle_the_order_is_the_manifests():
     batches, _ = global_batches(3, num_samples=4, batch_size=3, dp_size=2, shuffle=False)
     assert batches == [[0, 1, 2], [3, 0, 1], [2, 3, 0]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 
 from megalong.config.tree import FrameSampling
 from megalong.data import video_decoder
-from megalong.data.video import DecodeError, decode_frames, select_frames
+from megalong.data.video import DecodeError, decode_frames, probe, select_frames
 from megalong.models.longvila.layout import SquareFrames
 from megalong.records import Dropped, FrameSelection, Sample
+from megalong.vision import encode
 from megalong.vision.encode import VisionSettings, VisionStage
 
 SIZE, TOKENS, WIDTH = 8, 2, 5
@@ -114,6 +116,27 @@ def direct(stage: VisionStage, selection: FrameSelection) -> Tensor:
     frames = torch.from_numpy(decode_frames(selection).frames_FHWC)
     with torch.no_grad():
         return stage.encoder(frames).flatten(0, 1)
+
+
+def test_files_are_indexed_once_and_ahead(
+    make: object, videos: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage, calls = make(), []
+
+    def counted(path: str) -> object:
+        calls.append((Path(path).stem, threading.current_thread() is threading.main_thread()))
+        return probe(path)
+
+    monkeypatch.setattr(encode, "probe", counted)
+    batch = [sample("1", videos["a"], videos["b"]), sample("2", videos["bad"])]
+    stage.index_ahead([*batch, sample("3")])
+    stage.index_ahead(batch)
+    selections, dropped = stage.select(batch, CHOOSE)
+    assert sorted(calls) == [("a", False), ("b", False), ("text", False)]
+    assert [drop.sample_id for drop in dropped] == ["2"]
+    assert stage.select(batch, CHOOSE)[0] == selections
+    stage.select([sample("4", videos["c"])], CHOOSE)
+    assert sorted(calls) == [("a", False), ("b", False), ("c", False), ("text", False)]
 
 
 @pytest.mark.parametrize("frozen", [True, False])
