@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,12 +65,13 @@ class GroupSampler:
         """See RolloutEngine. A rank without an engine takes part in making the buckets."""
         self.settle()
         self._make_room()
+        buckets = self._leaving_room(buckets)
         if self.engine is None:
             for bucket in buckets:
                 del bucket  # its memory is the next one's
         else:
             self.engine.load_weights(buckets, version=version)
-        self.version, self.needs_weights = version, False
+        self.version, self.needs_weights, self._released = version, False, False
 
     def release(self) -> None:
         """The engines give back the memory that the trainer needs, until the next load_weights or begin."""
@@ -87,7 +88,13 @@ class GroupSampler:
             if self.engine is None:
                 torch.cuda.empty_cache()
             gather_objects(None, group=self.layout.replica_host)  # nobody goes on before all have done it
-        self._released = False
+
+    def _leaving_room(self, buckets: Iterable[WeightBucket]) -> Iterator[WeightBucket]:
+        """The buckets. Where they were gathered, an engine's keys and values wake up when it has all of them."""
+        for bucket in buckets:
+            yield bucket
+            del bucket  # its memory is the next one's
+        self._make_room()
 
     def close(self) -> None:
         """End the engines."""
@@ -122,6 +129,7 @@ class GroupSampler:
         """
         self.settle()
         self._make_room()
+        self._released = False
         repeats = repeats or [0] * len(prompts)
         here = [owner == self.layout.replica_rank for owner in self.owners(len(prompts))]
         requests = [
