@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +18,8 @@ from engines import HAS_VLLM
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from megalong.rollout.engine import RolloutEngineError
-from megalong.rollout.shared_memory import shared_tensor
+from megalong.rollout.shared_memory import BucketRoom, shared_tensor
+from megalong.rollout.transfer import Transport
 from megalong.rollout.vllm_model import write_config
 
 TRAINER = """
@@ -39,6 +42,37 @@ def test_a_shared_tensor_is_the_file(tmp_path: Path) -> None:
 def test_no_room_for_a_shared_tensor_is_said_before_it_is_written(tmp_path: Path) -> None:
     with pytest.raises(RolloutEngineError, match=r"media: 1048576.00 GiB .* --shm-size"):
         shared_tensor(tmp_path / "media", (1 << 50,), torch.uint8)
+
+
+def test_buckets_by_cuda_ipc_go_through_one_buffer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, with names in the place of handles: the engine maps anew what it is told by another name."""
+    shared: list[weakref.ref] = []
+
+    def share(tensor: torch.Tensor) -> tuple[None, tuple[str]]:
+        shared.append(weakref.ref(tensor))
+        return None, (f"handle {len(shared)}",)
+
+    alive_when_emptied: list[int] = []
+
+    def look() -> None:
+        alive_when_emptied.append(sum(ref() is not None for ref in shared))
+
+    monkeypatch.setattr("megalong.rollout.shared_memory.reduce_tensor", share)
+    monkeypatch.setattr(torch.cuda, "empty_cache", look)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="GPU-a"))
+    waited: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(synchronize=lambda: waited.append(True)))
+    room, places, addresses = BucketRoom(Transport.ipc, tmp_path), [], []
+    for num_bytes in (100, 40, 100, 200, 150):
+        packed = room.of(num_bytes, device=torch.device("cpu"))
+        assert len(packed) == num_bytes
+        places.append(room.place(packed))
+        addresses.append(packed.data_ptr())
+        del packed
+    assert places == [("GPU-a", (f"handle {number}",)) for number in (1, 1, 1, 2, 2)]
+    assert len(set(addresses[:3])) == len(set(addresses[3:])) == 1
+    assert alive_when_emptied == [0, 0], "a buffer that is too small is let go of before the next one is made"
+    assert len(waited) == 5, "the bytes are there when the engine is told of them"
 
 
 def test_responses_end_where_the_tokenizer_says_and_not_at_the_ends_of_the_checkpoint(tmp_path: Path) -> None:
