@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from megalong.metrics import TIMELINE_FILE, Span, read_jsonl
 
 PICTURE_FILE = "timeline.png"
-LANE_OF = {"data": "data", "rollout": "rollout engine"}
+LANE_OF = {"data": "data", "rollout": "rollouts"}
 """Lane of a phase; the others are the trainer's."""
-LANES = ("decoding ahead", "data", "rollout engine", "trainer")
+LANES = ("decoding ahead", "data", "rollouts", "trainer")
 
 
 def timeline_row(phases: Sequence[Span], decoding: Sequence[tuple[float, float]]) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def typical(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def plot_timeline(run_dir: str | Path) -> Path:
     """Draw a typical step of timeline.jsonl to timeline.png: a lane below the other, phases in colours.
 
-    Raises ValueError when no step was recorded.
+    The lane of rollouts is what the trainer waited for them. Raises ValueError when no step was recorded.
     """
     source, target = Path(run_dir) / TIMELINE_FILE, Path(run_dir) / PICTURE_FILE
     rows = read_jsonl(source) if source.exists() else []

@@ -97,6 +97,10 @@ class RolloutEngine(Protocol):
         """Version of the weights in use; -1 before the first update."""
 
     @property
+    def asleep(self) -> bool:
+        """Whether release() gave back GPU memory, which it needs to wake up."""
+
+    @property
     def needs_weights(self) -> bool:
         """Whether release() threw the weights away, so that the next update must hold all of them."""
 

@@ -57,7 +57,7 @@ class GroupSampler:
         self.version = -1  # of the weights loaded last
         self.needs_weights = False  # before the next sample, all of them
         flags = gather_objects(engine is not None, group=layout.replica_host)
-        self._released = False
+        self._released = False  # an engine sleeps, and needs memory to wake up
         self._pending: PendingGroups | None = None  # what the engines are sampling
         self._drivers = [rank for rank, has_engine in enumerate(flags) if has_engine]
 
@@ -78,9 +78,9 @@ class GroupSampler:
         self.settle()
         if self.engine is not None:
             self.engine.release()
-        lost = self.engine is not None and self.engine.needs_weights
-        self.needs_weights = any(gather_objects(lost, group=self.layout.replica_host))
-        self._released = True
+        mine = (self.engine.asleep, self.engine.needs_weights) if self.engine is not None else (False, False)
+        everyone = gather_objects(mine, group=self.layout.replica_host)
+        self._released, self.needs_weights = (any(flags) for flags in zip(*everyone, strict=True))
 
     def _make_room(self) -> None:
         """Before an engine wakes up: one on several GPUs needs those of ranks without an engine, too."""

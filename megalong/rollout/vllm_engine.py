@@ -195,6 +195,11 @@ class VllmEngine:
         self._asleep = True
 
     @property
+    def asleep(self) -> bool:
+        """Whether release() put it to sleep."""
+        return self._asleep
+
+    @property
     def needs_weights(self) -> bool:
         """Whether release() threw the weights away."""
         return self._asleep and self.settings.discard_weights

@@ -245,16 +245,18 @@ class BucketTransfer(WeightTransferEngine[BucketInit, BucketInfo]):
             torch.accelerator.synchronize()
         if self.layerwise:
             finalize_layerwise_reload(self.model, self.model_config)
+        if self.transport is Transport.ipc:
+            torch.cuda.empty_cache()  # what buckets were copied to: keys and values wake up next
 
     def check(self, expected: list[list[int]]) -> str | None:
         """What is wrong with the update that was just finished; None: nothing."""
         if self.error is not None:
             return f"vLLM could not load the weights: {type(self.error).__name__}: {self.error}"
         received = [checksums_n.tolist() for checksums_n in self.checksums]
-        if received != [list(checksums) for checksums in expected]:
-            wrong = [
-                index for index, pair in enumerate(zip(received, expected, strict=False)) if pair[0] != list(pair[1])
-            ]
+        if len(received) != len(expected):
+            return f"{len(received)} of {len(expected)} buckets arrived"
+        if received != expected:
+            wrong = [index for index, pair in enumerate(zip(received, expected, strict=True)) if pair[0] != pair[1]]
             return f"a bucket's checksum is wrong (after the transfer; number {wrong[:3]} of {len(expected)})"
         return None
 

@@ -51,6 +51,10 @@ class Sleeper:
     def release(self) -> None:
         self.awake, self.needs_weights = False, True
 
+    @property
+    def asleep(self) -> bool:
+        return not self.awake
+
     def close(self) -> None:
         self.engine.close()
 

@@ -21,13 +21,13 @@ class FakeEngine:
     """Answers with what it was given; its weights are lost at each release."""
 
     def __init__(self) -> None:
-        self.version, self.needs_weights = -1, False
+        self.version, self.asleep, self.needs_weights = -1, False, False
         self.asked: list[str] = []
         self.sums: list[int] = []
 
     def load_weights(self, buckets: Iterable[WeightBucket], *, version: int) -> None:
         self.sums = [bucket.checksums_n.tolist() for bucket in buckets]
-        self.version, self.needs_weights = version, False
+        self.version, self.asleep, self.needs_weights = version, False, False
 
     def begin(self, requests: Sequence[Request], *, sampling: Sampling) -> None:
         self.begun = requests
@@ -44,7 +44,7 @@ class FakeEngine:
         ]
 
     def release(self) -> None:
-        self.needs_weights = True
+        self.asleep = self.needs_weights = True
 
 
 def prompt(number: int) -> Prompt:

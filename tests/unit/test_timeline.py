@@ -33,7 +33,7 @@ def test_phases_lie_where_they_were_timed(monkeypatch: pytest.MonkeyPatch) -> No
     assert lanes_of(row) == {
         "decoding ahead": [("decoding", -0.5, 0.5), ("decoding", 2.0, 5.0)],
         "data": [("data", 0.0, 1.0)],
-        "rollout engine": [("rollout", 1.0, 4.0), ("rollout", 6.0, 10.0)],
+        "rollouts": [("rollout", 1.0, 4.0), ("rollout", 6.0, 10.0)],
         "trainer": [("sync", 4.5, 6.0), ("train", 10.0, 10.25)],
     }
     seconds = timer.take()

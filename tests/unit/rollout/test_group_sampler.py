@@ -91,7 +91,7 @@ def test_version_follows_the_weights(layout: object) -> None:
     assert sampler.sample([prompt("a")], [None], sampling=SAMPLING, step=1)[0].weights_version == 7
 
 
-@pytest.mark.parametrize("action", ["load_weights", "sample"])
+@pytest.mark.parametrize("action", ["load_weights", "sample", "load_weights, awake"])
 def test_a_rank_without_an_engine_makes_room_before_any_engine_wakes_up(
     layout: object, monkeypatch: pytest.MonkeyPatch, action: str
 ) -> None:
@@ -100,7 +100,8 @@ def test_a_rank_without_an_engine_makes_room_before_any_engine_wakes_up(
 
     def gather(item: object, *, group: object) -> list[object]:
         happened.append("gather")
-        return [item, True]  # the other rank has an engine; its samples are not looked at
+        # The other rank has an engine, which sleeps after a release; its samples are not looked at.
+        return [item, (action != "load_weights, awake", False) if isinstance(item, tuple) else True]
 
     monkeypatch.setattr("megalong.rollout.sampler.gather_objects", gather)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: happened.append("emptied"))
@@ -116,6 +117,9 @@ def test_a_rank_without_an_engine_makes_room_before_any_engine_wakes_up(
         happened.clear()
         sampler.load_weights([], version=2)
         assert happened == [], "nothing was released since"
+    elif action == "load_weights, awake":
+        sampler.load_weights(buckets, version=1)
+        assert happened == ["bucket"], "an engine with GPUs of its own needs none of this one's"
     else:
         monkeypatch.setattr(sampler, "owners", lambda count: [1] * count)
         with pytest.raises(TypeError):  # True is no list of groups
@@ -141,7 +145,7 @@ def test_one_batch_at_a_time_and_none_with_other_weights_than_it_began_with(layo
 
         def release(self) -> None:
             happened.append("release")
-            self.needs_weights = False
+            self.asleep = self.needs_weights = False
 
     sampler = GroupSampler(Engine(), layout, decode=str, seed=9)
     sampler.load_weights([], version=4)
