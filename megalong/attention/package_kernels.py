@@ -5,23 +5,20 @@ Their layout is [b, t, heads, d], and they read log-sum-exps as contiguous [b, Q
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 
-class FlashAttn2Kernel:
-    """FlashAttention-2 of the package flash-attn, 2.7 and 2.8."""
-
-    def __init__(self) -> None:
-        from flash_attn import flash_attn_interface
-
-        self._package = flash_attn_interface
+class _FlashAttnKernel:
+    """What the two releases share: layouts, and gradients that the package writes into tensors it is given."""
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor]:
         parts = [_rows_first(part) for part in (query, key, value)]
-        out, lse, *_ = self._package._flash_attn_forward(*parts, return_softmax=False, **self._how(causal, scale))
+        out, lse, *_ = self._forward(parts, causal=causal, scale=scale)
         return out.transpose(1, 2), lse
 
     def backward(
@@ -30,10 +27,23 @@ class FlashAttn2Kernel:
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         given = [_rows_first(part) for part in (grad_out, query, key, value, out)]
         grads = _empty_grads(query, key, value)
-        self._package._flash_attn_backward(
-            *given, lse.contiguous(), *grads, deterministic=False, **self._how(causal, scale)
-        )
+        self._backward([*given, lse.contiguous(), *grads], causal=causal, scale=scale)
         return tuple(grad.transpose(1, 2) for grad in grads)
+
+
+class FlashAttn2Kernel(_FlashAttnKernel):
+    """FlashAttention-2 of the package flash-attn, 2.7 and 2.8."""
+
+    def __init__(self) -> None:
+        from flash_attn import flash_attn_interface
+
+        self._package = flash_attn_interface
+
+    def _forward(self, parts: Sequence[Tensor], *, causal: bool, scale: float) -> Sequence[Tensor]:
+        return self._package._flash_attn_forward(*parts, return_softmax=False, **self._how(causal, scale))
+
+    def _backward(self, parts: Sequence[Tensor], *, causal: bool, scale: float) -> None:
+        self._package._flash_attn_backward(*parts, deterministic=False, **self._how(causal, scale))
 
     @staticmethod
     def _how(causal: bool, scale: float) -> dict[str, bool | float | int | None]:
@@ -43,7 +53,7 @@ class FlashAttn2Kernel:
         }  # fmt: skip
 
 
-class FlashAttn3Kernel:
+class FlashAttn3Kernel(_FlashAttnKernel):
     """FlashAttention-3 of the package flash-attn-3 (Hopper), by the operators that it registers.
 
     Its Python functions differ from release to release, the operators' arguments keep their places.
@@ -54,23 +64,13 @@ class FlashAttn3Kernel:
 
         self._ops = torch.ops.flash_attn_3
 
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        parts = [_rows_first(part) for part in (query, key, value)]
+    def _forward(self, parts: Sequence[Tensor], *, causal: bool, scale: float) -> Sequence[Tensor]:
         unused = [None] * 20  # new keys, output, ragged lengths, pages, rotation, 8-bit scales
-        out, lse, *_ = self._ops.fwd(*parts, *unused, softmax_scale=scale, is_causal=causal, num_splits=1)
-        return out.transpose(1, 2), lse
+        return self._ops.fwd(*parts, *unused, softmax_scale=scale, is_causal=causal, num_splits=1)
 
-    def backward(
-        self, grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, *,
-        causal: bool, scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        given = [_rows_first(part) for part in (grad_out, query, key, value, out)]
-        grads = _empty_grads(query, key, value)
+    def _backward(self, parts: Sequence[Tensor], *, causal: bool, scale: float) -> None:
         unused = [None] * 6  # ragged lengths
-        self._ops.bwd(*given, lse.contiguous(), *grads, *unused, softmax_scale=scale, is_causal=causal)
-        return tuple(grad.transpose(1, 2) for grad in grads)
+        self._ops.bwd(*parts, *unused, softmax_scale=scale, is_causal=causal)
 
 
 class TransformerEngineKernel:
