@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from megalong.attention import kernels
 from megalong.attention.kernels import KERNELS, CpuFlashKernel, Kernel, PlainKernel, choose_kernel
 
 CPU = torch.device("cpu")
@@ -36,16 +34,6 @@ class IgnoresMergedSums(CpuFlashKernel):
 class Missing(CpuFlashKernel):
     def forward(self, *_: Tensor, **__: object) -> tuple[Tensor, Tensor]:
         raise RuntimeError("no kernel image is available\nfor this device")
-
-
-@pytest.fixture(autouse=True)
-def _nothing_chosen_yet() -> Iterator[None]:
-    caches = (kernels._fastest, kernels._defect, kernels._log_once, kernels.kernel_problem)
-    for known in caches:
-        known.cache_clear()
-    yield
-    for known in caches:
-        known.cache_clear()
 
 
 def choose(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -15,7 +14,6 @@ import stand_ins
 import torch
 from torch import Tensor
 
-from megalong.attention import kernels
 from megalong.attention.kernels import FASTEST_FIRST, KERNELS, CpuFlashKernel, Kernel, PlainKernel, choose_kernel
 from megalong.attention.pack import pack_attention
 from megalong.attention.reference import pack_attention_reference
@@ -30,16 +28,6 @@ SHARED = [
     Segment(start=13, length=7, parent=0),
 ]
 ALONE = [Segment(start=0, length=12, parent=-1), Segment(start=12, length=8, parent=-1)]
-
-
-@pytest.fixture(autouse=True)
-def _nothing_chosen_yet() -> Iterator[None]:
-    caches = (kernels._fastest, kernels._defect, kernels._log_once, kernels.kernel_problem)
-    for known in caches:
-        known.cache_clear()
-    yield
-    for known in caches:
-        known.cache_clear()
 
 
 @pytest.fixture

@@ -268,13 +268,19 @@ def test_a_writer_that_looks_away_counts_what_it_writes_itself(tmp_path: Path, m
     assert looks == ["*.partial", "all"] * 2
 
 
+def unfinished_file(folder: Path, *, written: float) -> Path:
+    """Of SIZE bytes, beside the one entry of the folder, last written at that time."""
+    (path,) = files(folder)
+    unfinished = path.with_name("0-9.safetensors.1.partial")
+    unfinished.write_bytes(bytes(SIZE))
+    os.utime(unfinished, (written, written))
+    return unfinished
+
+
 def test_unfinished_files_count_and_abandoned_ones_go_first(tmp_path: Path) -> None:
     kept = store(tmp_path, budget_bytes=3 * SIZE)
     write_entries(kept, "a")
-    (path,) = files(tmp_path)
-    abandoned = path.with_name("0-9.safetensors.1.partial")
-    abandoned.write_bytes(bytes(SIZE))
-    os.utime(abandoned, (1, 1))
+    abandoned = unfinished_file(tmp_path, written=1)
     write_entries(kept, "b")
     assert there(tmp_path) == "ab"
     assert not abandoned.exists()
@@ -284,11 +290,7 @@ def test_a_file_that_another_process_is_writing_does_not_make_room(tmp_path: Pat
     """It would find it gone when it names it."""
     kept = store(tmp_path, budget_bytes=3 * SIZE)
     write_entries(kept, "a")
-    (path,) = files(tmp_path)
-    unfinished = path.with_name("0-9.safetensors.1.partial")
-    unfinished.write_bytes(bytes(SIZE))
-    minutes_ago = time.time() - 600
-    os.utime(unfinished, (minutes_ago, minutes_ago))
+    unfinished = unfinished_file(tmp_path, written=time.time() - 600)
     write_entries(kept, "b")
     assert there(tmp_path) == "b"
     assert unfinished.exists()

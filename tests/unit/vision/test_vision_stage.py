@@ -430,14 +430,20 @@ def test_a_refused_file_is_made_again(make: object, videos: dict[str, str], deco
     assert again.embeds.disk.refused == [damaged]
 
 
+def saved(make: object, folder: Path, batch: Sequence[Sample]) -> VisionStage:
+    """A stage that has written the embeddings of the batch's videos to the folder."""
+    stage = on_disk(make, folder)
+    for selection in ready(stage, batch)[0].values():
+        stage.embeds.save(stage.embed_key(selection))
+    return stage
+
+
 def test_another_decoder_never_reads_an_entry(
     make: object, videos: dict[str, str], decoded: list[str], tmp_path: Path
 ) -> None:
     """Its pixels differ by a few grey levels."""
     batch = [sample("1", videos["a"])]
-    first = on_disk(make, tmp_path)
-    selections, _ = ready(first, batch)
-    first.embeds.save(first.embed_key(selections[videos["a"]]))
+    saved(make, tmp_path, batch)
     for settings, count in (("dali", 2), ("pyav", 2), ("nvcodec, pyav up to 32000000 pixels", 3)):
         stage = on_disk(make, tmp_path)
         stage.decoder.settings = settings
@@ -449,9 +455,7 @@ def test_other_weights_and_other_settings_never_read_an_entry(
     make: object, videos: dict[str, str], decoded: list[str], tmp_path: Path
 ) -> None:
     batch = [sample("1", videos["a"])]
-    first = on_disk(make, tmp_path)
-    selections, _ = ready(first, batch)
-    first.embeds.save(first.embed_key(selections[videos["a"]]))
+    first = saved(make, tmp_path, batch)
     with torch.no_grad():
         first.encoder.linear.bias[0] += 1
     first.weights_changed()
