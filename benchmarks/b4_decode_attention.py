@@ -21,7 +21,6 @@ bound: bytes of keys and values that must be read, once per response or once per
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -31,6 +30,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from steps import save
 from torch import Tensor
 
 from megalong.attention.kernels import KERNELS
@@ -365,10 +365,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 length=length,
             )  # fmt: skip
             rows += run(shape, device=device, repeats=repeats)
-            if args.json:
-                gpu = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-                with open(args.json, "w") as file:
-                    json.dump({"device": gpu, "torch": torch.__version__, "rows": rows}, file, indent=1)
+            save(args.json, rows)  # what is there so far
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import sys
 import tempfile
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from steps import PEAK, free, make_folder, peak_gb, random_tensor, reset_peak
+from steps import PEAK, free, make_folder, peak_gb, random_tensor, reset_peak, save
 from torch import Tensor, nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
@@ -175,9 +174,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"peak {row['peak_gb']:.1f} GB",
             flush=True,
         )
-    if args.json:
-        gpu = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-        Path(args.json).write_text(json.dumps({"device": gpu, "torch": torch.__version__, "rows": rows}, indent=1))
+    save(args.json, rows)
 
 
 def measure(
