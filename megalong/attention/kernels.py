@@ -17,7 +17,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megalong.attention.package_kernels import FlashAttn2Kernel, FlashAttn3Kernel, TransformerEngineKernel
+from megalong.attention.package_kernels import (
+    FlashAttn2Kernel,
+    FlashAttn3Kernel,
+    FlashAttn4Kernel,
+    TransformerEngineKernel,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -167,8 +172,11 @@ KERNELS: dict[str, KernelEntry] = {
     "cpu_flash": KernelEntry(make=CpuFlashKernel, device="cpu", dtypes=(torch.float64, torch.float32, torch.bfloat16)),
     "flash": KernelEntry(make=CudaFlashKernel, device="cuda", dtypes=_HALF),
     "cudnn": KernelEntry(make=CudnnKernel, device="cuda", dtypes=_HALF),
-    "flash_attn_2": KernelEntry(make=FlashAttn2Kernel, device="cuda", dtypes=_HALF, module="flash_attn"),
+    "flash_attn_2": KernelEntry(
+        make=FlashAttn2Kernel, device="cuda", dtypes=_HALF, module="flash_attn.flash_attn_interface"
+    ),
     "flash_attn_3": KernelEntry(make=FlashAttn3Kernel, device="cuda", dtypes=_HALF, module="flash_attn_3"),
+    "flash_attn_4": KernelEntry(make=FlashAttn4Kernel, device="cuda", dtypes=_HALF, module="flash_attn.cute"),
     "te": KernelEntry(
         make=TransformerEngineKernel, device="cuda", dtypes=_HALF, module="transformer_engine", merges=False
     ),
@@ -238,7 +246,12 @@ def _takes(entry: KernelEntry, *, device: torch.device, dtype: torch.dtype) -> b
 
 
 def _is_installed(entry: KernelEntry) -> bool:
-    return not entry.module or find_spec(entry.module) is not None
+    try:
+        return not entry.module or find_spec(entry.module) is not None
+    except ModuleNotFoundError:
+        return False  # nor is the package that it would be part of
+    except ImportError:
+        return True  # installed and broken: running it says how
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Attention kernels of packages that may be installed: flash-attn 2, flash-attn 3 and Transformer Engine.
+"""Attention kernels of packages that may be installed: flash-attn 2, 3 and 4 and Transformer Engine.
 
 Their layout is [b, t, heads, d], and they read log-sum-exps as contiguous [b, Q, t] whatever the strides say.
 """
@@ -71,6 +71,30 @@ class FlashAttn3Kernel(_FlashAttnKernel):
     def _backward(self, parts: Sequence[Tensor], *, causal: bool, scale: float) -> None:
         unused = [None] * 6  # ragged lengths
         self._ops.bwd(*parts, *unused, softmax_scale=scale, is_causal=causal)
+
+
+class FlashAttn4Kernel:
+    """FlashAttention-4 of the package flash-attn-4 (Hopper and newer), compiled when a kind of call is first made."""
+
+    def __init__(self) -> None:
+        from flash_attn.cute import interface
+
+        self._package = interface
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        parts = [_rows_first(part) for part in (query, key, value)]
+        out, lse, *_ = self._package._flash_attn_fwd(*parts, softmax_scale=scale, causal=causal, return_lse=True)
+        return out.transpose(1, 2), lse
+
+    def backward(
+        self, grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, *,
+        causal: bool, scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        given = [_rows_first(part) for part in (query, key, value, out, grad_out)]
+        grads = self._package._flash_attn_bwd(*given, lse.contiguous(), softmax_scale=scale, causal=causal)
+        return tuple(grad.transpose(1, 2) for grad in grads)
 
 
 class TransformerEngineKernel:

@@ -30,6 +30,7 @@ class AttentionKernel(Enum):
     cudnn = "cudnn"  # as torch calls it
     flash_attn_2 = "flash_attn_2"  # the package flash-attn
     flash_attn_3 = "flash_attn_3"  # the package flash-attn-3
+    flash_attn_4 = "flash_attn_4"  # the package flash-attn-4
     te = "te"  # Transformer Engine's cuDNN attention, for sequences that stand alone
 
 

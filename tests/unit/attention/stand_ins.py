@@ -1,5 +1,5 @@
-"""The functions of flash-attn 2.8.3 (2.7.4 has the same), flash-attn-3 and Transformer Engine 2.20 that we call: their
-signatures, layouts and conditions, computed by the definition. The packages themselves need a GPU."""
+"""The functions of flash-attn 2.8.3 (2.7.4 has the same), flash-attn-3, flash-attn-4 (4.0.0b36) and Transformer Engine
+2.20 that we call: their signatures, layouts and conditions, computed by the definition. The packages need a GPU."""
 
 from __future__ import annotations
 
@@ -119,6 +119,16 @@ def register_flash_attn_3() -> torch.library.Library:
     return library
 
 
+def _flash_attn_fwd(q, k, v, qv=None, *, softmax_scale=None, causal=False, return_lse=False):
+    """Of its arguments those that we give; without return_lse there is none."""
+    out, lse = forward(q, k, v, causal=causal, scale=softmax_scale)
+    return out, lse if return_lse else None, None, None, None
+
+
+def _flash_attn_bwd(q, k, v, out, dout, lse, softmax_scale=None, causal=False):
+    return tuple(backward(dout, q, k, v, out, lse, causal=causal, scale=softmax_scale))
+
+
 class FusedAttnBackend(IntEnum):
     No_Backend = -1
     F16_arbitrary_seqlen = 1
@@ -190,6 +200,11 @@ def install(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     contents: dict[str, list[tuple[str, dict[str, Callable[..., Any] | type]]]] = {
         "flash_attn_2": [("flash_attn", {}), ("flash_attn.flash_attn_interface", flash)],
         "flash_attn_3": [("flash_attn_3", {}), ("flash_attn_3._C", {})],
+        "flash_attn_4": [
+            ("flash_attn", {}),
+            ("flash_attn.cute", {}),
+            ("flash_attn.cute.interface", {"_flash_attn_fwd": _flash_attn_fwd, "_flash_attn_bwd": _flash_attn_bwd}),
+        ],
         "te": [
             ("transformer_engine", {}),
             ("transformer_engine.pytorch", {}),
@@ -199,6 +214,8 @@ def install(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     }
     for name in names:
         for path, members in contents[name]:
+            if path == "flash_attn" and path in sys.modules:
+                continue  # two packages share the name
             made = module(path, **members)
             monkeypatch.setitem(sys.modules, path, made)
             parent, _, last = path.rpartition(".")

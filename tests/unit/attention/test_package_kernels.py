@@ -1,4 +1,4 @@
-"""flash-attn 2 and 3 and Transformer Engine behind the kernel interface: conversions, choice and refusals.
+"""flash-attn 2, 3 and 4 and Transformer Engine behind the kernel interface: conversions, choice and refusals.
 
 On stand-ins with the packages' signatures; tests/gpu runs the packages themselves.
 """
@@ -20,7 +20,7 @@ from megalong.attention.reference import pack_attention_reference
 from megalong.attention.tree import encode_segments, plan_calls
 from megalong.records import Segment
 
-PACKAGES = ("flash_attn_2", "flash_attn_3", "te")
+PACKAGES = ("flash_attn_2", "flash_attn_3", "flash_attn_4", "te")
 CPU = torch.device("cpu")
 SHARED = [
     Segment(start=0, length=9, parent=-1),
@@ -83,7 +83,14 @@ def outputs_and_grads(rows: list[Tensor], upstream: Tensor, segments: list[Segme
 
 
 @pytest.mark.parametrize(
-    ("name", "segments"), [("flash_attn_2", SHARED), ("flash_attn_3", SHARED), ("te", ALONE), ("auto", SHARED)]
+    ("name", "segments"),
+    [
+        ("flash_attn_2", SHARED),
+        ("flash_attn_3", SHARED),
+        ("flash_attn_4", SHARED),
+        ("te", ALONE),
+        ("auto", SHARED),
+    ],
 )
 @pytest.mark.usefixtures("on_cpu")
 def test_packs_run_on_a_package(name: str, segments: list[Segment]) -> None:
@@ -127,6 +134,16 @@ def test_a_package_that_is_not_installed_is_never_tried_and_refused_when_forced(
     assert len(caplog.messages) == 1
     with pytest.raises(ValueError, match=f"model.attention={name} needs the Python module no_such_module, which is"):
         choose(name, merged=False)
+
+
+@pytest.mark.parametrize(("there", "missing"), [("flash_attn_4", "flash_attn_2"), ("flash_attn_2", "flash_attn_4")])
+def test_two_packages_of_one_name_are_told_apart(there: str, missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_ins.install(monkeypatch, there)
+    for name in (there, missing):
+        monkeypatch.setitem(KERNELS, name, replace(KERNELS[name], device="cpu", dtypes=(torch.float32,)))
+    assert isinstance(choose(there), KERNELS[there].make)
+    with pytest.raises(ValueError, match=f"model.attention={missing} needs the Python module flash_attn\\."):
+        choose(missing)
 
 
 @pytest.mark.usefixtures("on_cpu")
