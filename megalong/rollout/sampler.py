@@ -90,10 +90,17 @@ class GroupSampler:
             gather_objects(None, group=self.layout.replica_host)  # nobody goes on before all have done it
 
     def _leaving_room(self, buckets: Iterable[WeightBucket]) -> Iterator[WeightBucket]:
-        """The buckets. Where they were gathered, an engine's keys and values wake up when it has all of them."""
+        """The buckets. Where they were gathered, an engine's keys and values wake up when it has all of them.
+
+        An engine that slept is on the GPUs that gather: nobody begins the next bucket, and waits in NCCL for the ranks
+        that drive engines, before these have loaded the last one.
+        """
+        beside = self._released and self.layout.replica_size > 1
         for bucket in buckets:
             yield bucket
             del bucket  # its memory is the next one's
+            if beside:
+                gather_objects(None, group=self.layout.replica_host)
         self._make_room()
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -104,3 +105,46 @@ def test_one_engine_samples_what_two_do(tmp_path: Path, count: int) -> None:
     assert first[0][2] == second[1][2] == both[0][2] == both[1][2]
     # A rank without an engine must know that its neighbour's lost the weights: all make the buckets.
     assert [needs for *_, needs in (*both, *first, *second)] == [[False, True, False]] * 6
+
+
+class SlowEngine(FakeEngine):
+    """Says when it had loaded each bucket of the last update."""
+
+    def load_weights(self, buckets: Iterable[WeightBucket], *, version: int) -> None:
+        self.loaded: list[float] = []
+        for _ in buckets:
+            time.sleep(0.2)
+            self.loaded.append(time.monotonic())
+        self.asleep = self.needs_weights = False
+
+
+def times_of_updates(_: None) -> list[tuple[list[float], list[float]]]:
+    """For an update of an engine that is awake and of one that slept: when each bucket was begun and was loaded."""
+    layout = make_layout(tp=2, cp=1, pp=1, seed=1)
+    engine = SlowEngine() if layout.replica_rank == 0 else None
+    sampler = GroupSampler(engine, layout, decode=str, seed=9)
+
+    def update(version: int) -> tuple[list[float], list[float]]:
+        begun = []
+
+        def buckets() -> Iterable[WeightBucket]:
+            for _ in range(3):
+                begun.append(time.monotonic())
+                yield WeightBucket.of({"w": torch.zeros(2)})
+
+        sampler.load_weights(buckets(), version=version)
+        return begun, engine.loaded if engine else []
+
+    awake = update(1)
+    sampler.release()
+    return [awake, update(2)]
+
+
+def test_no_rank_begins_a_bucket_while_an_engine_beside_it_loads_the_one_before(tmp_path: Path) -> None:
+    """It would wait for the engine's rank in NCCL, and keep busy the GPU that the engine loads on."""
+    ((_, awake_loaded), (_, loaded)), ((awake_begun, _), (begun, _)) = run_world(
+        2, times_of_updates, None, folder=tmp_path
+    )
+    assert all(later >= before for before, later in zip(loaded, begun[1:], strict=False))
+    # An engine on GPUs of its own loads a bucket while the next one is gathered.
+    assert awake_begun[-1] < awake_loaded[-1] - 0.2
