@@ -17,6 +17,10 @@ MLP_ROWS = 1 << 14
 """Rows that model.mlp_chunks=0 lets through an MLP at a time."""
 OFFLOAD_DEVICE_LAYERS = 2
 """Layers whose kept activations are on the device at a time under model.offload_activations."""
+STATE_PIECE_BYTES = 1 << 25
+"""Most of each state of a parameter that is on the device in one piece under optimizer.offload."""
+STATE_BUFFERS = 3
+"""Pieces on the device at a time under optimizer.offload: on its way there, in its update, on its way back."""
 
 
 def layer_matrix_params(shape: ModelShape) -> int:
@@ -66,6 +70,20 @@ def optimizer_params_per_rank(params: int, *, shards: int, largest: int) -> int:
     fullest holds an even share, or the largest parameter when that is more.
     """
     return max(-(-params // shards), largest if shards > 1 else params)
+
+
+def state_bytes_per_param(*, element: int) -> int:
+    """Optimizer states: float32 master copy and both moments; a float32 parameter is its own master copy."""
+    return 8 if element == 4 else 12
+
+
+def state_buffer_bytes(*, element: int, largest: int) -> int:
+    """What an update under optimizer.offload holds on the device: pieces of all states and one scaled gradient.
+
+    largest: elements of the largest parameter.
+    """
+    piece = min(STATE_PIECE_BYTES, 4 * largest)
+    return piece * (STATE_BUFFERS * state_bytes_per_param(element=element) // 4 + 1)
 
 
 def shared_tokens(prompt: int, response: int, group: int) -> int:

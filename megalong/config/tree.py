@@ -287,6 +287,10 @@ class OptimizerConfig:
     min_lr: float = 0.0
     max_skipped_in_a_row: int = 5
     """Stop when this many steps in a row had a non-finite loss or gradient."""
+    offload: bool = False
+    """Master copies and moments (12 bytes a parameter, 8 of a float32 one) live in pinned host memory and visit the GPU
+    in pieces for each update, which gives equal bits and takes as long as the copies there, beside those back. Needs a
+    GPU."""
 
 
 @dataclass

@@ -13,12 +13,13 @@ from torch import nn
 from megalong.attention.core import PackCoreAttention
 from megalong.attention.kernels import kernel_problem
 from megalong.config.errors import ConfigError
-from megalong.config.tree import Dtype, LayerSpec, ModelConfig, Recompute
+from megalong.config.tree import Dtype, LayerSpec, ModelConfig, OptimizerConfig, Recompute
 from megalong.engine.weights_io import CheckpointReader, load_hf_weights
 from megalong.models.chat import check_added_tokens
 from megalong.models.families import FAMILIES, Family
 from megalong.models.gpt import transformer_config
 from megalong.models.policy import PolicyModel
+from megalong.parallel.host_tensors import CudaHostCopies, HostCopies
 from megalong.parallel.layout import ParallelLayout
 from megalong.parallel.offload import CudaCopies, Offload
 
@@ -97,3 +98,12 @@ def wrap_for_gradients(model: PolicyModel) -> DistributedDataParallel:
         use_distributed_optimizer=False,
     )
     return DistributedDataParallel(model.config, settings, model)
+
+
+def state_copies(config: OptimizerConfig, layout: ParallelLayout) -> HostCopies | None:
+    """How the optimizer's states get to the device and back; None: they live there."""
+    if not config.offload:
+        return None
+    if layout.device.type != "cuda":
+        raise ConfigError("optimizer.offload=true needs a GPU to move states from; set it to false")
+    return CudaHostCopies(layout.device)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megalong.attention.shard import PackShard
 from megalong.config.tree import LearningRateSchedule, OptimizerConfig
-from megalong.engine.build import wrap_for_gradients
+from megalong.engine.build import state_copies, wrap_for_gradients
 from megalong.engine.optimizer import ShardedAdamW
 from megalong.engine.pipeline import Embeddings, PackRunner
 from megalong.engine.weights_io import export_weights
@@ -61,10 +61,10 @@ class Trainer:
             self.trainable,
             layout,
             counted=counted_names(model.weight_table(), layout),
-            lr=settings.lr,
             betas=(settings.beta1, settings.beta2),
             eps=settings.eps,
             weight_decay=settings.weight_decay,
+            offload=state_copies(settings, layout),
         )
         self.step = 0  # train steps done, skipped ones included
         self.num_updates = 0

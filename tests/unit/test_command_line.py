@@ -239,6 +239,7 @@ MODEL_ERRORS: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
         ["model.offload_activations=true", "model.recompute=full"],
         "model.offload_activations=true needs a GPU",
     ),
+    "offloaded states without a GPU": (leave_alone, ["optimizer.offload=true"], "optimizer.offload=true needs a GPU"),
     "te without a GPU": (leave_alone, ["model.layer_spec=te"], "model.layer_spec=te needs a GPU"),
     "unknown family": (leave_alone, ["model.family=llama"], "model.family='llama' is not known; one of ['longvila', "),
     "vllm": (leave_alone, ["rollout.engine=vllm"], "rollout.engine=vllm"),

@@ -23,9 +23,7 @@ def with_gradients(layout: object) -> ShardedAdamW:
         param = nn.Parameter(torch.zeros(shape))
         param.main_grad = torch.randn(shape, generator=generator)
         named.append((name, param))
-    return ShardedAdamW(
-        named, layout, counted=frozenset({"a", "b"}), lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0
-    )
+    return ShardedAdamW(named, layout, counted=frozenset({"a", "b"}), betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
 
 
 class Float64Sizes(TorchDispatchMode):
