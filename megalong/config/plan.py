@@ -79,6 +79,7 @@ class Plan:
     host_store: int  # bytes of host memory the embedding store may fill, per process
     step_store: int  # bytes of it and of its GPU tier that a step needs per process, when no two samples share a video
     host_activations: int  # bytes of pinned host memory for offloaded activations, per process
+    host_states: int  # bytes of pinned host memory for offloaded optimizer states, on the process that has most
     flops: dict[str, int]
     engine: EnginePlan | None  # None: no vLLM engine
     flops_repeated: int  # the same step with every response carrying its own prompt
@@ -158,6 +159,7 @@ def plan(config: RunConfig, task: Task, shape: ModelShape, *, note: str = "") ->
         # Pinned host memory comes in powers of two.
         step_store=batches * -(-batch_size // layout.dp) * (1 << (share - 1).bit_length()) if kept else 0,
         host_activations=0 if task == "eval" else _host_activations(config, shape, layout=layout, lengths=lengths),
+        host_states=0 if task == "eval" else _host_states(config, shape, layout=layout),
         flops=_flops(config, task, shape, lengths=lengths, batch_size=batch_size, shared=True),
         engine=_engine(config, task, shape, layout=layout, lengths=lengths),
         flops_repeated=sum(_flops(config, task, shape, lengths=lengths, batch_size=batch_size, shared=False).values()),
@@ -211,10 +213,11 @@ def _memory(
     """Bytes on a process of a pipeline stage. S = tokens of a pack / cp; activations are an upper estimate.
 
     weights 2 B (bfloat16) or 4 B per parameter of the rank; the reference policy again those that are trained;
-    gradients 4 B; float32 master and both moments 12 B (8 B when the weights are float32 themselves)
-    of the parameters this rank owns, dealt whole over dp * cp ranks; the tower and projector whole
-    on every rank; kept activations for every layer of the stage and S, as many times as packs are under way in the
-    stage, pp on the first and one on the last, or those of two layers when they are offloaded; one live layer for S.
+    gradients 4 B; float32 master and both moments 12 B (8 B when the weights are float32 themselves) of the parameters
+    this rank owns, dealt whole over dp * cp ranks, or the pieces of them that visit when they are offloaded; the tower
+    and projector whole on every rank; kept activations for every layer of the stage and S, as many times as packs are
+    under way in the stage, pp on the first and one on the last, or those of two layers when they are offloaded; one
+    live layer for S.
     Embeddings lie on the first stage, and with pp > 1 those of all packs of a step.
     """
     element = _element(config)
@@ -247,26 +250,49 @@ def _weight_memory(
     """Weights, reference, gradients and optimizer states of one rank."""
     on_rank = costs.llm_params_per_rank(shape, tp=layout.tp, pp=layout.pp, stage=stage)
     memory = {"LLM weights": element * on_rank}
-    # The embedding or the head; on a stage between them gate and up projection are the largest.
-    largest = costs.head_params(shape) if stage in (0, layout.pp - 1) else 2 * shape.hidden * shape.ffn
-    # (largest parameter, parameters) of each part that is trained
-    trained = [(largest // layout.tp, on_rank if config.model.train_llm else 0)]
+    trained = _trained(config, shape, layout=layout, stage=stage)
     if vision := shape.vision:
         memory["tower and projector weights"] = element * (vision.tower_params + vision.projector_params)
-        trained += [
-            (vision.largest_tower_param, vision.tower_params if config.model.train_tower else 0),
-            (vision.largest_projector_param, vision.projector_params if config.model.train_projector else 0),
-        ]
     if task == "eval":
         return memory
     params = sum(part for _, part in trained)
     if task == "grpo" and config.grpo.kl_coef > 0:
         memory["reference policy weights"] = element * params
-    largest = max(size for size, part in trained if part)
-    owned = costs.optimizer_params_per_rank(params, shards=layout.dp * layout.cp, largest=largest)
     memory["gradients (float32)"] = 4 * params
-    memory["optimizer: master and moments"] = (8 if element == 4 else 12) * owned
+    if config.optimizer.offload:
+        largest = max(size for size, part in trained if part)
+        memory["optimizer: pieces of offloaded states"] = costs.state_buffer_bytes(element=element, largest=largest)
+    else:
+        memory["optimizer: master and moments"] = _state_bytes(config, shape, layout=layout, stage=stage)
     return memory
+
+
+def _trained(config: RunConfig, shape: ModelShape, *, layout: Layout, stage: int) -> list[tuple[int, int]]:
+    """(largest parameter, parameters) of the LLM, tower and projector on a rank; no parameters where frozen."""
+    on_rank = costs.llm_params_per_rank(shape, tp=layout.tp, pp=layout.pp, stage=stage)
+    # The embedding or the head; on a stage between them gate and up projection are the largest.
+    largest = costs.head_params(shape) if stage in (0, layout.pp - 1) else 2 * shape.hidden * shape.ffn
+    trained = [(largest // layout.tp, on_rank if config.model.train_llm else 0)]
+    if vision := shape.vision:
+        trained += [
+            (vision.largest_tower_param, vision.tower_params if config.model.train_tower else 0),
+            (vision.largest_projector_param, vision.projector_params if config.model.train_projector else 0),
+        ]
+    return trained
+
+
+def _state_bytes(config: RunConfig, shape: ModelShape, *, layout: Layout, stage: int) -> int:
+    """Optimizer states of the rank of a stage that owns most."""
+    trained = _trained(config, shape, layout=layout, stage=stage)
+    params, largest = sum(part for _, part in trained), max(size for size, part in trained if part)
+    owned = costs.optimizer_params_per_rank(params, shards=layout.dp * layout.cp, largest=largest)
+    return costs.state_bytes_per_param(element=_element(config)) * owned
+
+
+def _host_states(config: RunConfig, shape: ModelShape, *, layout: Layout) -> int:
+    if not config.optimizer.offload:
+        return 0
+    return max(_state_bytes(config, shape, layout=layout, stage=stage) for stage in range(layout.pp))
 
 
 def _activation_memory(

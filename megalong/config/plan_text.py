@@ -71,6 +71,10 @@ def _memory_text(plan: Plan) -> str:
         rows.append(
             ("offloaded activations, pinned host memory per process", f"{plan.host_activations / GIB:,.2f} GiB")
         )
+    if plan.host_states:
+        rows.append(
+            ("offloaded optimizer states, pinned host memory per process", f"{plan.host_states / GIB:,.2f} GiB")
+        )
     return _table(f"memory per {where} (activations: upper estimate)", rows)
 
 

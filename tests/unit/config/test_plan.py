@@ -102,6 +102,32 @@ def test_settings_that_save_memory(recipe: Path, shape: ModelShape) -> None:
     assert fewer == 28 * local * 2 * (3584 + 3 * 18_944) // 4
 
 
+def test_offloaded_optimizer_states_leave_their_pieces(recipe: Path, shape: ModelShape) -> None:
+    states, pieces = "optimizer: master and moments", "optimizer: pieces of offloaded states"
+    here, away = planned(recipe, shape), planned(recipe, shape, overrides=("optimizer.offload=true",))
+    assert (here.host_states, pieces in here.memory) == (0, False)
+    assert (away.host_states, states in away.memory) == (here.memory[states], False)
+    # Three pieces of three states, and a gradient, of 32 MiB each.
+    assert away.memory[pieces] == (3 * 3 + 1) * 2**25
+    assert here.memory_total - away.memory_total == here.memory[states] - away.memory[pieces]
+    assert here.engine.trainer - away.engine.trainer == here.memory[states] - away.memory[pieces]
+    text = " ".join(render(away).split())
+    assert f"offloaded optimizer states, pinned host memory per process {away.host_states / GIB:,.2f} GiB" in text
+    assert "offloaded" not in render(here)
+    float32 = planned(recipe, shape, overrides=("optimizer.offload=true", "model.dtype=float32"))
+    assert float32.host_states * 12 == away.host_states * 8
+    assert float32.memory[pieces] == (3 * 2 + 1) * 2**25
+    evaluated = planned(recipe, shape, task="eval", overrides=("optimizer.offload=true", "eval.manifest=e.jsonl"))
+    assert (evaluated.host_states, pieces in evaluated.memory) == (0, False)
+    # The first and the last stage hold most; a rank of two owns no less than the whole embedding.
+    staged = ("parallel.tp=2", "parallel.cp=1", "parallel.pp=4", "optimizer.offload=true")
+    assert planned(recipe, shape, overrides=staged).host_states == 12 * (
+        152_064 * 3584 // 2 + 7 * ((233_046_016 + 4608) // 2 + 7168) + 3584
+    )
+    small = planned(recipe, replace(shape, hidden=64, vocab=100, vision=None), overrides=("optimizer.offload=true",))
+    assert small.memory[pieces] == (3 * 3 + 1) * 4 * 100 * 64 // 4
+
+
 def test_each_pipeline_stage_has_its_own_memory(recipe: Path, shape: ModelShape) -> None:
     staged = ("parallel.tp=2", "parallel.cp=1", "parallel.pp=4", "gpus=8", "model.recompute=full")
     result = planned(recipe, shape, overrides=staged)
