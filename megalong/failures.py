@@ -107,7 +107,7 @@ def explain(error: BaseException, *, place: str, phase: str, config: RunConfig) 
                 f"{place}: out of host memory ({first_line[:200]}). To change: lower video.cache_gib="
                 f"{config.video.cache_gib:g}, video.frame_cache_gib={config.video.frame_cache_gib:g}, "
                 f"data.decode_workers={config.data.decode_workers} or data.pack_tokens={config.data.pack_tokens}; "
-                "model.offload_activations needs host memory, too"
+                "model.offload_activations and optimizer.offload need host memory, too"
             )
     for cause in causes:
         if is_of_another_rank(cause):
@@ -155,8 +155,9 @@ def memory_advice(phase: str, config: RunConfig) -> str:
             f"lower video.tower_batch_frames={config.video.tower_batch_frames}, rollout.batch_prompts="
             f"{config.rollout.batch_prompts} or video.num_frames; {spread}"
         )
+    offload = [] if config.optimizer.offload else ["optimizer.offload=true"]
     if phase not in ("train", "logprob"):
-        return f"{spread}, or end other programs on this GPU"
+        return ", ".join([*offload, f"{spread}, or end other programs on this GPU"])
     changes = [f"lower data.pack_tokens={config.data.pack_tokens}"]
     if model.recompute is not Recompute.full:
         changes.append(f"model.recompute=full (now {model.recompute.name})")
@@ -165,7 +166,7 @@ def memory_advice(phase: str, config: RunConfig) -> str:
     changes.append(f"raise model.mlp_chunks={model.mlp_chunks}" if model.mlp_chunks else "set model.mlp_chunks=16")
     if parallel.tp > 1 and not parallel.sequence_parallel:
         changes.append("parallel.sequence_parallel=true")
-    return ", ".join([*changes, spread])
+    return ", ".join([*changes, *offload, spread])
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -51,10 +51,14 @@ def test_advice_names_only_what_can_still_be_changed() -> None:
     assert "data.pack_tokens=131072" in first
     assert "model.recompute=full (now keep_attention)" in first
     assert "model.offload_activations=true" in first
+    assert "optimizer.offload=true" in first
+    assert "optimizer.offload=true" in memory_advice("start", config)
     config.model.recompute, config.model.offload_activations, config.model.mlp_chunks = Recompute.full, True, 8
+    config.optimizer.offload = True
     second = memory_advice("train", config)
     assert "recompute" not in second
     assert "offload" not in second
     assert "raise model.mlp_chunks=8" in second
     assert "rollout.batch_prompts=8" in memory_advice("rollout", config)
     assert "data.pack_tokens" not in memory_advice("start", config)
+    assert "offload" not in memory_advice("start", config)
