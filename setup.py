@@ -30,7 +30,12 @@ setup(
         "tensorboard",
     ],
     extras_require={
-        "gpu": ["transformer-engine[pytorch]", "vllm>=0.25,<0.26", "PyNvVideoCodec>=2"],
+        "gpu": [
+            "transformer-engine[pytorch]",
+            "vllm>=0.25,<0.26",
+            "PyNvVideoCodec>=2",
+            "flash-attn-4[cu13]>=4.0.0b16,<4.0.0b20",  # later ones need other CuTe packages than vLLM 0.25 pins
+        ],
         "wandb": ["wandb"],
         "test": ["pytest", "pytest-timeout", "hypothesis", "pillow", "ruff", "wandb"],
     },

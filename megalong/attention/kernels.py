@@ -183,13 +183,13 @@ KERNELS: dict[str, KernelEntry] = {
 }
 FASTEST_FIRST = {
     "cpu": ("cpu_flash",),
-    "cuda": ("flash_attn_3", "flash", "flash_attn_2", "cudnn", "te"),
-    "cuda, long": ("cudnn", "te", "flash_attn_3", "flash", "flash_attn_2"),
+    "cuda": ("flash_attn_3", "flash", "flash_attn_2", "flash_attn_4", "cudnn", "te"),
+    "cuda, long": ("flash_attn_4", "cudnn", "te", "flash_attn_3", "flash", "flash_attn_2"),
 }
 """What `auto` tries, in this order. Of two that run the same algorithm torch's own is first: it takes our layout."""
-CUDNN_FROM_TOKENS = 16384
+LONG_FROM_TOKENS = 16384
 """cuDNN builds a plan per shape: worth it for long sequences, not for many short ones of different lengths."""
-CUDNN_FROM_ROWS = 128
+LONG_FROM_ROWS = 128
 """Nor for a few queries on many keys, less than one of its tiles: in the last layer, those of a short answer."""
 LARGEST_ERROR = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 """Of an output or gradient, relative to its norm, in the comparison that `auto` makes with the definition."""
@@ -205,7 +205,7 @@ def choose_kernel(
     are logged once. Raises ValueError if a named kernel does not take the input.
     """
     if name == "auto":
-        long = num_tokens >= CUDNN_FROM_TOKENS and num_rows >= CUDNN_FROM_ROWS
+        long = num_tokens >= LONG_FROM_TOKENS and num_rows >= LONG_FROM_ROWS
         return KERNELS[_fastest(device=device, dtype=dtype, head_dim=head_dim, long=long, merged=merged)].make()
     problem = kernel_problem(name, device=device, dtype=dtype)
     if not problem and merged and not KERNELS[name].merges:
@@ -261,7 +261,7 @@ def _log_once(level: int, message: str) -> None:
 
 @cache
 def _fastest(*, device: torch.device, dtype: torch.dtype, head_dim: int, long: bool, merged: bool) -> str:
-    """The name that `auto` stands for; long: for calls of at least CUDNN_FROM_ROWS on CUDNN_FROM_TOKENS keys."""
+    """The name that `auto` stands for; long: for calls of at least LONG_FROM_ROWS on LONG_FROM_TOKENS keys."""
     candidates = [
         name
         for name in FASTEST_FIRST["cuda, long" if long and device.type == "cuda" else device.type]
@@ -271,7 +271,7 @@ def _fastest(*, device: torch.device, dtype: torch.dtype, head_dim: int, long: b
     ]
     where = f"attention of {dtype}, heads {head_dim} wide, on {device}"
     if device.type == "cuda":
-        where += f", {'at least' if long else 'below'} {CUDNN_FROM_TOKENS:,} keys and {CUDNN_FROM_ROWS} queries"
+        where += f", {'at least' if long else 'below'} {LONG_FROM_TOKENS:,} keys and {LONG_FROM_ROWS} queries"
     for name in candidates:
         defect = _defect(name, device=device, dtype=dtype, head_dim=head_dim)
         if not defect:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import pytest
 import torch
 from torch import Tensor
@@ -102,11 +100,12 @@ def test_vocabulary_shards_add_up(group: object) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_automatic_attention_finds_its_fast_kernels_correct(dtype: torch.dtype, head_dim: int) -> None:
-    from megalong.attention.kernels import KERNELS, choose_kernel
+    from megalong.attention.kernels import KERNELS, _is_installed, choose_kernel
 
-    short = "flash_attn_3" if find_spec("flash_attn_3") else "flash"
+    short = "flash_attn_3" if _is_installed(KERNELS["flash_attn_3"]) else "flash"
+    long = "flash_attn_4" if _is_installed(KERNELS["flash_attn_4"]) else "cudnn"
     how = {"device": torch.device("cuda", 0), "dtype": dtype, "head_dim": head_dim, "merged": True}
-    for kernel, rows, tokens in (("cudnn", 4096, 131_072), (short, 1, 131_072), (short, 512, 512)):
+    for kernel, rows, tokens in ((long, 4096, 131_072), (short, 1, 131_072), (short, 512, 512)):
         chosen = choose_kernel("auto", num_rows=rows, num_tokens=tokens, **how)
         assert isinstance(chosen, KERNELS[kernel].make), (rows, tokens)
 
