@@ -117,10 +117,13 @@ def sample_batch(
     """One batch of prompts, G responses each, scored. `seen` counts what the step has had before, and this batch."""
     with run.timer("data"):
         prompts, dropped = next(batches)
+        if not run.sampler.shares_gpus:
+            batches.decode_ahead()
     pending = begin_rollouts(run, prompts, step=step, seen=seen)
     with run.timer("rollout"):
         groups = run.sampler.finish(pending)
         run.sampler.release()
+    batches.decode_ahead()  # on an engine's GPUs not before: it would take turns with it, and slow weights down
     return score(run, groups), dropped
 
 

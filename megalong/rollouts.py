@@ -117,6 +117,7 @@ class RolloutsAhead:
         position = self.batches.state_dict()
         with self.run.timer("data"):
             prompts, dropped = next(self.batches)
+            self.batches.decode_ahead()
         return _Batch(prompts=prompts, dropped=dropped, position=position)
 
     def _first(self, step: int) -> _Batch:

@@ -142,7 +142,7 @@ class Resumable(Protocol):
 
 
 class PromptBatches:
-    """This replica's prompts, batch by batch, videos decoded (and encoded, for a frozen tower); decodes one ahead."""
+    """This replica's prompts, batch by batch, videos decoded (and encoded, for a frozen tower)."""
 
     def __init__(self, run: Run, samples: Sequence[Sample], *, batch_size: int) -> None:
         self.run, self.samples = run, samples
@@ -162,13 +162,17 @@ class PromptBatches:
         self._ahead = self._plan()
         return prompts, [*dropped, *unreadable]
 
+    def decode_ahead(self) -> None:
+        """Start decoding the next batch's videos, if that has not begun."""
+        prompts, _ = self._ahead
+        self.run.vision.prefetch([item for prompt in prompts for item in prompt.selections])
+
     def state_dict(self) -> dict[str, Any]:
         """See Resumable."""
         return {"sampler": self.position}
 
     def _plan(self) -> tuple[list[Prompt], list[Dropped]]:
         prompts, dropped = plan_prompts(self.run, [self.samples[index] for index in next(self._order)])
-        self.run.vision.prefetch([item for prompt in prompts for item in prompt.selections])
         self.run.vision.index_ahead([self.samples[index] for index in self._order.peek()])
         return prompts, dropped
 

@@ -33,6 +33,7 @@ def train_sft(config: RunConfig, timer: PhaseTimer | None = None) -> None:
         started = time.perf_counter()
         with run.timer("data"):
             prompts, dropped = next(batches)
+            batches.decode_ahead()
             packs, too_long = pack_targets(run, prompts)
         with run.timer("train"):
             stats = run.trainer.train_step(packs, token_mean_loss(run, packs), temperature=1.0)

@@ -1,7 +1,7 @@
 """Run functions in fresh processes that form one world, and the tiny demo that they train on.
 
-Processes are forked from a clean server that has imported megalong once: a world costs milliseconds, not the imports of
-each of its processes.
+Without a GPU, processes are forked from a clean server that has imported megalong once: a world costs milliseconds, not
+the imports of each of its processes.
 """
 
 from __future__ import annotations
@@ -144,8 +144,10 @@ class World:
     def __init__(self, size: int, function: Callable[..., Any], *args: Any, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["megalong.grpo", "megalong.sft"])
+        # Transformer Engine uses CUDA when it is imported, and what is forked behind that cannot.
+        context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+        if not torch.cuda.is_available():
+            context.set_forkserver_preload(["megalong.grpo", "megalong.sft"])
         port = _free_port()
         self.processes = [
             context.Process(target=_work, args=(rank, size, port, folder, function, args)) for rank in range(size)

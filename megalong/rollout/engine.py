@@ -97,6 +97,10 @@ class RolloutEngine(Protocol):
         """Version of the weights in use; -1 before the first update."""
 
     @property
+    def shares_gpus(self) -> bool:
+        """Whether it is a process of its own on the trainer's GPUs, which then take turns."""
+
+    @property
     def asleep(self) -> bool:
         """Whether release() gave back GPU memory, which it needs to wake up."""
 

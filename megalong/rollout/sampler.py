@@ -56,7 +56,9 @@ class GroupSampler:
         self.seed = seed
         self.version = -1  # of the weights loaded last
         self.needs_weights = False  # before the next sample, all of them
-        flags = gather_objects(engine is not None, group=layout.replica_host)
+        mine = engine is not None, engine is not None and engine.shares_gpus
+        flags, sharing = zip(*gather_objects(mine, group=layout.replica_host), strict=True)
+        self.shares_gpus = any(sharing)  # an engine of the replica is a process of its own on the trainer's GPUs
         self._released = False  # an engine sleeps, and needs memory to wake up
         self._pending: PendingGroups | None = None  # what the engines are sampling
         self._drivers = [rank for rank, has_engine in enumerate(flags) if has_engine]
@@ -92,14 +94,13 @@ class GroupSampler:
     def _leaving_room(self, buckets: Iterable[WeightBucket]) -> Iterator[WeightBucket]:
         """The buckets. Where they were gathered, an engine's keys and values wake up when it has all of them.
 
-        An engine that slept is on the GPUs that gather: nobody begins the next bucket, and waits in NCCL for the ranks
-        that drive engines, before these have loaded the last one.
+        Where an engine is on the GPUs that gather, nobody begins the next bucket, and waits in NCCL for the ranks that
+        drive engines, before these have loaded the last one.
         """
-        beside = self._released and self.layout.replica_size > 1
         for bucket in buckets:
             yield bucket
             del bucket  # its memory is the next one's
-            if beside:
+            if self.shares_gpus and self.layout.replica_size > 1:
                 gather_objects(None, group=self.layout.replica_host)
         self._make_room()
 

@@ -189,10 +189,15 @@ class VllmEngine:
 
     def release(self) -> None:
         """Give the GPU's memory back until the next load_weights (or generate, when weights are kept)."""
-        if self.settings.transport is not Transport.ipc or self._asleep:
+        if not self.shares_gpus or self._asleep:
             return
         self._call("sleep", level=2 if self.settings.discard_weights else 1)
         self._asleep = True
+
+    @property
+    def shares_gpus(self) -> bool:
+        """Whether it is on the trainer's GPUs."""
+        return self.settings.transport is Transport.ipc
 
     @property
     def asleep(self) -> bool:

@@ -146,7 +146,8 @@ def test_equal_bits_and_less_memory(layout, dtype: torch.dtype, capsys: pytest.C
     assert {name for name, want in here.sums.items() if away.sums[name] != want} == set()
     hosted = (12 if dtype == torch.bfloat16 else 8) * params
     assert away.moved == hosted
-    assert here.between - away.between == pytest.approx(hosted, rel=1e-3)
+    # Up to half a percent more on the device: its allocator rounds up.
+    assert hosted <= here.between - away.between < 1.005 * hosted
     assert away.peak < 400 << 20  # the table's states alone are 2 GiB each
     # Copies that wait for each other or for the updates would reach little more than half of it.
     assert 2 * hosted / away.seconds > 0.7 * both * 1e9

@@ -29,7 +29,7 @@ class Sleeper:
     """Another engine, which loses its weights when it falls asleep. Awake when it is made, as vLLM is."""
 
     def __init__(self, engine: RolloutEngine) -> None:
-        self.engine, self.awake, self.needs_weights = engine, True, False
+        self.engine, self.awake, self.needs_weights, self.shares_gpus = engine, True, False, True
 
     @property
     def version(self) -> int:
@@ -88,6 +88,7 @@ def watched(task: str, demo: DemoWorld, run_dir: Path, overrides: tuple[str, ...
         mock.patch.object(run_module, "build_engine", build),
         mock.patch.object(grpo, "has_spread", half_have_spread),
         mock.patch.object(VisionStage, "_run_tower", guarded(VisionStage._run_tower)),
+        mock.patch.object(VisionStage, "prefetch", guarded(VisionStage.prefetch)),  # decoding, ahead too
         mock.patch.object(Trainer, "logprobs", guarded(Trainer.logprobs)),
         mock.patch.object(Trainer, "train_step", guarded(Trainer.train_step)),
     ):

@@ -21,8 +21,8 @@ SAMPLING = Sampling(group_size=3, max_tokens=8, temperature=1.0, top_p=1.0, top_
 class FakeEngine:
     """Answers with what it was given; its weights are lost at each release."""
 
-    def __init__(self) -> None:
-        self.version, self.asleep, self.needs_weights = -1, False, False
+    def __init__(self, *, shares_gpus: bool = True) -> None:
+        self.version, self.asleep, self.needs_weights, self.shares_gpus = -1, False, False, shares_gpus
         self.asked: list[str] = []
         self.sums: list[int] = []
 
@@ -115,36 +115,30 @@ class SlowEngine(FakeEngine):
         for _ in buckets:
             time.sleep(0.2)
             self.loaded.append(time.monotonic())
-        self.asleep = self.needs_weights = False
 
 
-def times_of_updates(_: None) -> list[tuple[list[float], list[float]]]:
-    """For an update of an engine that is awake and of one that slept: when each bucket was begun and was loaded."""
+def times_of_an_update(shares_gpus: bool) -> tuple[list[float], list[float]]:
+    """When each bucket was begun here, and when the engine had loaded it."""
     layout = make_layout(tp=2, cp=1, pp=1, seed=1)
-    engine = SlowEngine() if layout.replica_rank == 0 else None
+    engine = SlowEngine(shares_gpus=shares_gpus) if layout.replica_rank == 0 else None
     sampler = GroupSampler(engine, layout, decode=str, seed=9)
+    begun = []
 
-    def update(version: int) -> tuple[list[float], list[float]]:
-        begun = []
+    def buckets() -> Iterable[WeightBucket]:
+        for _ in range(3):
+            begun.append(time.monotonic())
+            yield WeightBucket.of({"w": torch.zeros(2)})
 
-        def buckets() -> Iterable[WeightBucket]:
-            for _ in range(3):
-                begun.append(time.monotonic())
-                yield WeightBucket.of({"w": torch.zeros(2)})
-
-        sampler.load_weights(buckets(), version=version)
-        return begun, engine.loaded if engine else []
-
-    awake = update(1)
-    sampler.release()
-    return [awake, update(2)]
+    sampler.load_weights(buckets(), version=1)
+    return begun, engine.loaded if engine else []
 
 
-def test_no_rank_begins_a_bucket_while_an_engine_beside_it_loads_the_one_before(tmp_path: Path) -> None:
+def test_no_rank_begins_a_bucket_while_an_engine_on_its_gpu_loads_the_one_before(tmp_path: Path) -> None:
     """It would wait for the engine's rank in NCCL, and keep busy the GPU that the engine loads on."""
-    ((_, awake_loaded), (_, loaded)), ((awake_begun, _), (begun, _)) = run_world(
-        2, times_of_updates, None, folder=tmp_path
-    )
+    (_, loaded), (begun, _) = run_world(2, times_of_an_update, True, folder=tmp_path)
     assert all(later >= before for before, later in zip(loaded, begun[1:], strict=False))
-    # An engine on GPUs of its own loads a bucket while the next one is gathered.
-    assert awake_begun[-1] < awake_loaded[-1] - 0.2
+
+
+def test_buckets_for_an_engine_on_gpus_of_its_own_are_gathered_ahead(tmp_path: Path) -> None:
+    (_, loaded), (begun, _) = run_world(2, times_of_an_update, False, folder=tmp_path)
+    assert begun[-1] < loaded[-1] - 0.2

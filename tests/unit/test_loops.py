@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -180,12 +181,15 @@ class Batches:
         self.handed_out += 2
         return [prompt(f"p{self.handed_out - 2}"), prompt(f"p{self.handed_out - 1}")], []
 
+    def decode_ahead(self) -> None:
+        """There are no videos."""
+
 
 class Sampler:
     """Right and wrong for the prompts in `mixed`, all wrong for the others."""
 
-    def __init__(self, mixed: set[str]) -> None:
-        self.mixed = mixed
+    def __init__(self, mixed: set[str], *, shares_gpus: bool = False) -> None:
+        self.mixed, self.shares_gpus = mixed, shares_gpus
         self.repeats: list[list[int]] = []
 
     def owners(self, num_prompts: int) -> list[int]:
@@ -213,17 +217,32 @@ class Sampler:
         ]
 
 
-def sample_groups(
-    layout: object, mixed: set[str], **settings: object
-) -> tuple[list[ScoredGroup], list[Dropped], Sampler, Batches]:
-    sampler, batches = Sampler(mixed), Batches()
-    run = fake_run(
+def sampling_run(layout: object, sampler: Sampler, **settings: object) -> SimpleNamespace:
+    return fake_run(
         layout, config=config(batch_size=2, **settings), sampler=sampler, sync_weights=lambda: None,
         vision=SimpleNamespace(
             embeddings_of=lambda prompts, owners: [None] * len(prompts), release=lambda *, keep: None
         ),
     )  # fmt: skip
-    return *grpo.sample_groups(run, batches, step=4), sampler, batches
+
+
+def sample_groups(
+    layout: object, mixed: set[str], **settings: object
+) -> tuple[list[ScoredGroup], list[Dropped], Sampler, Batches]:
+    sampler, batches = Sampler(mixed), Batches()
+    return *grpo.sample_groups(sampling_run(layout, sampler, **settings), batches, step=4), sampler, batches
+
+
+@pytest.mark.parametrize("shares_gpus", [False, True])
+def test_videos_are_decoded_while_engines_sample_but_not_on_their_gpus(layout: object, shares_gpus: bool) -> None:
+    sampler, batches, calls = Sampler(set(), shares_gpus=shares_gpus), Batches(), mock.Mock()
+    for owner, name in ((batches, "decode_ahead"), (sampler, "begin"), (sampler, "finish"), (sampler, "release")):
+        wrapped = mock.Mock(side_effect=getattr(owner, name))
+        calls.attach_mock(wrapped, name)
+        setattr(owner, name, wrapped)
+    grpo.sample_batch(sampling_run(layout, sampler), batches, step=1, seen=Counter())
+    before = [] if shares_gpus else ["decode_ahead"]
+    assert [name for name, *_ in calls.mock_calls] == [*before, "begin", "finish", "release", "decode_ahead"]
 
 
 def test_without_dynamic_sampling_flat_groups_stay(layout: object) -> None:
@@ -412,7 +431,7 @@ def test_prompt_batches_save_the_place_of_what_was_handed_out(layout: object, mo
     samples = [prompt(str(index)).sample for index in range(7)]
 
     def batches(resumed: dict) -> run_module.PromptBatches:
-        vision = SimpleNamespace(prefetch=lambda selections: None, index_ahead=lambda selections: None)
+        vision = SimpleNamespace(index_ahead=lambda selections: None)
         return run_module.PromptBatches(fake_run(layout, resumed=resumed, vision=vision), samples, batch_size=3)
 
     def ids(chosen: run_module.PromptBatches, count: int) -> list[list[str]]:

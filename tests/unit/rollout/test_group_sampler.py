@@ -20,7 +20,7 @@ class EchoEngine:
 
     def __init__(self) -> None:
         self.requests: list[Request] = []
-        self.version = -1
+        self.version, self.shares_gpus = -1, False
 
     def load_weights(self, buckets: Iterable[WeightBucket], *, version: int) -> None:
         self.version = version
@@ -148,6 +148,7 @@ def test_one_batch_at_a_time_and_none_with_other_weights_than_it_began_with(layo
             self.asleep = self.needs_weights = False
 
     sampler = GroupSampler(Engine(), layout, decode=str, seed=9)
+    assert not sampler.shares_gpus
     sampler.load_weights([], version=4)
     first = sampler.begin([prompt("a")], [None], sampling=SAMPLING, step=1)
     sampler.load_weights([], version=5)
