@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,8 @@ def test_out_of_memory_says_how_much_there_is_and_what_to_change(demo: DemoWorld
     assert "Tried to allocate" in line
     assert "lower data.pack_tokens=1100, model.recompute=full (now none)" in line
     total = torch.cuda.mem_get_info()[1] / (1 << 30)
-    assert f"of {total:.1f} GiB, tensors take 0.0 (at most 0." in line
+    # Little is taken: what is too much is one tensor.
+    assert re.search(rf"of {total:.1f} GiB, tensors take 0\.\d \(at most 0\.\d so far\)", line)
 
 
 @two_gpus
