@@ -233,7 +233,8 @@ def _start(config: RunConfig, *, task: Task, timer: PhaseTimer) -> Run:
     validate(config, task=task, world_size=world_size, model=shape)
     check_store(config)
     check_engines(config, task=task, world_size=world_size, shape=shape)
-    start = None if task in ("eval", "check-sync") else resume_point(config)
+    trains = task not in ("eval", "check-sync")
+    start = resume_point(config) if trains else None
     family = family_of(config.model)
     layout = layout_of(config, shape)
     seed_everything(config.seed)
@@ -249,6 +250,7 @@ def _start(config: RunConfig, *, task: Task, timer: PhaseTimer) -> Run:
         embeddings=vision.embeddings,
         sharded=config.mr_sp.mode.name in ("stage1+2", "shared_prefix"),
         keep_attention=config.model.recompute is Recompute.keep_attention,
+        trains=trains,
     )
     if config.model.init_from:
         load_weights(newest_checkpoint(Path(config.model.init_from)), trainer)

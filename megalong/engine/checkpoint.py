@@ -79,7 +79,8 @@ def load_weights(path: Path, trainer: Trainer) -> None:
     _check(path)
     state = _load({"model": _model_state(trainer)}, path)
     _load_model(trainer, state["model"])
-    trainer.optimizer.refresh_masters()
+    if trainer.optimizer is not None:
+        trainer.optimizer.refresh_masters()
 
 
 def load_encoder_weights(path: Path, encoder: nn.Module) -> None:

@@ -50,27 +50,35 @@ class Trainer:
     def __init__(
         self, model: PolicyModel, layout: ParallelLayout, settings: OptimizerConfig, *,
         total_steps: int, embeddings: Embeddings, sharded: bool = True, keep_attention: bool = False,
+        trains: bool = True,
     ) -> None:  # fmt: skip
+        """trains=False: for log-probabilities alone, without the memory of gradients and optimizer states."""
+        if not trains:
+            model.requires_grad_(False)
         self.model, self.layout, self.settings = model, layout, settings
         self.total_steps = total_steps
         self.keep_attention = keep_attention  # recomputed layers keep their attention output
         self.ddp = wrap_for_gradients(model)
         self.runner = PackRunner(ddp=self.ddp, layout=layout, embeddings=embeddings, sharded=sharded)
         self.trainable = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
-        self.optimizer = ShardedAdamW(
-            self.trainable,
-            layout,
-            counted=counted_names(model.weight_table(), layout),
-            betas=(settings.beta1, settings.beta2),
-            eps=settings.eps,
-            weight_decay=settings.weight_decay,
-            offload=state_copies(settings, layout),
-        )
+        self.optimizer = self._make_optimizer() if trains else None
         self.step = 0  # train steps done, skipped ones included
         self.num_updates = 0
         self.skipped_in_a_row = 0
         self.num_skipped = 0
         self._reference: dict[str, Tensor] = {}
+
+    def _make_optimizer(self) -> ShardedAdamW:
+        settings = self.settings
+        return ShardedAdamW(
+            self.trainable,
+            self.layout,
+            counted=counted_names(self.model.weight_table(), self.layout),
+            betas=(settings.beta1, settings.beta2),
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            offload=state_copies(settings, self.layout),
+        )
 
     def score(
         self, tokens: TokenBatch, shard: PackShard, hidden_rD: Tensor, *, temperature: float
