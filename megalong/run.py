@@ -181,7 +181,12 @@ def plan_prompts(run: Run, samples: Sequence[Sample]) -> tuple[list[Prompt], lis
     """Choose frames and build token ids; nothing is decoded yet."""
     selections, unreadable = run.vision.select(samples, frame_chooser(run.config, run.vision.videos))
     prompts, too_long = build_prompts(
-        samples, selections, run.builder, max_prompt_tokens=run.config.data.max_prompt_tokens
+        samples,
+        selections,
+        run.builder,
+        max_prompt_tokens=run.config.data.max_prompt_tokens,
+        max_response_tokens=run.config.data.max_response_tokens,
+        max_positions=run.trainer.model.spec.gpt.max_positions,
     )
     return prompts, [*unreadable, *too_long]
 

@@ -45,13 +45,17 @@ class ModelShape:
     tied: bool
     rope_theta: float
     max_positions: int
+    mrope: bool
+    """Positions of a video follow its time and the place in a frame: there are far fewer than tokens."""
     qkv_bias: bool
     qk_norm: bool
     vision: VisionShape | None
     """None: a family that reads text only."""
 
 
-def llm_shape(llm: Part, *, vision: VisionShape | None, qkv_bias: bool = True, qk_norm: bool = False) -> ModelShape:
+def llm_shape(
+    llm: Part, *, vision: VisionShape | None, qkv_bias: bool = True, qk_norm: bool = False, mrope: bool = False
+) -> ModelShape:
     """Sizes of a Qwen-style decoder's configuration. Raises ConfigError naming the file and the key."""
     heads, hidden = llm.size("num_attention_heads"), llm.size("hidden_size")
     shape = ModelShape(
@@ -66,6 +70,7 @@ def llm_shape(llm: Part, *, vision: VisionShape | None, qkv_bias: bool = True, q
         tied=llm.flag("tie_word_embeddings", default=False),
         rope_theta=_rope_theta(llm),
         max_positions=llm.size("max_position_embeddings"),
+        mrope=mrope,
         qkv_bias=qkv_bias,
         qk_norm=qk_norm,
         vision=vision,

@@ -94,9 +94,9 @@ class Plan:
 
 
 def shape_for_planning(config: RunConfig) -> tuple[ModelShape, str]:
-    """Sizes of model.path, or of the family's shipped 7B when that folder does not exist, and a note that says so.
+    """Sizes of model.path, or those that ship for the family when that folder does not exist, and a note that says so.
 
-    Only a configuration with gpus > 0 is planned with the shipped sizes: a CPU run is never one of 7B.
+    Only a configuration with gpus > 0 is planned with the shipped sizes: a CPU run is never of such a model.
     """
     path, family = Path(config.model.path), config.model.family
     if path.exists():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,23 +74,31 @@ class PixelRule:
         """The same with video.max_frame_pixels; 0 changes nothing."""
         if not max_frame_pixels:
             return self
-        return PixelRule(
-            min_pixels=min(self.min_pixels, max_frame_pixels),
-            max_pixels=min(self.max_pixels, max_frame_pixels),
-            max_video_tokens=self.max_video_tokens,
-            mean=self.mean,
-            std=self.std,
+        return replace(
+            self, min_pixels=min(self.min_pixels, max_frame_pixels), max_pixels=min(self.max_pixels, max_frame_pixels)
         )
+
+    def with_share_of(self, max_video_tokens: int) -> PixelRule:
+        """A Qwen2.5-VL rule with video.max_video_tokens; 0 changes nothing."""
+        if not max_video_tokens:
+            return self
+        return replace(self, max_video_tokens=-(-max_video_tokens * 10 // 9))  # 90 % of it are shared out
+
+    def with_pixels_of(self, max_video_tokens: int, tower: TowerShape) -> PixelRule:
+        """A Qwen3-VL rule with video.max_video_tokens; 0 changes nothing."""
+        if not max_video_tokens:
+            return self
+        return replace(self, max_pixels=max_video_tokens * tower.block**2 * tower.frames_per_step)
 
 
 def read_qwen2_5_vl_shape(path: Path, video: VideoConfig) -> ModelShape:
     """Sizes of the LLM, and of the vision side at the largest frames that `video` and the processor allow."""
     file, top = _read_top(path, "qwen2_5_vl")
     tower = read_tower(file, top, windowed=True)
-    rule = read_pixel_rule(path, VIDEO).capped(video.max_frame_pixels)
+    rule = read_pixel_rule(path, VIDEO).with_share_of(video.max_video_tokens).capped(video.max_frame_pixels)
     frames = video.max_frames if video.sampling is FrameSampling.fps else video.num_frames
     pixels = rule.most_frame_pixels(max(1, frames), block=tower.block, frames_per_step=tower.frames_per_step)
-    return llm_shape(text_part(file, top), vision=vision_shape(tower, frame_pixels=pixels, text_per_step=0))
+    return llm_shape(text_part(file, top), vision=vision_shape(tower, frame_pixels=pixels, text_per_step=0), mrope=True)
 
 
 def read_qwen3_vl_shape(path: Path, video: VideoConfig) -> ModelShape:
@@ -99,12 +107,12 @@ def read_qwen3_vl_shape(path: Path, video: VideoConfig) -> ModelShape:
     tower, llm = read_tower(file, top, windowed=False), text_part(file, top)
     llm.size("head_dim")  # not hidden_size / heads there, so never worked out
     frames = max(tower.frames_per_step, video.max_frames if video.sampling is FrameSampling.fps else video.num_frames)
-    rule = read_pixel_rule(path, VIDEO, budget=0)
+    rule = read_pixel_rule(path, VIDEO, budget=0).with_pixels_of(video.max_video_tokens, tower)
     pixels = rule.most_video_pixels(frames, block=tower.block) // frames
     if video.max_frame_pixels:
         pixels = min(pixels, video.max_frame_pixels)
     vision = vision_shape(tower, frame_pixels=max(pixels, tower.block**2), text_per_step=TIMESTAMP_TOKENS)
-    return llm_shape(llm, vision=vision, qkv_bias=False, qk_norm=True)
+    return llm_shape(llm, vision=vision, qkv_bias=False, qk_norm=True, mrope=True)
 
 
 def read_tower(file: Path, top: dict[str, Any], *, windowed: bool) -> TowerShape:

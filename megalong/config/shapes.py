@@ -13,8 +13,12 @@ from megalong.config.qwen_vl_shape import read_qwen2_5_vl_shape, read_qwen3_vl_s
 from megalong.config.tree import VideoConfig
 
 _SHAPES = Path(__file__).parents[2] / "launch" / "shapes"
-SHIPPED_SHAPES = {"longvila": _SHAPES / "longvila_7b", "qwen2_5": _SHAPES / "qwen2_5_7b"}
-"""JSON-only folders with the sizes of LongVILA-R1-7B and Qwen2.5-7B."""
+SHIPPED_SHAPES = {
+    "longvila": _SHAPES / "longvila_7b",
+    "qwen2_5": _SHAPES / "qwen2_5_7b",
+    "qwen2_5_vl": _SHAPES / "qwen2_5_vl_3b",
+}
+"""JSON-only folders with the sizes of LongVILA-R1-7B, Qwen2.5-7B and Qwen2.5-VL-3B."""
 
 
 def _text(model_type: str) -> Callable[[Path, VideoConfig], ModelShape]:

@@ -96,6 +96,7 @@ _BOUNDS: tuple[_Bound, ...] = (
     _Bound("video.fps", 0, above=True),
     _Bound("video.max_frames", 1),
     _Bound("video.max_frame_pixels", 0),
+    _Bound("video.max_video_tokens", 0),
     _Bound("video.tower_batch_frames", 1),
     _Bound("video.cache_gpu_gib", 0),
     _Bound("video.cache_gib", 0, above=True),
@@ -253,7 +254,7 @@ def _length_problems(config: RunConfig, task: Task, *, model: ModelShape) -> Ite
             f"data.max_prompt_tokens to {needed}"
         )
     longest = data.max_prompt_tokens + data.max_response_tokens
-    if longest > model.max_positions:
+    if longest > model.max_positions and not model.mrope:  # there the positions are a video's: see build_prompts
         yield (
             f"data.max_prompt_tokens={data.max_prompt_tokens} + data.max_response_tokens={data.max_response_tokens} = "
             f"{longest} is over the model's {model.max_positions} positions; lower data.max_prompt_tokens to "

@@ -14,8 +14,13 @@ def build_prompts(
     builder: SequenceBuilder,
     *,
     max_prompt_tokens: int,
+    max_response_tokens: int,
+    max_positions: int,
 ) -> tuple[list[Prompt], list[Dropped]]:
-    """Prompts of the samples whose videos all have a selection, and a Dropped for each that is too long."""
+    """Prompts of the samples whose videos all have a selection, and a Dropped for each that is too long.
+
+    max_positions: of the model, for the prompt and the longest response.
+    """
     prompts, dropped = [], []
     for sample in samples:
         if any(path not in selections for path in sample.videos):
@@ -25,6 +30,13 @@ def build_prompts(
             reason = (
                 f"prompt of {len(prompt.ids_P)} tokens is over data.max_prompt_tokens={max_prompt_tokens}; "
                 "raise it, or lower video.num_frames or video.max_frames"
+            )
+            dropped.append(Dropped(sample_id=sample.sample_id, stage="prompt", reason=reason))
+        elif prompt.next_position + max_response_tokens > max_positions:
+            reason = (
+                f"the prompt ends at position {prompt.next_position}, which with data.max_response_tokens="
+                f"{max_response_tokens} is over the model's {max_positions} positions; cut the video, or lower "
+                "data.max_response_tokens"
             )
             dropped.append(Dropped(sample_id=sample.sample_id, stage="prompt", reason=reason))
         else:

@@ -68,7 +68,7 @@ def video_layout(spec: Qwen25VlSpec, tokens: ChatTokens, video: VideoConfig) -> 
     """The layout with the tokenizer's ids. Raises CheckpointError when a vision marker is not one token."""
     return WindowedFrames(
         tower=spec.tower,
-        video=spec.video.capped(video.max_frame_pixels),
+        video=spec.video.with_share_of(video.max_video_tokens).capped(video.max_frame_pixels),
         image=spec.image.capped(video.max_frame_pixels),
         ticks_per_second=spec.ticks_per_second,
         start_id=marker_id(tokens, VISION_START, path=str(spec.path)),

@@ -86,7 +86,7 @@ def video_layout(spec: Qwen3VlSpec, tokens: ChatTokens, video: VideoConfig) -> T
     """The layout with the tokenizer's ids. Raises CheckpointError when a vision marker is not one token."""
     return TimedFrames(
         tower=spec.tower,
-        video=spec.video,
+        video=spec.video.with_pixels_of(video.max_video_tokens, spec.tower),
         image=spec.image.capped(video.max_frame_pixels),
         max_frame_pixels=video.max_frame_pixels,
         encode=tokens.encode,

@@ -197,10 +197,27 @@ def test_build_prompts_leaves_out_unreadable_videos_and_drops_long_prompts() -> 
         {"v.mp4": selection("v.mp4", 2)},
         BUILDER,
         max_prompt_tokens=limit,
+        max_response_tokens=4,
+        max_positions=limit + 4,
     )
     assert [prompt.sample.sample_id for prompt in prompts] == ["s1", "s5"]
     assert [(drop.sample_id, drop.stage) for drop in dropped] == [("s4", "prompt")]
     assert dropped[0].reason == (
         f"prompt of {limit + 48} tokens is over data.max_prompt_tokens={limit}; "
         "raise it, or lower video.num_frames or video.max_frames"
+    )
+
+
+def test_a_prompt_whose_positions_leave_no_room_for_a_response_is_dropped() -> None:
+    """Of a video that lasts too long, where positions follow its time and tokens are no measure."""
+    last = BUILDER.prompt(SAMPLE, [selection("v.mp4", 2)]).next_position
+    limits = {"max_prompt_tokens": 1000, "max_response_tokens": 5}
+    arguments = [SAMPLE], {"v.mp4": selection("v.mp4", 2)}, BUILDER
+    assert len(build_prompts(*arguments, **limits, max_positions=last + 5)[0]) == 1
+    prompts, (drop,) = build_prompts(*arguments, **limits, max_positions=last + 4)
+    assert prompts == []
+    assert (drop.sample_id, drop.stage) == ("s1", "prompt")
+    assert drop.reason == (
+        f"the prompt ends at position {last}, which with data.max_response_tokens=5 is over the model's {last + 4} "
+        "positions; cut the video, or lower data.max_response_tokens"
     )

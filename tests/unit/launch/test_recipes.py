@@ -20,7 +20,8 @@ ROOT = Path(__file__).parents[3]
 RECIPES = ROOT / "launch" / "recipes"
 DEMO_DATA = "demo_data.yaml"
 NAMES = sorted(path.name for path in RECIPES.glob("*.yaml") if path.name != DEMO_DATA)
-SEVEN_B = [name for name in NAMES if "7b" in name]
+HOURS = ["grpo_7b_3600f.yaml", "grpo_qwen2_5_vl_3b_1h.yaml"]
+SEVEN_B = [name for name in NAMES if "7b" in name and name not in HOURS]
 DEMO = [name for name in NAMES if name.startswith("demo")]
 
 
@@ -34,7 +35,7 @@ def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_recipe_is_covered() -> None:
-    assert set(NAMES) == set(SEVEN_B) | set(DEMO) | {"grpo_qwen_math.yaml"}
+    assert set(NAMES) == {*SEVEN_B, *HOURS, *DEMO, "grpo_qwen_math.yaml"}
     assert {"base_7b.yaml", "grpo_7b_256f.yaml", "grpo_7b_512f.yaml", "grpo_7b_dapo.yaml", "sft_7b.yaml"} == set(
         SEVEN_B
     )
@@ -61,6 +62,30 @@ def test_7b_recipes_fit_8_gpus_of_80_gb(name: str) -> None:
     assert result.lengths.tokens_per_frame == 257
     assert result.memory_total < BUDGETS_GIB["80 GB (A100, H100)"] * GIB
     assert "does NOT fit" not in render(result)
+
+
+@pytest.mark.parametrize(
+    ("name", "shipped", "tokens", "replicas"),
+    [
+        ("grpo_7b_3600f.yaml", "longvila_7b", 3600 * 257, 1),
+        ("grpo_qwen2_5_vl_3b_1h.yaml", "qwen2_5_vl_3b", 3600 * 64, 2),
+    ],
+)
+def test_an_hour_at_one_frame_a_second_fits_8_gpus_of_80_gb(
+    name: str, shipped: str, tokens: int, replicas: int
+) -> None:
+    config = load_config(RECIPES / name)
+    shape, note = shape_for_planning(config)
+    assert note.endswith(f"launch/shapes/{shipped}")
+    validate(config, task="grpo", world_size=planned_processes(config), model=shape)
+    result = plan(config, "grpo", shape, note=note)
+    assert (result.layout.world_size, result.layout.dp) == (8, replicas)
+    assert result.lengths.frames * result.lengths.tokens_per_frame == tokens
+    assert result.lengths.groups_per_pack == 1
+    assert result.memory_total < BUDGETS_GIB["80 GB (A100, H100)"] * GIB
+    text = render(result)
+    assert "colocated on 80 GB" in text
+    assert "does NOT fit" not in text
 
 
 def test_text_recipe_plans_without_vision_and_fits_8_gpus_of_80_gb() -> None:

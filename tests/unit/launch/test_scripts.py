@@ -74,6 +74,13 @@ def test_8_gpu_script_takes_another_recipe_and_size() -> None:
     assert command[8:13] == ["-m", "megalong", "grpo", "launch/recipes/grpo_7b_512f.yaml", "gpus=4"]
 
 
+def test_the_hour_script_is_the_8_gpu_script_with_another_recipe(tmp_path: Path) -> None:
+    recipe = f"{LAUNCH}/recipes/grpo_qwen2_5_vl_3b_1h.yaml"
+    (command,) = commands(dry_run("grpo_qwen2_5_vl_1h_8xa100.sh", "a model", "d", "seed=3", cwd=tmp_path, GPUS="4"))
+    assert command == commands(dry_run("grpo_7b_8xa100.sh", "a model", "d", "seed=3", RECIPE=recipe, GPUS="4"))[0]
+    check_recipe_and_overrides(command, task="grpo")
+
+
 def test_8_gpu_script_leaves_gpus_to_engines() -> None:
     (command,) = commands(dry_run("grpo_7b_8xa100.sh", "m", "d", "parallel.tp=2", ENGINE_GPUS="2"))
     assert command[4:6] == ["--nproc-per-node", "6"]

@@ -10,6 +10,7 @@ import pytest
 import tiny_vl
 
 from megalong.config.qwen_vl_shape import PixelRule, TowerShape
+from megalong.config.shapes import read_model_shape
 from megalong.config.tree import VideoConfig
 from megalong.models.errors import CheckpointError
 from megalong.models.families import FAMILIES
@@ -85,6 +86,20 @@ def test_video_max_frame_pixels_lowers_the_processor_s_limits(tmp_path: Path) ->
             layout = entry.vision.layout(spec, tokens, VideoConfig(max_frame_pixels=pixels))
             sizes.append(layout.frame_size(height=400, width=400, num_frames=4))
         assert sizes[0] > sizes[1] == (16, 16) > sizes[2] == (8, 8)
+
+
+def test_video_max_video_tokens_takes_the_place_of_the_processor_s_budget(tmp_path: Path) -> None:
+    for family, write in tiny_vl.WRITERS.items():
+        entry, folder = FAMILIES[family], write(tmp_path / family)
+        tokens, spec = entry.read_tokens(folder), entry.read_spec(folder)
+        for limit in (8 * 4, 8 * 9):  # a square of whole blocks in each of 8 steps
+            video = VideoConfig(num_frames=16, max_video_tokens=limit)
+            layout = entry.vision.layout(spec, tokens, video)
+            height, width = layout.frame_size(height=4000, width=4000, num_frames=16)
+            found = height * width // spec.tower.block**2 * 16 // spec.tower.frames_per_step
+            assert found == limit, family
+            vision = read_model_shape(folder, family=family, video=video).vision
+            assert limit <= vision.embeds_per_frame * 16 < limit + 16, family  # of a frame, rounded up
 
 
 def test_a_tokenizer_without_the_markers_is_refused(tmp_path: Path) -> None:
