@@ -24,6 +24,8 @@ from megalong.parallel.layout import ParallelLayout
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 """The states of a parameter, each of its shape."""
+UPDATE_BYTES = 1 << 30
+"""Of scaled gradients that an update makes at a time (of a larger parameter, all): those of a 7B would take 30 GB."""
 NORM_CHUNK = 1 << 22
 """Elements of a gradient that its norm reads at a time: a float64 copy of a whole embedding would take gigabytes."""
 
@@ -159,12 +161,17 @@ class ShardedAdamW:
         return self.weight_decay if param.ndim > 1 else 0.0
 
     def _update_here(self, *, lr: float, grad_scale: float) -> None:
-        """All at once, where the states are."""
+        """Where the states are, a few parameters at a time: their scaled gradients are copies."""
         for weight_decay in sorted({self._decay(param) for _, param in self.owned}):
-            mine = [(self.states[name], param) for name, param in self.owned if self._decay(param) == weight_decay]
-            masters, *moments = ([states[kind] for states, _ in mine] for kind in KINDS)
-            grads = [param.main_grad.to(states["master"].dtype) * grad_scale for states, param in mine]
-            self._adamw(masters, grads, *moments, lr=lr, weight_decay=weight_decay)
+            mine = [(name, param) for name, param in self.owned if self._decay(param) == weight_decay]
+            for together in _batches(mine, most_elements=UPDATE_BYTES // 4):
+                states = [self.states[name] for name, _ in together]
+                masters, *moments = ([of[kind] for of in states] for kind in KINDS)
+                grads = [
+                    param.main_grad.to(master.dtype) * grad_scale
+                    for (_, param), master in zip(together, masters, strict=True)
+                ]
+                self._adamw(masters, grads, *moments, lr=lr, weight_decay=weight_decay)
         for name, param in self.owned:
             param.data.copy_(self.states[name]["master"])
 
@@ -203,6 +210,22 @@ class ShardedAdamW:
             amsgrad=False, beta1=self.betas[0], beta2=self.betas[1], lr=lr, weight_decay=weight_decay, eps=self.eps,
             maximize=False,
         )  # fmt: skip
+
+
+def _batches(
+    named: Sequence[tuple[str, nn.Parameter]], *, most_elements: int
+) -> Iterator[list[tuple[str, nn.Parameter]]]:
+    """Parameters one after the other, as many at a time as have so many elements; at least one."""
+    batch: list[tuple[str, nn.Parameter]] = []
+    held = 0
+    for name, param in named:
+        if batch and held + param.numel() > most_elements:
+            yield batch
+            batch, held = [], 0
+        batch.append((name, param))
+        held += param.numel()
+    if batch:
+        yield batch
 
 
 def _is_its_own_master(param: Tensor) -> bool:

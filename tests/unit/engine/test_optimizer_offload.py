@@ -10,6 +10,7 @@ from host_copies import EarlyCopies, LateCopies
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor, nn
 
+from megalong.engine import optimizer
 from megalong.engine.optimizer import KINDS, ShardedAdamW
 from megalong.parallel import host_tensors
 from megalong.parallel.host_tensors import compute_on_device
@@ -88,6 +89,26 @@ def test_updates_are_those_of_torch(layout: object, dtype: torch.dtype, copies: 
     adam = make_adam(layout, dtype, COPIES[copies]())
     take_steps(adam, range(len(STEPS)))
     assert_same(everything(adam), torch_adamw(layout, dtype))
+
+
+@pytest.mark.parametrize("most_bytes", [4, 600, 1 << 30])
+def test_an_update_takes_a_few_parameters_at_a_time(
+    layout: object, most_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optimizer, "UPDATE_BYTES", most_bytes)
+    adam = make_adam(layout, torch.bfloat16, None)
+    update, together = adam._adamw, []
+
+    def watched(masters: list[Tensor], grads: list[Tensor], *moments: list[Tensor], **how: float) -> None:
+        together.append([grad.nbytes for grad in grads])
+        update(masters, grads, *moments, **how)
+
+    monkeypatch.setattr(adam, "_adamw", watched)
+    take_steps(adam, range(len(STEPS)))
+    assert_same(everything(adam), torch_adamw(layout, torch.bfloat16))
+    assert all(len(sizes) == 1 or sum(sizes) <= most_bytes for sizes in together)
+    assert sum(map(sum, together)) == 4 * len(STEPS) * sum(param.numel() for _, param in adam.named)
+    assert (max(map(len, together)) > 1) is (most_bytes > 4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
