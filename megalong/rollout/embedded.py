@@ -97,7 +97,7 @@ class EmbeddedEngine:
                 raise WeightSyncError(
                     f"version {version}: a bucket's checksum is wrong ({list(bucket.tensors)[:3]} ..)"
                 )
-            for name, tensor in update.of(bucket).items():
+            for name, tensor in update.of(bucket).tensors.items():
                 parameters[name].copy_(tensor)
                 del tensor
             del bucket  # its memory is the next one's

@@ -62,8 +62,7 @@ class VllmSettings:
 class _Sent:
     """What was sent of an update. Checksums stay on their device: waiting for each would stop the stream of buckets."""
 
-    checksums: list[Tensor] = field(default_factory=list)  # [n] of all tensors of each bucket..
-    chosen: list[list[int]] = field(default_factory=list)  # ..and which of them the engine takes
+    checksums: list[Tensor] = field(default_factory=list)  # [n] of each bucket
     unanswered: int = 0
 
 
@@ -123,14 +122,13 @@ class VllmEngine:
         update.end(self._finish_update(sent))
 
     def _send_bucket(self, bucket: WeightBucket, update: Update, sent: _Sent) -> None:
-        tensors = update.of(bucket)
-        if not tensors:
+        chosen = update.of(bucket)
+        if not chosen.tensors:
             return
-        manifest = manifest_of(tensors)
-        packed = self._room.of(packed_bytes(manifest), device=next(iter(tensors.values())).device)
-        pack_bucket(tensors, packed)
-        sent.checksums.append(bucket.checksums_n)
-        sent.chosen.append([at for at, name in enumerate(bucket.tensors) if self.weights.name_of(name) is not None])
+        manifest = manifest_of(chosen.tensors)
+        packed = self._room.of(packed_bytes(manifest), device=next(iter(chosen.tensors.values())).device)
+        pack_bucket(chosen.tensors, packed)
+        sent.checksums.append(chosen.checksums_n)
         self._send("update", {"manifest": manifest, "num_bytes": len(packed), "place": self._room.place(packed)})
         sent.unanswered += 1
         if self.settings.transport is Transport.nccl:
@@ -149,9 +147,7 @@ class VllmEngine:
         """What is wrong with the update that was sent."""
         self._answer_all(sent)
         self._make_room()  # keys and values wake up where the buckets were gathered
-        checksums = [checksums_n.tolist() for checksums_n in sent.checksums]
-        expected = [[part[at] for at in chosen] for part, chosen in zip(checksums, sent.chosen, strict=True)]
-        wrong = self._call("finish_update", expected)
+        wrong = self._call("finish_update", [checksums_n.tolist() for checksums_n in sent.checksums])
         self._asleep = False
         return wrong
 

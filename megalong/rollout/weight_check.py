@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from megalong.records import WeightBucket
 from megalong.rollout.engine import WeightSyncError
@@ -51,10 +52,13 @@ class Update:
         self.check, self.version, self.needs_all, self.in_parts = check, version, needs_all, in_parts
         self.missing = set(check.shapes)
 
-    def of(self, bucket: WeightBucket) -> dict[str, Tensor]:
-        """The bucket's tensors by the model's names. Raises WeightSyncError for an unknown name or a wrong shape."""
-        tensors = {}
-        for full_name, tensor in bucket.tensors.items():
+    def of(self, bucket: WeightBucket) -> WeightBucket:
+        """What of the bucket the model has a part for, by the model's names, with the checksums of the sender.
+
+        Raises WeightSyncError for an unknown name or a wrong shape.
+        """
+        tensors, checksums = {}, []
+        for (full_name, tensor), checksum in zip(bucket.tensors.items(), bucket.checksums_n, strict=True):
             name = self.check.name_of(full_name)
             if name is None:
                 continue
@@ -66,8 +70,11 @@ class Update:
                     f"{tuple(self.check.shapes[name])}"
                 )
             tensors[name] = tensor
+            checksums.append(checksum)
             self.missing.discard(name)
-        return tensors
+        # Not by a list of places: it would be copied to the checksums' device, and waited for.
+        checksums_n = torch.stack(checksums) if checksums else bucket.checksums_n[:0]
+        return WeightBucket(tensors=tensors, checksums_n=checksums_n)
 
     def end(self, wrong: str | None = None) -> None:
         """The update is complete. Raises WeightSyncError when it is not, or for what the engine found `wrong`."""

@@ -28,7 +28,7 @@ def updated(check: WeightCheck, *names: str, version: int, again: bool = False, 
     """An update of these weights, not ended yet."""
     update = check.begin(version, again=again, in_parts=in_parts)
     for name in names:
-        assert list(update.of(bucket(name))) == [name]
+        assert list(update.of(bucket(name)).tensors) == [name]
     return update
 
 
@@ -92,8 +92,22 @@ def test_unknown_names_and_wrong_shapes_are_refused(check: WeightCheck) -> None:
 
 def test_weights_that_the_sampler_has_no_part_for_are_left_out(check: WeightCheck) -> None:
     update = check.begin(0)
-    assert list(update.of(bucket("norm.weight", **{"vision/conv": torch.ones(9)}))) == ["norm.weight"]
+    assert list(update.of(bucket("norm.weight", **{"vision/conv": torch.ones(9)})).tensors) == ["norm.weight"]
     assert update.missing == {"head.weight", "head.bias"}
+
+
+def test_what_is_chosen_of_a_bucket_keeps_its_checksums_and_each_name_is_asked_for_once(check: WeightCheck) -> None:
+    asked: list[str] = []
+    name_of = check.name_of
+    check.name_of = lambda name: asked.append(name) or name_of(name)
+    vision = {"vision/conv": torch.ones(9), "vision/norm": torch.ones(2)}
+    sent = WeightBucket.of({**bucket("head.bias").tensors, **vision, **bucket("norm.weight").tensors})
+    chosen = check.begin(0).of(sent)
+    assert asked == list(sent.tensors)
+    assert list(chosen.tensors) == ["head.bias", "norm.weight"]
+    assert torch.equal(chosen.checksums_n, sent.checksums_n[[0, 3]])
+    nothing = check.begin(1).of(WeightBucket.of(vision))
+    assert (nothing.tensors, len(nothing.checksums_n)) == ({}, 0)
 
 
 def test_what_the_engine_found_wrong_ends_the_update_badly(check: WeightCheck) -> None:
