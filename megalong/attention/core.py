@@ -38,17 +38,22 @@ def encode_mask(segments: Sequence[Segment], *, sharded: bool, needed_U: Tensor,
 class _Mask:
     """What encode_mask was given."""
 
-    sharded: bool
+    context: ContextGroups  # that the rows are dealt to
     multiple: int
     spans: tuple[Range, ...]
     segments: tuple[int, ...]  # encode_segments
 
+    @classmethod
+    def decode(cls, mask: Tensor, context: ContextGroups) -> _Mask:
+        sharded, multiple, count, *numbers = mask.tolist()
+        ends, segments = numbers[: 2 * count], numbers[2 * count :]
+        spans = tuple(zip(ends[::2], ends[1::2], strict=True))
+        return cls(
+            context=context if sharded else context.alone, multiple=multiple, spans=spans, segments=tuple(segments)
+        )
 
-def _decode(mask: Tensor) -> _Mask:
-    sharded, multiple, count, *numbers = mask.tolist()
-    ends, segments = numbers[: 2 * count], numbers[2 * count :]
-    spans = tuple(zip(ends[::2], ends[1::2], strict=True))
-    return _Mask(sharded=bool(sharded), multiple=multiple, spans=spans, segments=tuple(segments))
+    def needed(self) -> NeededRows:
+        return needed_rows(self.segments, self.spans, self.context, self.multiple)
 
 
 class PackCoreAttention(MegatronModule):
@@ -89,18 +94,16 @@ class PackCoreAttention(MegatronModule):
 
     def needed(self, attention_mask: Tensor) -> NeededRows | None:
         """The rows that the output is of; None: of all."""
-        if not self.needed_only:
-            return None
-        mask = _decode(attention_mask)
-        return needed_rows(mask.segments, mask.spans, self._context(mask), mask.multiple)
+        return _Mask.decode(attention_mask, self.context).needed() if self.needed_only else None
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **_: Any) -> Tensor:
         """query: [t, 1, Q, d], key, value: [t, 1, K, d], this rank's rows.
 
         Returns [t, 1, Q * d]; in the last layer [n, 1, Q * d], of the rows that needed() names.
         """
-        mask, needed = _decode(attention_mask), self.needed(attention_mask)
-        context = self._context(mask)
+        mask = _Mask.decode(attention_mask, self.context)
+        needed = mask.needed() if self.needed_only else None
+        context = mask.context
         plan = ring_plan(mask.segments, context.ring_rank, context.ring_size, query.device)
         query, key, value = query[:, 0], key[:, 0], value[:, 0]
         calls = plan.calls
@@ -114,6 +117,3 @@ class PackCoreAttention(MegatronModule):
         if needed is not None and not self._splits:
             rows = needed.take(rows)
         return rows.reshape(rows.shape[0], 1, -1)
-
-    def _context(self, mask: _Mask) -> ContextGroups:
-        return self.context if mask.sharded else self.context.alone
