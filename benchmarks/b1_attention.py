@@ -19,7 +19,6 @@ Prints a table; --json FILE keeps the numbers. prefix_grouper needs that package
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -30,6 +29,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from steps import save
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
@@ -305,10 +305,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for prefix in args.prefix or ([40] if args.tiny else [32768, 131072]):
             row = measure(Group(prefix=prefix, lens=lens, **heads), kernel, args.baselines, dtype=dtype)
             rows.append({**row, "shared_error": ours, "repeated_error": theirs})
-    if args.json:
-        device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
-        with open(args.json, "w") as file:
-            json.dump({"gpu": device, "torch": torch.__version__, "rows": rows}, file, indent=2)
+    save(args.json, rows)
 
 
 if __name__ == "__main__":

@@ -43,11 +43,22 @@ def run_all(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
+def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     folder = tmp_path_factory.mktemp("benchmarks")
     run_world(1, run_all, folder, folder=folder / "world")
     assert (folder / "figure1.png").stat().st_size > 0
-    return {path.stem: json.loads(path.read_text())["rows"] for path in folder.glob("*.json")}
+    return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+
+
+@pytest.fixture(scope="module")
+def rows(records: dict[str, dict]) -> dict[str, list[dict]]:
+    return {name: record["rows"] for name, record in records.items()}
+
+
+def test_each_record_says_what_it_was_measured_with(records):
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    assert {record["device"] for record in records.values()} == {device}
+    assert {record["torch"] for record in records.values()} == {torch.__version__}
 
 
 def test_b1_times_what_it_compared(rows):
