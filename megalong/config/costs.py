@@ -21,6 +21,8 @@ STATE_PIECE_BYTES = 1 << 25
 """Most of each state of a parameter that is on the device in one piece under optimizer.offload."""
 STATE_BUFFERS = 3
 """Pieces on the device at a time under optimizer.offload: on its way there, in its update, on its way back."""
+WEIGHT_BUCKET_BYTES = 1 << 30
+"""Weights that go to a rollout engine at a time; a larger tensor goes alone."""
 
 
 def layer_matrix_params(shape: ModelShape) -> int:
@@ -84,6 +86,12 @@ def state_buffer_bytes(*, element: int, largest: int) -> int:
     """
     piece = min(STATE_PIECE_BYTES, 4 * largest)
     return piece * (STATE_BUFFERS * state_bytes_per_param(element=element) // 4 + 1)
+
+
+def bucket_bytes(shape: ModelShape, *, element: int) -> int:
+    """Bytes of the largest bucket of the LLM's weights: one filled up or its largest tensor, of all tp ranks."""
+    largest = max(head_params(shape), shape.hidden * shape.ffn)
+    return min(element * llm_params(shape), max(WEIGHT_BUCKET_BYTES, element * largest))
 
 
 def shared_tokens(prompt: int, response: int, group: int) -> int:

@@ -9,9 +9,9 @@ from megalong.config import costs
 from megalong.config.errors import ConfigError
 from megalong.config.load import config_yaml
 from megalong.config.model_shape import ModelShape
-from megalong.config.plan_engine import EnginePlan, plan_engine
+from megalong.config.plan_engine import EnginePlan, bucket_memory, plan_engine, samples_by_vllm, samples_embedded
 from megalong.config.shapes import SHIPPED_SHAPES, read_model_shape
-from megalong.config.tree import Dtype, Recompute, RolloutEngine, RunConfig
+from megalong.config.tree import Dtype, Recompute, RunConfig
 from megalong.config.validate import Task, frames_per_video, prompt_tokens
 from megalong.config.validate_rollout import vllm_problems
 
@@ -119,7 +119,7 @@ def planned_processes(config: RunConfig) -> int:
 
 def check_engine(config: RunConfig, task: Task, shape: ModelShape) -> None:
     """Raise ConfigError where rollout.engine=auto will take vLLM, and that cannot sample for the run."""
-    if task == "sft" or not config.gpus or _samples_embedded(config, task):
+    if not samples_by_vllm(config, task):
         return
     problems = list(
         vllm_problems(
@@ -218,14 +218,13 @@ def _memory(
     and projector whole on every rank; kept activations for every layer of the stage and S, as many times as packs are
     under way in the stage, pp on the first and one on the last, or those of two layers when they are offloaded; one
     live layer for S.
+    The buffer for a colocated engine's weights is counted where the run may have one (bucket_memory).
     Embeddings lie on the first stage, and with pp > 1 those of all packs of a step.
     """
     element = _element(config)
-    memory = _weight_memory(config, task, shape, layout=layout, stage=stage, element=element)
+    memory = _standing_memory(config, task, shape, layout=layout, stage=stage)
     if shape.vision:
         of_pack = lengths.groups_per_pack * _video_embeddings(config, shape, lengths=lengths) // layout.cp
-        if config.video.cache_gpu_gib and config.video.cache_embeddings:
-            memory[GPU_STORE] = round(config.video.cache_gpu_gib * GIB)
         if layout.pp == 1:
             memory["vision embeddings of a pack"] = of_pack
         elif stage == 0:
@@ -234,20 +233,29 @@ def _memory(
         memory["tower on one batch of frames"] = frames * shape.vision.frame_elements * element
     if task != "eval":
         memory |= _activation_memory(config, shape, layout=layout, lengths=lengths, stage=stage, element=element)
-    if _samples_embedded(config, task):
+    if samples_embedded(config, task):
         kv = costs.kv_bytes_per_token(shape, element=element)
         prompts = 1 if task == "eval" else min(config.rollout.batch_prompts, config.grpo.batch_size // layout.dp)
         memory["embedded sampler: weights"] = element * costs.llm_params(shape)
         memory["embedded sampler: keys and values"] = kv * prompts * lengths.repeated
+    return memory
+
+
+def _standing_memory(config: RunConfig, task: Task, shape: ModelShape, *, layout: Layout, stage: int) -> dict[str, int]:
+    """What stays on a process between steps, and while an engine beside it samples."""
+    memory = _weight_memory(config, task, shape, layout=layout, stage=stage)
+    if shape.vision and config.video.cache_gpu_gib and config.video.cache_embeddings:
+        memory[GPU_STORE] = round(config.video.cache_gpu_gib * GIB)
+    if samples_by_vllm(config, task):
+        memory |= bucket_memory(config.rollout, shape, element=_element(config))
     if config.gpus:
         memory["runtime: context, NCCL, sleeping sampler"] = RUNTIME_BYTES
     return memory
 
 
-def _weight_memory(
-    config: RunConfig, task: Task, shape: ModelShape, *, layout: Layout, stage: int, element: int
-) -> dict[str, int]:
+def _weight_memory(config: RunConfig, task: Task, shape: ModelShape, *, layout: Layout, stage: int) -> dict[str, int]:
     """Weights, reference, gradients and optimizer states of one rank."""
+    element = _element(config)
     on_rank = costs.llm_params_per_rank(shape, tp=layout.tp, pp=layout.pp, stage=stage)
     memory = {"LLM weights": element * on_rank}
     trained = _trained(config, shape, layout=layout, stage=stage)
@@ -346,27 +354,14 @@ def _element(config: RunConfig) -> int:
 
 
 def _engine(config: RunConfig, task: Task, shape: ModelShape, *, layout: Layout, lengths: Lengths) -> EnginePlan | None:
-    """The vLLM engine of a run on GPUs, beside the states of the fullest pipeline stage."""
-    if task == "sft" or not config.gpus or _samples_embedded(config, task):
+    """The vLLM engine of a run on GPUs, beside what the fullest pipeline stage keeps."""
+    if not samples_by_vllm(config, task):
         return None
-    element = _element(config)
-    of_stages = (
-        _weight_memory(config, task, shape, layout=layout, stage=stage, element=element) for stage in range(layout.pp)
-    )
-    states = max(sum(memory.values()) for memory in of_stages)
-    stores_on_gpu = shape.vision is not None and config.video.cache_embeddings
-    store = round(config.video.cache_gpu_gib * GIB) if stores_on_gpu else 0
+    of_stages = (_standing_memory(config, task, shape, layout=layout, stage=stage) for stage in range(layout.pp))
     return plan_engine(
-        config.rollout, shape, prompt=lengths.prompt, response=lengths.response, group=lengths.group, element=element,
-        trainer=states + store + RUNTIME_BYTES,
+        config.rollout, shape, prompt=lengths.prompt, response=lengths.response, group=lengths.group,
+        element=_element(config), trainer=max(sum(memory.values()) for memory in of_stages),
     )  # fmt: skip
-
-
-def _samples_embedded(config: RunConfig, task: Task) -> bool:
-    """That vLLM is installed is assumed."""
-    engine = config.rollout.engine
-    chosen = engine is RolloutEngine.auto and not config.gpus
-    return task != "sft" and (engine is RolloutEngine.embedded or chosen)
 
 
 def _flops(

@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 from megalong.config import costs
 from megalong.config.model_shape import ModelShape
-from megalong.config.tree import MEMORY_SHARE, EnginePlacement, RolloutConfig
+from megalong.config.tree import MEMORY_SHARE, EnginePlacement, RolloutConfig, RolloutEngine, RunConfig
+from megalong.config.validate import Task
+
+ENGINE_BUCKET = "bucket of weights for a colocated engine"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,6 +35,34 @@ class EnginePlan:
         return ""
 
 
+def samples_embedded(config: RunConfig, task: Task) -> bool:
+    """That vLLM is installed is assumed."""
+    engine = config.rollout.engine
+    chosen = engine is RolloutEngine.auto and not config.gpus
+    return task != "sft" and (engine is RolloutEngine.embedded or chosen)
+
+
+def samples_by_vllm(config: RunConfig, task: Task) -> bool:
+    """On GPUs: without them it is not planned."""
+    return task != "sft" and config.gpus > 0 and not samples_embedded(config, task)
+
+
+def placements(rollout: RolloutConfig) -> list[EnginePlacement]:
+    """Those that the run may take."""
+    if rollout.placement is not EnginePlacement.auto:
+        return [rollout.placement]
+    if rollout.steps_off_policy:
+        return [EnginePlacement.disaggregated]
+    return [EnginePlacement.disaggregated, EnginePlacement.colocated]
+
+
+def bucket_memory(rollout: RolloutConfig, shape: ModelShape, *, element: int) -> dict[str, int]:
+    """The buffer through which weights go to a colocated engine: it stays on the GPU of the process that drives it."""
+    if EnginePlacement.colocated not in placements(rollout):
+        return {}
+    return {ENGINE_BUCKET: costs.bucket_bytes(shape, element=element)}
+
+
 def plan_engine(
     rollout: RolloutConfig, shape: ModelShape, *, prompt: int, response: int, group: int, element: int, trainer: int
 ) -> EnginePlan:
@@ -55,10 +86,5 @@ def plan_engine(
     deepstack = shape.vision.embed_width - shape.hidden if shape.vision else 0
     if deepstack:
         memory["deepstack embeddings of a step"] = rollout.prefill_tokens * element * deepstack
-    asked = [rollout.placement]
-    if rollout.placement is EnginePlacement.auto:
-        asked = [EnginePlacement.disaggregated]
-        if not rollout.steps_off_policy:
-            asked.append(EnginePlacement.colocated)
-    shares = {placement: rollout.memory_share or MEMORY_SHARE[placement] for placement in asked}
+    shares = {placement: rollout.memory_share or MEMORY_SHARE[placement] for placement in placements(rollout)}
     return EnginePlan(gpus=tp, shares=shares, memory=memory, trainer=trainer)

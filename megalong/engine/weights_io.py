@@ -13,6 +13,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from megalong.config.costs import WEIGHT_BUCKET_BYTES
 from megalong.models.errors import CheckpointError
 from megalong.models.names import canonical
 from megalong.models.weights import Entry, Replicated
@@ -124,7 +125,7 @@ def load_hf_weights(model: nn.Module, table: Sequence[Entry], reader: Checkpoint
 
 @torch.no_grad()
 def export_weights(
-    model: nn.Module, table: Sequence[Entry], layout: ParallelLayout, *, bucket_bytes: int = 1 << 30
+    model: nn.Module, table: Sequence[Entry], layout: ParallelLayout, *, bucket_bytes: int = WEIGHT_BUCKET_BYTES
 ) -> Iterator[WeightBucket]:
     """Stream the model in Hugging Face names and shapes, at most about bucket_bytes at a time (a larger tensor gets
     a bucket of its own). `table` names what this pipeline stage holds. Every rank of the replica must iterate; every

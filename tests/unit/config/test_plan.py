@@ -13,7 +13,7 @@ from megalong.config.load import load_config
 from megalong.config.longvila_shape import read_longvila_shape
 from megalong.config.model_shape import ModelShape
 from megalong.config.plan import GIB, GPU_STORE, RUNTIME_BYTES, Plan, plan, planned_processes, shape_for_planning
-from megalong.config.plan_engine import EnginePlan
+from megalong.config.plan_engine import ENGINE_BUCKET, EnginePlan
 from megalong.config.plan_text import render
 from megalong.config.shapes import SHIPPED_SHAPES
 from megalong.config.tree import EnginePlacement
@@ -291,7 +291,7 @@ def test_the_vllm_engine_of_an_hour_of_video(recipe: Path, shape: ModelShape) ->
     # The trainer keeps weights, reference, gradients and optimizer states, and the tower; not its activations.
     memory = planned(recipe, shape).memory
     kept = ("LLM weights", "tower and projector weights", "reference policy weights", "gradients (float32)",
-            "optimizer: master and moments", "runtime: context, NCCL, sleeping sampler")  # fmt: skip
+            "optimizer: master and moments", ENGINE_BUCKET, "runtime: context, NCCL, sleeping sampler")  # fmt: skip
     assert engine.trainer == sum(memory[name] for name in kept)
     assert engine.problem(DISAGGREGATED, card=A100) == ""
     assert engine.problem(COLOCATED, card=H200).startswith("too small a share")  # 0.4 of 139 is less than 66
@@ -338,6 +338,38 @@ def test_an_engine_beside_the_trainer_needs_room_for_both(recipe: Path, shape: M
     assert more.trainer == engine_of(recipe, shape, colocated).trainer + 5 * GIB
     less = engine_of(recipe, shape, colocated, "eval.manifest=e.jsonl", task="eval")
     assert less.trainer < engine_of(recipe, shape, colocated).trainer / 2
+
+
+def test_a_colocated_engine_s_buffer_for_weights_stays_on_the_trainer_s_gpu(recipe: Path, shape: ModelShape) -> None:
+    colocated, apart = ("rollout.placement=colocated",), ("rollout.placement=disaggregated",)
+    result, other = planned(recipe, shape, overrides=colocated), planned(recipe, shape, overrides=apart)
+    # The output head, which is more than 1 GiB.
+    assert result.memory[ENGINE_BUCKET] == 2 * 152_064 * 3584 > GIB
+    assert result.memory_total - other.memory_total == result.memory[ENGINE_BUCKET]
+    assert result.engine.trainer - other.engine.trainer == result.memory[ENGINE_BUCKET]
+    assert f"{ENGINE_BUCKET} 1.02 GiB" in " ".join(render(result).split())
+    evaluated = (*colocated, "eval.manifest=e.jsonl")
+    assert ENGINE_BUCKET in planned(recipe, shape, task="eval", overrides=evaluated).memory
+    # Every stage may drive one.
+    staged = (*colocated, "parallel.tp=2", "parallel.cp=1", "parallel.pp=4", "model.recompute=full")
+    stages = planned(recipe, shape, overrides=staged).stages
+    without = planned(recipe, shape, overrides=(*staged, *apart)).stages
+    assert [more - less for more, less in zip(stages, without, strict=True)] == [result.memory[ENGINE_BUCKET]] * 4
+    for task, overrides in (
+        ("grpo", apart),
+        ("grpo", ("rollout.steps_off_policy=1", "grpo.tis_cap=2")),  # auto, and then never colocated
+        ("grpo", ("gpus=0",)),
+        ("grpo", ("rollout.engine=embedded",)),
+        ("sft", ()),
+    ):
+        assert ENGINE_BUCKET not in planned(recipe, shape, task=task, overrides=overrides).memory, (task, overrides)
+
+
+def test_a_bucket_of_weights_is_a_gib_or_the_largest_tensor_and_no_more_than_all(shape: ModelShape) -> None:
+    assert costs.bucket_bytes(replace(shape, vocab=1000), element=2) == costs.WEIGHT_BUCKET_BYTES
+    assert costs.bucket_bytes(replace(shape, vocab=1000, ffn=200_000), element=2) == 2 * 200_000 * 3584
+    small = replace(shape, layers=1, hidden=64, vocab=100)
+    assert costs.bucket_bytes(small, element=4) == 4 * costs.llm_params(small)
 
 
 def test_runs_without_a_vllm_engine(recipe: Path, shape: ModelShape) -> None:
