@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from transformers import PreTrainedModel
 
 from megalong.records import WeightBucket
 from megalong.rollout.engine import Request, RolloutEngineError, Sampled, Sampling
+from megalong.rollout.process_group import end_group
 from megalong.rollout.shared_memory import BucketRoom, memory_folder, shared_tensor
 from megalong.rollout.transfer import Transport, manifest_of, pack_bucket, packed_bytes
 from megalong.rollout.vllm_model import write_config
@@ -362,7 +362,7 @@ class VllmEngine:
     def _kill(self) -> None:
         """End the process and its workers at once, and the trainer's waiting for them in NCCL."""
         with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+            end_group(self._process.pid)
         self._process.wait()
         if self._group is not None:
             self._group.destroy()

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import os
 import pickle
-import shutil
 import signal
 import sys
 import threading
-import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -41,6 +39,7 @@ from vllm.sampling_params import RequestOutputKind
 from megalong.records import MEDIA_TOKEN
 from megalong.rollout import vllm_worker
 from megalong.rollout.engine import Request, Sampled, Sampling
+from megalong.rollout.process_group import end_with
 from megalong.rollout.transfer import MEDIA_ITEM_TOKENS, TRANSFER_BACKEND
 
 VERSION = "0.25"
@@ -239,17 +238,6 @@ def serve(connection: Connection, make: Callable[..., Server]) -> None:
         except Exception:  # noqa: BLE001 - the trainer gets it and decides
             reply = (False, traceback.format_exc())
         connection.send_bytes(pickle.dumps(reply))
-
-
-def end_with(trainer: int, folder: str) -> None:
-    """Wait until the process `trainer` is gone, then end this one and its workers, whatever they wait for.
-
-    A trainer that was killed cannot hang up on a call in progress, nor delete its folder of shared memory.
-    """
-    while os.getppid() == trainer:
-        time.sleep(1)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.killpg(os.getpgid(0), signal.SIGKILL)
 
 
 def main(make: Callable[..., Server] = Server) -> None:
