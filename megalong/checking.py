@@ -141,7 +141,7 @@ def compare(run: Run, samples: list[Sample]) -> SyncReport:
             top_k=rollout.top_k,
         )
         with run.timer.during("rollout"):
-            return run.sampler.sample(prompts, embeds, sampling=sampling, step=0)
+            return run.sampler.finish(run.sampler.begin(prompts, embeds, sampling=sampling, step=0))
 
     _send(run, version=0)
     # Greedy first: in both rounds without keys and values of earlier prompts.

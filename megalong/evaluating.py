@@ -76,7 +76,7 @@ def evaluate_policy(run: Run, samples: Sequence[Sample], *, name: str, step: int
             prompts, unreadable = make_ready(run, prompts)
             embeds = run.vision.embeddings_of(prompts, run.sampler.owners(len(prompts)))
             run.sync_weights()  # not before: an engine on the trainer's GPUs sleeps but for sampling
-            groups: list[RolloutGroup] = run.sampler.sample(prompts, embeds, sampling=sampling, step=step)
+            groups = run.sampler.finish(run.sampler.begin(prompts, embeds, sampling=sampling, step=step))
             run.sampler.release()
             if settings.likelihood:
                 chosen.update(most_likely_options(run, groups))

@@ -55,7 +55,7 @@ class GroupSampler:
         self.decode = decode
         self.seed = seed
         self.version = -1  # of the weights loaded last
-        self.needs_weights = False  # before the next sample, all of them
+        self.needs_weights = False  # before the next begin, all of them
         mine = engine is not None, engine is not None and engine.shares_gpus
         flags, sharing = zip(*gather_objects(mine, group=layout.replica_host), strict=True)
         self.shares_gpus = any(sharing)  # an engine of the replica is a process of its own on the trainer's GPUs
@@ -108,18 +108,6 @@ class GroupSampler:
         """End the engines."""
         if self.engine is not None:
             self.engine.close()
-
-    def sample(
-        self,
-        prompts: Sequence[Prompt],
-        embeds: Sequence[Tensor | None],
-        *,
-        sampling: Sampling,
-        step: int,
-        repeats: Sequence[int] | None = None,
-    ) -> list[RolloutGroup]:
-        """begin(), then finish()."""
-        return self.finish(self.begin(prompts, embeds, sampling=sampling, step=step, repeats=repeats))
 
     def begin(
         self,

@@ -76,7 +76,7 @@ def sampled(drivers: tuple[int, ...], count: int) -> tuple[list[RolloutGroup], l
         torch.full((1, 2), float(item.ids_P[0])) if owner == layout.replica_rank else None
         for item, owner in zip(prompts, owners, strict=True)
     ]
-    groups = sampler.sample(prompts, embeds, sampling=SAMPLING, step=5)
+    groups = sampler.finish(sampler.begin(prompts, embeds, sampling=SAMPLING, step=5))
     needs = [sampler.needs_weights]
     sampler.release()
     needs.append(sampler.needs_weights)

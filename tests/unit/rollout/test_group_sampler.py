@@ -62,7 +62,7 @@ def test_groups_are_in_the_order_of_the_prompts(layout: object) -> None:
     engine = EchoEngine()
     sampler = GroupSampler(engine, layout, decode=lambda ids: f"text {ids[0]}", seed=9)
     sampler.load_weights([], version=4)
-    groups = sampler.sample([prompt("b"), prompt("a")], [None, None], sampling=SAMPLING, step=5)
+    groups = sampler.finish(sampler.begin([prompt("b"), prompt("a")], [None, None], sampling=SAMPLING, step=5))
     assert [group.prompt.sample.sample_id for group in groups] == ["b", "a"]
     for group in groups:
         seeds = response_seeds(group.prompt.sample.sample_id, seed=9, step=5, repeat=0, group_size=3)
@@ -71,14 +71,15 @@ def test_groups_are_in_the_order_of_the_prompts(layout: object) -> None:
         assert group.truncated == tuple(seed % 2 == 0 for seed in seeds)
         assert group.logprobs == ((-1.0, -2.0),) * 3
         assert group.weights_version == 4
-    assert sampler.sample([], [], sampling=SAMPLING, step=5) == []
+    assert sampler.finish(sampler.begin([], [], sampling=SAMPLING, step=5)) == []
 
 
 def test_a_sample_that_comes_twice_gets_other_responses(layout: object) -> None:
     sampler = GroupSampler(EchoEngine(), layout, decode=str, seed=9)
-    groups = sampler.sample(
+    pending = sampler.begin(
         [prompt("a"), prompt("b"), prompt("a")], [None] * 3, sampling=SAMPLING, step=1, repeats=[2, 0, 3]
     )
+    groups = sampler.finish(pending)
     for item, repeat in zip(groups, (2, 0, 3), strict=True):
         seeds = response_seeds(item.prompt.sample.sample_id, seed=9, step=1, repeat=repeat, group_size=3)
         assert item.response_ids == tuple((seed, 3) for seed in seeds)
@@ -88,10 +89,11 @@ def test_a_sample_that_comes_twice_gets_other_responses(layout: object) -> None:
 def test_version_follows_the_weights(layout: object) -> None:
     sampler = GroupSampler(EchoEngine(), layout, decode=str, seed=9)
     sampler.load_weights([], version=7)
-    assert sampler.sample([prompt("a")], [None], sampling=SAMPLING, step=1)[0].weights_version == 7
+    (group,) = sampler.finish(sampler.begin([prompt("a")], [None], sampling=SAMPLING, step=1))
+    assert group.weights_version == 7
 
 
-@pytest.mark.parametrize("action", ["load_weights", "sample", "load_weights, awake"])
+@pytest.mark.parametrize("action", ["load_weights", "begin", "load_weights, awake"])
 def test_a_rank_without_an_engine_makes_room_before_any_engine_wakes_up(
     layout: object, monkeypatch: pytest.MonkeyPatch, action: str
 ) -> None:
@@ -123,7 +125,7 @@ def test_a_rank_without_an_engine_makes_room_before_any_engine_wakes_up(
     else:
         monkeypatch.setattr(sampler, "owners", lambda count: [1] * count)
         with pytest.raises(TypeError):  # True is no list of groups
-            sampler.sample([prompt("a")], [None], sampling=SAMPLING, step=1)
+            sampler.finish(sampler.begin([prompt("a")], [None], sampling=SAMPLING, step=1))
         assert happened == ["emptied", "gather", "gather"]
 
 
@@ -153,7 +155,7 @@ def test_one_batch_at_a_time_and_none_with_other_weights_than_it_began_with(layo
     first = sampler.begin([prompt("a")], [None], sampling=SAMPLING, step=1)
     sampler.load_weights([], version=5)
     second = sampler.begin([prompt("b"), prompt("c")], [None] * 2, sampling=SAMPLING, step=2)
-    other = sampler.sample([prompt("d")], [None], sampling=SAMPLING, step=2)
+    other = sampler.finish(sampler.begin([prompt("d")], [None], sampling=SAMPLING, step=2))
     sampler.begin([prompt("e")], [None], sampling=SAMPLING, step=3)
     sampler.release()
     begun = "begin (1, 2, 3)"
