@@ -12,6 +12,8 @@ output and gradients against ours. Forward + backward of one layer: 28 query and
 
 Prints a table; --json FILE keeps the numbers. prefix_grouper needs that package (pip install prefix-grouper).
 
+--calls also times the kernel's calls one by one: the prefix, the responses on the prefix, and the responses' own.
+
     python benchmarks/b1_attention.py [--prefix 32768 131072] [--responses 8] [--length 1024] [--kernels cudnn]
         [--baselines repeated prefix_grouper flex] [--json FILE] [--tiny]
 """
@@ -266,6 +268,47 @@ def measure(group: Group, kernel: str, baselines: Sequence[str], *, dtype: torch
     return row
 
 
+def measure_calls(group: Group, kernel: str, *, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """Forward and backward of each kind of call that the shared form makes, alone: median milliseconds, TFLOP/s."""
+    made, generator = KERNELS[kernel].make(), torch.Generator(DEVICE).manual_seed(0)
+    count, own = len(group.lens), group.lens[0]
+
+    def random(batch: int, rows: int, heads: int) -> Tensor:
+        """[batch, heads, rows, width], rows side by side in memory as in a pack."""
+        return torch.randn(
+            (batch, rows, heads, group.width), dtype=dtype, device=DEVICE, generator=generator
+        ).transpose(1, 2)
+
+    done = []
+    for call, batch, rows, keys, causal in (
+        ("prefix", 1, group.prefix, group.prefix, True),
+        ("responses on the prefix", 1, sum(group.lens), group.prefix, False),
+        ("responses", count, own, own, True),
+    ):
+        query, grad = random(batch, rows, group.heads), random(batch, rows, group.heads)
+        key, value = random(batch, keys, group.kv_heads), random(batch, keys, group.kv_heads)
+        how = {"causal": causal, "scale": group.scale}
+        out, lse = made.forward(query, key, value, **how)
+        backward = partial(made.backward, grad, query, key, value, out, lse, **how)
+        backward()
+        flops = 4 * group.heads * group.width * batch * (rows * (rows + 1) / 2 if causal else rows * keys)
+        row: dict[str, Any] = {"call": call}
+        for name, run, work in (
+            ("forward", partial(made.forward, query, key, value, **how), flops),
+            ("backward", backward, 2.5 * flops),
+        ):
+            median = statistics.median(seconds(run, repeats=5))
+            row |= {f"{name}_ms": 1e3 * median, f"{name}_tflops": work / median / 1e12}
+        print(
+            f"{kernel:12} P={group.prefix:7} {call:23} forward {row['forward_ms']:8.2f} ms, "
+            f"{row['forward_tflops']:4.0f} TFLOP/s, backward {row['backward_ms']:8.2f} ms, "
+            f"{row['backward_tflops']:4.0f} TFLOP/s",
+            flush=True,
+        )
+        done.append(row)
+    return done
+
+
 def line(row: dict[str, Any], name: str) -> str:
     low, high = row[f"{name}_spread"]
     text = (
@@ -287,6 +330,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--length", type=int, help="1024; 8 with --tiny")
     parser.add_argument("--kernels", nargs="+", choices=sorted(KERNELS), help="cudnn; cpu_flash with --tiny")
     parser.add_argument("--baselines", nargs="*", default=list(BASELINES), choices=list(BASELINES))
+    parser.add_argument("--calls", action="store_true", help="also time the kernel's calls one by one")
     parser.add_argument("--tiny", action="store_true", help="4 and 2 heads of width 8 in float32, for a CPU")
     parser.add_argument("--json")
     args = parser.parse_args(argv)
@@ -303,8 +347,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise SystemExit(f"{kernel}: the shared form's error {ours:.2e} is above the repeated form's {theirs:.2e}")
         print(f"{kernel}: error against float64: shared {ours:.2e}, repeated {theirs:.2e}", flush=True)
         for prefix in args.prefix or ([40] if args.tiny else [32768, 131072]):
-            row = measure(Group(prefix=prefix, lens=lens, **heads), kernel, args.baselines, dtype=dtype)
-            rows.append({**row, "shared_error": ours, "repeated_error": theirs})
+            group = Group(prefix=prefix, lens=lens, **heads)
+            row = measure(group, kernel, args.baselines, dtype=dtype)
+            calls = measure_calls(group, kernel, dtype=dtype) if args.calls else []
+            rows.append({**row, "calls": calls, "shared_error": ours, "repeated_error": theirs})
     save(args.json, rows)
 
 

@@ -188,7 +188,8 @@ FASTEST_FIRST = {
 }
 """What `auto` tries, in this order. Of two that run the same algorithm torch's own is first: it takes our layout."""
 LONG_FROM_TOKENS = 16384
-"""cuDNN builds a plan per shape: worth it for long sequences, not for many short ones of different lengths."""
+"""cuDNN builds a plan per shape, and flash-attn-4 compiles a kernel for each kind of call: worth it for long sequences,
+not for many short ones of different lengths."""
 LONG_FROM_ROWS = 128
 """Nor for a few queries on many keys, less than one of its tiles: in the last layer, those of a short answer."""
 LARGEST_ERROR = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}

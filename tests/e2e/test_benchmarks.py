@@ -31,7 +31,7 @@ def run_all(folder: Path) -> None:
     sys.path.insert(0, str(BENCHMARKS))
     installed = ["prefix_grouper"] if find_spec("prefix_grouper") else []
     for name, options in {
-        "b1_attention": ["--baselines", "repeated", *installed],
+        "b1_attention": ["--calls", "--baselines", "repeated", *installed],
         "b2_train_step": ["--prefix", "48"],
         "b10_offload": [],
         "figure1": ["--gpus", "1", "--frames", "4", "--plot", str(folder / "figure1.png")],
@@ -68,6 +68,8 @@ def test_b1_times_what_it_compared(rows):
     assert timed == {"shared", "repeated"} | ({"prefix_grouper"} if find_spec("prefix_grouper") else set())
     assert max(row[f"{name}_gap"] for name in timed) < 1e-5
     assert min(row[f"{name}_ms"] for name in timed) > 0
+    assert [call["call"] for call in row["calls"]] == ["prefix", "responses on the prefix", "responses"]
+    assert min(call[name] for call in row["calls"] for name in ("forward_ms", "backward_ms")) > 0
 
 
 def test_b1_gives_flex_attention_the_mask_of_the_group():
