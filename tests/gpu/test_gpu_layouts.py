@@ -19,7 +19,6 @@ import pytest
 import tiny_vl
 import torch
 from harness import DemoWorld, World, make_demo_world
-from megatron.core import parallel_state
 from recorded_runs import Recorded, assert_equal_runs, recording, unequal
 from torch import Tensor
 
@@ -69,21 +68,18 @@ JOBS = {
     "alone": [*EVERYWHERE, *SHARED_PREFIX, *QWEN_VL],
 }
 TRAIN = {"sft": train_sft, "grpo": train_grpo}
-Results = dict[tuple[str, Job], Recorded]
+Results = dict[Job, Recorded]
 
 
 def record_jobs(
-    worlds: Mapping[str, DemoWorld], folder: Path, layouts: Mapping[str, tuple[str, ...]], rollouts: Mapping[Job, list]
-) -> Results:
-    """(layout, job) -> one step of it on this rank; GRPO trains on `rollouts` where there are any."""
+    worlds: Mapping[str, DemoWorld], folder: Path, jobs: Iterable[Job], overrides: tuple[str, ...],
+    rollouts: Mapping[Job, list],
+) -> Results:  # fmt: skip
+    """One step of each job on this rank; GRPO trains on `rollouts` where there are any."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    done: Results = {}
-    for layout, overrides in layouts.items():
-        # Groups are made once for a layout.
-        with mock.patch.object(run, "make_layout", lru_cache(run.make_layout)):
-            for job in JOBS[layout]:
-                done[layout, job] = record(worlds[job[0]], folder / layout / "-".join(job), job, overrides, rollouts)
-        parallel_state.destroy_model_parallel()
+    # Groups are made once.
+    with mock.patch.object(run, "make_layout", lru_cache(run.make_layout)):
+        done = {job: record(worlds[job[0]], folder / "-".join(job), job, overrides, rollouts) for job in jobs}
     destroy_layout()
     return done
 
@@ -108,24 +104,38 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, DemoWorld]:
 
 
 @pytest.fixture(scope="module")
-def alone(worlds: dict[str, DemoWorld], tmp_path_factory: pytest.TempPathFactory) -> dict[Job, Recorded]:
-    folder = tmp_path_factory.mktemp("alone")
-    (done,) = World(1, record_jobs, worlds, folder, {"alone": ()}, {}, folder=folder).results(timeout=SECONDS)
-    return {job: recorded for (_, job), recorded in done.items()}
+def alone(worlds: dict[str, DemoWorld], tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """On one GPU, the families side by side."""
+    started = []
+    for family in worlds:
+        folder, jobs = tmp_path_factory.mktemp("alone"), [job for job in JOBS["alone"] if job[0] == family]
+        started.append(World(1, record_jobs, worlds, folder, jobs, (), {}, folder=folder))
+    return {job: recorded for world in started for job, recorded in world.results(timeout=SECONDS)[0].items()}
 
 
 @pytest.fixture(scope="module")
 def split(
-    worlds: dict[str, DemoWorld], alone: dict[Job, Recorded], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[int], list[Results]]:
-    """By rank: all layouts of so many GPUs, one after another in one world."""
+    worlds: dict[str, DemoWorld],
+    alone: Results,
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
+) -> Callable[[str], list[Results]]:
+    """By rank: the jobs of a layout. Layouts of as many GPUs that were asked for run side by side."""
+    asked = {item.callspec.params["layout"] for item in request.session.items if "split" in item.fixturenames}
+    rollouts = {job: recorded.sampled for job, recorded in alone.items() if job[1] == "grpo"}
 
     @cache
-    def over(size: int) -> list[Results]:
-        folder = tmp_path_factory.mktemp(f"world{size}")
-        layouts = {name: overrides for name, (gpus, overrides) in LAYOUTS.items() if gpus == size}
-        rollouts = {job: recorded.sampled for job, recorded in alone.items() if job[1] == "grpo"}
-        return World(size, record_jobs, worlds, folder, layouts, rollouts, folder=folder).results(timeout=SECONDS)
+    def start(size: int) -> dict[str, World]:
+        started = {}
+        for name, (gpus, overrides) in LAYOUTS.items():
+            if gpus == size and name in asked:
+                folder = tmp_path_factory.mktemp(name)
+                started[name] = World(size, record_jobs, worlds, folder, JOBS[name], overrides, rollouts, folder=folder)
+        return started
+
+    @cache
+    def over(layout: str) -> list[Results]:
+        return start(LAYOUTS[layout][0])[layout].results(timeout=SECONDS)
 
     return over
 
@@ -141,12 +151,10 @@ CASES = [
 
 
 @pytest.mark.parametrize(("layout", "job"), CASES)
-def test_gpus_train_like_one(
-    layout: str, job: Job, alone: dict[Job, Recorded], split: Callable[[int], list[Results]]
-) -> None:
+def test_gpus_train_like_one(layout: str, job: Job, alone: Results, split: Callable[[str], list[Results]]) -> None:
     family, task, precision = job
-    for rank, results in enumerate(split(LAYOUTS[layout][0])):
-        got, want = results[layout, job], alone[job]
+    for rank, results in enumerate(split(layout)):
+        got, want = results[job], alone[job]
         logger.info("%s %s rank %d: %s", layout, job, rank, gaps(got, want))
         if precision == "bfloat16":
             exact = alone[family, task, "float32"]
@@ -174,7 +182,7 @@ def distance(gradients: Mapping[str, Tensor], expected: Mapping[str, Tensor]) ->
     )
 
 
-def test_what_is_compared_is_not_zero(alone: dict[Job, Recorded]) -> None:
+def test_what_is_compared_is_not_zero(alone: Results) -> None:
     for recorded in alone.values():
         (stats,) = recorded.stats
         assert 0 < stats.grad_norm < 100
