@@ -44,4 +44,5 @@ RUN pip install --no-cache-dir --no-deps --no-build-isolation -e .
 # A build that swapped torch or lost one of the image's kernels stops here, not in the middle of a run.
 RUN python -c "import torch, triton; print(f'torch=={torch.__version__}\ntriton=={triton.__version__}')" \
       | diff /tmp/image.txt - \
- && python -c "import apex, flash_attn, transformer_engine, megatron.core, transformers, av, nvidia.dali"
+ && python -c "import apex, flash_attn, transformer_engine, megatron.core, transformers, av, nvidia.dali; \
+      from importlib.util import find_spec; assert find_spec('flash_attn.cute'), 'flash-attn-4'"

@@ -8,7 +8,8 @@
 # RECIPE      environment: a recipe other than grpo_7b_256f.yaml, e.g. launch/recipes/grpo_7b_512f.yaml
 # GPUS        environment: GPUs of this node (default 8)
 # ENGINE_GPUS environment: how many of them vLLM engines have for themselves, one each (default 0: they share the
-#             trainer's); set parallel.* for the GPUs that are left
+#             trainer's); set parallel.* for the GPUs that are left. With rollout.engine_tp over 1 in the recipe, say
+#             rollout.engines_per_node=N too: N engines of engine_tp GPUs each
 # MEGALONG_DRY_RUN=1 prints the command instead of running it.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"

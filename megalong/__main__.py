@@ -99,6 +99,7 @@ def _run_recipe(args: argparse.Namespace) -> int:
 
     from megalong.cache_embeddings import cache_embeddings
     from megalong.checking import check_sync
+    from megalong.config.validate import TRAINING
     from megalong.evaluating import evaluate
     from megalong.failures import failures_reported
     from megalong.grpo import train_grpo
@@ -113,7 +114,7 @@ def _run_recipe(args: argparse.Namespace) -> int:
         "check-sync": check_sync,
         "cache-embeddings": cache_embeddings,
     }
-    with failures_reported(config, timer):
+    with failures_reported(config, timer, trains=args.verb in TRAINING):
         verbs[args.verb](config, timer)
     return 0
 

@@ -21,7 +21,7 @@ from megalong.metrics import PhaseTimer
 from megalong.parallel.collectives import gather_objects, max_over, sum_over
 from megalong.records import Dropped, Prompt, RolloutGroup, Sample, WeightBucket
 from megalong.rollout.engine import Sampling
-from megalong.run import Run, make_ready, open_run, plan_prompts, read_samples
+from megalong.run import Run, make_ready, open_run, owned_embeddings, plan_prompts, read_samples
 
 PROMPTS = 4
 """Prompts of each replica; one per rank where a replica has more ranks, so that every engine answers one."""
@@ -127,7 +127,7 @@ def compare(run: Run, samples: list[Sample]) -> SyncReport:
     with run.timer.during("data"):
         run.vision.release()
         prompts, dropped = _prompts(run, samples)
-        embeds = run.vision.embeddings_of(prompts, run.sampler.owners(len(prompts)))
+        embeds = owned_embeddings(run, prompts)
     count = sum_over({"prompts": float(len(prompts))}, group=layout.dp, device=layout.device)
     if not count["prompts"]:
         raise ManifestError(f"none of the first samples can be used, for example {dropped[0]}")

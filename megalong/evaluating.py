@@ -20,7 +20,7 @@ from megalong.parallel.collectives import gather_objects
 from megalong.parallel.split import shard_range
 from megalong.records import RolloutGroup, Sample
 from megalong.rollout.engine import Sampling
-from megalong.run import Run, make_ready, open_run, plan_prompts, read_samples
+from megalong.run import Run, make_ready, open_run, owned_embeddings, plan_prompts, read_samples
 
 
 def evaluate(config: RunConfig, timer: PhaseTimer | None = None) -> EvalReport:
@@ -74,7 +74,7 @@ def evaluate_policy(run: Run, samples: Sequence[Sample], *, name: str, step: int
             run.release_videos()
             prompts, unusable = plan_prompts(run, batch)
             prompts, unreadable = make_ready(run, prompts)
-            embeds = run.vision.embeddings_of(prompts, run.sampler.owners(len(prompts)))
+            embeds = owned_embeddings(run, prompts)
             run.sync_weights()  # not before: an engine on the trainer's GPUs sleeps but for sampling
             groups = run.sampler.finish(run.sampler.begin(prompts, embeds, sampling=sampling, step=step))
             run.sampler.release()

@@ -50,11 +50,11 @@ class OtherRankError(RunFailedError):
 
 
 @contextmanager
-def failures_reported(config: RunConfig, timer: PhaseTimer) -> Iterator[None]:
+def failures_reported(config: RunConfig, timer: PhaseTimer, *, trains: bool = True) -> Iterator[None]:
     """Around a whole run: a watchdog over its phases, and errors of the machine as RunFailedError.
 
     Errors reach torchrun's summary too, except when another rank is the cause. Every other error passes through, with
-    rank and phase as a note.
+    rank and phase as a note. trains: whether it holds optimizer states.
     """
     place = f"rank {os.environ.get('RANK', '0')}"
     faulthandler.enable(file=sys.__stderr__)  # stacks at a segmentation fault or an abort, NCCL's included
@@ -74,7 +74,8 @@ def failures_reported(config: RunConfig, timer: PhaseTimer) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        failure = explain(error, place=f"{place}, phase {timer.phase!r}", phase=timer.phase, config=config)
+        where = f"{place}, phase {timer.phase!r}"
+        failure = explain(error, place=where, phase=timer.phase, config=config, trains=trains)
         if failure is None:
             if isinstance(error, MISTAKES):
                 error = error.with_traceback(None)
@@ -92,7 +93,9 @@ def failures_reported(config: RunConfig, timer: PhaseTimer) -> Iterator[None]:
             watchdog.close()
 
 
-def explain(error: BaseException, *, place: str, phase: str, config: RunConfig) -> RunFailedError | None:
+def explain(
+    error: BaseException, *, place: str, phase: str, config: RunConfig, trains: bool = True
+) -> RunFailedError | None:
     """The message for an error that is not a mistake in the program; None for those that need their traceback."""
     causes = list(_chain(error))
     for cause in causes:
@@ -100,7 +103,7 @@ def explain(error: BaseException, *, place: str, phase: str, config: RunConfig) 
         if isinstance(cause, torch.OutOfMemoryError):
             return RunFailedError(
                 f"{place}: the GPU is out of memory; {gpu_memory()}; {first_line[:200]} To change: "
-                f"{memory_advice(phase, config)}; `megalong plan` says what takes how much"
+                f"{memory_advice(phase, config, trains=trains)}; `megalong plan` says what takes how much"
             )
         if isinstance(cause, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(cause):
             return RunFailedError(
@@ -141,21 +144,22 @@ def gpu_memory() -> str:
     )
 
 
-def memory_advice(phase: str, config: RunConfig) -> str:
+def memory_advice(phase: str, config: RunConfig, *, trains: bool = True) -> str:
     """Settings that lower the GPU memory of a phase and are not at their end yet."""
     model, parallel = config.model, config.parallel
     spread = f"more GPUs per replica (parallel.tp={parallel.tp}, cp={parallel.cp}, pp={parallel.pp})"
+    offload = ["optimizer.offload=true"] if trains and not config.optimizer.offload else []
     if phase == "rollout":
-        return (
+        lower = (
             f"lower rollout.batch_prompts={config.rollout.batch_prompts} (embedded engine), rollout.memory_share "
-            f"(vllm) or data.max_response_tokens; {spread}"
+            "(vllm) or data.max_response_tokens"
         )
+        return "; ".join([lower, *offload, spread])
     if phase in ("data", "eval"):
         return (
             f"lower video.tower_batch_frames={config.video.tower_batch_frames}, rollout.batch_prompts="
             f"{config.rollout.batch_prompts} or video.num_frames; {spread}"
         )
-    offload = [] if config.optimizer.offload else ["optimizer.offload=true"]
     if phase not in ("train", "logprob"):
         return ", ".join([*offload, f"{spread}, or end other programs on this GPU"])
     changes = [f"lower data.pack_tokens={config.data.pack_tokens}"]

@@ -117,7 +117,7 @@ def sample_batch(
     """One batch of prompts, G responses each, scored. `seen` counts what the step has had before, and this batch."""
     with run.timer("data"):
         prompts, dropped = next(batches)
-        if not run.sampler.shares_gpus:
+        if not (run.sampler.shares_gpus and run.vision.decoder.on_gpu):
             batches.decode_ahead()
     pending = begin_rollouts(run, prompts, step=step, seen=seen)
     with run.timer("rollout"):

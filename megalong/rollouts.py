@@ -14,7 +14,7 @@ from megalong.parallel.collectives import gather_objects
 from megalong.records import Dropped, Prompt, RolloutGroup
 from megalong.rollout.engine import Sampled, Sampling
 from megalong.rollout.sampler import PendingGroups
-from megalong.run import PromptBatches, Run
+from megalong.run import PromptBatches, Run, owned_embeddings
 
 ROLLOUTS = "rollouts"
 """Where a checkpoint has the rollouts of the batch ahead."""
@@ -27,7 +27,7 @@ def begin_rollouts(run: Run, prompts: Sequence[Prompt], *, step: int, seen: Coun
     """
     config = run.config
     with run.timer("rollout"):
-        embeds = run.vision.embeddings_of(prompts, run.sampler.owners(len(prompts)))
+        embeds = owned_embeddings(run, prompts)
     with run.timer("sync"):
         run.sync_weights()  # not before: an engine on the trainer's GPUs sleeps but for sampling
     with run.timer("rollout"):

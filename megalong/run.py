@@ -13,18 +13,19 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from megalong.config.load import save_config
 from megalong.config.model_shape import ModelShape
 from megalong.config.shapes import read_model_shape
 from megalong.config.tree import Recompute, RunConfig
-from megalong.config.validate import Task, validate
+from megalong.config.validate import TRAINING, Task, validate
 from megalong.data.batches import build_prompts
 from megalong.data.manifest import ManifestError, read_manifest
 from megalong.data.sampler import PromptSampler
 from megalong.data.sequence import SequenceBuilder
-from megalong.engine.build import build_model, family_of
+from megalong.engine.build import build_model, check_states, family_of
 from megalong.engine.checkpoint import complete_checkpoints, load_checkpoint, load_weights, save_checkpoint
 from megalong.engine.trainer import Trainer
 from megalong.engines import build_engine, check_engines
@@ -199,6 +200,12 @@ def make_ready(run: Run, prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[
     return [prompt for prompt in prompts if prompt.sample.sample_id not in bad], dropped
 
 
+def owned_embeddings(run: Run, prompts: Sequence[Prompt]) -> list[Tensor | None]:
+    """What the engine of this rank is given of the prompts' videos (collective over the replica)."""
+    owners = run.sampler.owners(len(prompts))
+    return run.vision.embeddings_of(prompts, owners, on_host=run.sampler.takes_host_embeds)
+
+
 def checkpoint_folder(config: RunConfig) -> Path:
     return Path(config.logger.run_dir) / "checkpoints"
 
@@ -238,11 +245,13 @@ def _start(config: RunConfig, *, task: Task, timer: PhaseTimer) -> Run:
     validate(config, task=task, world_size=world_size, model=shape)
     check_store(config)
     check_engines(config, task=task, world_size=world_size, shape=shape)
-    trains = task not in ("eval", "check-sync")
+    trains = task in TRAINING
     start = resume_point(config) if trains else None
     family = family_of(config.model)
     layout = layout_of(config, shape)
     seed_everything(config.seed)
+    if trains:
+        check_states(config.optimizer, layout)
     model = build_model(config.model, layout, sequence_parallel=config.parallel.sequence_parallel)
     tokens = family.read_tokens(Path(config.model.path))
     vision = open_vision(config, layout, model.vision, spec=model.spec, tokens=tokens)

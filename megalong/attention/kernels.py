@@ -234,7 +234,7 @@ def kernel_problem(name: str, *, device: torch.device, dtype: torch.dtype) -> st
             f"model.attention={name} runs on {entry.device} with {[str(kind) for kind in entry.dtypes]}, "
             f"not on {device.type} with {dtype}; set model.attention=auto"
         )
-    if not _is_installed(entry):
+    if not is_installed(entry):
         return (
             f"model.attention={name} needs the Python module {entry.module}, which is not installed; install it or set "
             "model.attention=auto"
@@ -246,13 +246,14 @@ def _takes(entry: KernelEntry, *, device: torch.device, dtype: torch.dtype) -> b
     return entry.device in ("any", device.type) and dtype in entry.dtypes
 
 
-def _is_installed(entry: KernelEntry) -> bool:
+def is_installed(entry: KernelEntry) -> bool:
+    """Whether the package that the kernel is from can be imported, as far as can be told without its module."""
     try:
         return not entry.module or find_spec(entry.module) is not None
     except ModuleNotFoundError:
         return False  # nor is the package that it would be part of
-    except ImportError:
-        return True  # installed and broken: running it says how
+    except Exception:  # noqa: BLE001 - installed, and broken in any way: running it says how
+        return True
 
 
 @cache
@@ -267,7 +268,7 @@ def _fastest(*, device: torch.device, dtype: torch.dtype, head_dim: int, long: b
         name
         for name in FASTEST_FIRST["cuda, long" if long and device.type == "cuda" else device.type]
         if _takes(KERNELS[name], device=device, dtype=dtype)
-        and _is_installed(KERNELS[name])
+        and is_installed(KERNELS[name])
         and (KERNELS[name].merges or not merged)
     ]
     where = f"attention of {dtype}, heads {head_dim} wide, on {device}"

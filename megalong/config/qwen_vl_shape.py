@@ -52,11 +52,16 @@ class PixelRule:
     max_video_tokens: int
     """Qwen2.5-VL: no frame gets more than its even share of 90 % of this many tokens' pixels. Qwen3-VL: no frame gets
     more than this many tokens. 0: no such limit."""
+    video_tokens: int = 0
+    """video.max_video_tokens, of whole steps, the last frame repeated; 0: not set."""
     mean: tuple[float, float, float]  # of the three channels, pixels in 0..1
     std: tuple[float, float, float]
 
     def most_frame_pixels(self, num_frames: int, *, block: int, frames_per_step: int) -> int:
         """Pixels that each of num_frames frames of a Qwen2.5-VL video may have."""
+        if self.video_tokens:
+            of_step = self.video_tokens // -(-num_frames // frames_per_step)
+            return min(self.max_pixels, max(1, of_step) * block**2)
         if not self.max_video_tokens:
             return self.max_pixels
         # An embedding stands for a block of each of the frames of a step.
@@ -80,19 +85,21 @@ class PixelRule:
 
     def with_share_of(self, max_video_tokens: int) -> PixelRule:
         """A Qwen2.5-VL rule with video.max_video_tokens; 0 changes nothing."""
-        if not max_video_tokens:
-            return self
-        return replace(self, max_video_tokens=-(-max_video_tokens * 10 // 9))  # 90 % of it are shared out
+        return replace(self, video_tokens=max_video_tokens)
 
     def with_pixels_of(self, max_video_tokens: int, tower: TowerShape) -> PixelRule:
         """A Qwen3-VL rule with video.max_video_tokens; 0 changes nothing."""
         if not max_video_tokens:
             return self
-        return replace(self, max_pixels=max_video_tokens * tower.block**2 * tower.frames_per_step)
+        pixels = max_video_tokens * tower.block**2 * tower.frames_per_step
+        return replace(self, video_tokens=max_video_tokens, max_pixels=pixels)
 
 
 def read_qwen2_5_vl_shape(path: Path, video: VideoConfig) -> ModelShape:
-    """Sizes of the LLM, and of the vision side at the largest frames that `video` and the processor allow."""
+    """Sizes of the LLM, and of the vision side at the largest frames that a video of the most frames may have.
+
+    Frames of a shorter video may be larger, where video.max_frame_pixels or the processor does not forbid it.
+    """
     file, top = _read_top(path, "qwen2_5_vl")
     tower = read_tower(file, top, windowed=True)
     rule = read_pixel_rule(path, VIDEO).with_share_of(video.max_video_tokens).capped(video.max_frame_pixels)

@@ -164,8 +164,8 @@ class VideoConfig:
     max_frame_pixels: int = 0
     """Most pixels of a frame, for families whose frames keep their shape; 0: what the checkpoint's processor says."""
     max_video_tokens: int = 0
-    """Most vision tokens of a video, shared out evenly over its frames, for the same families; 0: what the checkpoint's
-    processor allows (of 3,600 frames Qwen2.5-VL's allows 115,200, 32 a frame)."""
+    """Most vision tokens of a video, shared out evenly over its frames (each has one at least), for the same families.
+    0: what the checkpoint's processor allows (of 3,600 frames Qwen2.5-VL's allows 115,200, 32 a frame)."""
     decoder: VideoDecoder = VideoDecoder.auto
     """What decodes; a file that the GPU does not take is decoded by PyAV, logged and counted. Not counted are the small
     videos that auto leaves to PyAV: those of which, from the keyframe of each group of pictures to its last chosen

@@ -16,6 +16,7 @@ from megalong.config.tree import AdvantageKind, AttentionKernel, FrameSampling, 
 from megalong.config.validate_rollout import off_policy_problems, vllm_problems
 
 Task = Literal["sft", "grpo", "eval", "check-sync", "cache-embeddings"]
+TRAINING: tuple[Task, ...] = ("sft", "grpo")
 
 TEXT_TOKENS = 256
 """Room for the system prompt, the question and the chat markers beside a video's tokens."""
@@ -35,7 +36,7 @@ def validate(config: RunConfig, *, task: Task, world_size: int, model: ModelShap
         problems += _parallel_problems(config, world_size=world_size, model=model)
     if task in ("sft", "grpo", "check-sync"):
         problems += _attention_problems(config, model=model)
-    if task in ("sft", "grpo"):
+    if task in TRAINING:
         problems += _training_problems(config, task, world_size=world_size)
         problems += _vision_problems(config, model=model)
     if task == "grpo":
@@ -159,7 +160,7 @@ def _value(config: RunConfig, key: str) -> Any:
 
 def _out_of_bounds(config: RunConfig, task: Task) -> Iterator[str]:
     bounds = _BOUNDS
-    if task in ("sft", "grpo"):
+    if task in TRAINING:
         bounds += _TRAINING_BOUNDS + (_SFT_BOUNDS if task == "sft" else _GRPO_BOUNDS)
     if task in ("grpo", "eval", "check-sync") or (task == "sft" and config.rollout.engine is RolloutEngine.vllm):
         bounds += _ROLLOUT_BOUNDS
@@ -253,6 +254,13 @@ def _length_problems(config: RunConfig, task: Task, *, model: ModelShape) -> Ite
             f"{max(0, data.max_prompt_tokens - TEXT_TOKENS) // vision.tokens_per_frame} or raise "
             f"data.max_prompt_tokens to {needed}"
         )
+    if vision and not model.mrope:
+        for name in ("max_frame_pixels", "max_video_tokens"):
+            if getattr(config.video, name) > 0:
+                yield (
+                    f"video.{name}={getattr(config.video, name)} has no effect: model.family={config.model.family} has "
+                    "frames of one size; set it to 0"
+                )
     longest = data.max_prompt_tokens + data.max_response_tokens
     if longest > model.max_positions and not model.mrope:  # there the positions are a video's: see build_prompts
         yield (

@@ -43,6 +43,7 @@ class SegmentDecoder(Protocol):
 class FrameDecoder(Protocol):
     """What makes Clips of selections."""
 
+    on_gpu: bool
     settings: str  # all that decides the pixels of a file: decoders differ by a few grey levels
     fallbacks: dict[str, str]  # files that another decoder than the chosen one had to take -> why
 
@@ -54,6 +55,7 @@ class FrameDecoder(Protocol):
 class CpuFrameDecoder:
     """PyAV, one thread per call."""
 
+    on_gpu = False
     settings = VideoDecoder.pyav.name
 
     def __init__(self) -> None:
@@ -74,6 +76,8 @@ class GpuFrameDecoder:
     are PyAV's by plan: those for which at most `cpu_pixels` pixels must be decoded. name: of the decoder. `settings` do
     not say which files were refused: the same decoder refuses them again.
     """
+
+    on_gpu = True
 
     def __init__(
         self, device: torch.device, make: Callable[[], SegmentDecoder], *, name: str, streams: int = STREAMS,

@@ -100,10 +100,13 @@ def wrap_for_gradients(model: PolicyModel) -> DistributedDataParallel:
     return DistributedDataParallel(model.config, settings, model)
 
 
+def check_states(config: OptimizerConfig, layout: ParallelLayout) -> None:
+    """Raise ConfigError for optimizer states that this device cannot have."""
+    if config.offload and layout.device.type != "cuda":
+        raise ConfigError("optimizer.offload=true needs a GPU to move states from; set it to false")
+
+
 def state_copies(config: OptimizerConfig, layout: ParallelLayout) -> HostCopies | None:
     """How the optimizer's states get to the device and back; None: they live there."""
-    if not config.offload:
-        return None
-    if layout.device.type != "cuda":
-        raise ConfigError("optimizer.offload=true needs a GPU to move states from; set it to false")
-    return CudaHostCopies(layout.device)
+    check_states(config, layout)
+    return CudaHostCopies(layout.device) if config.offload else None

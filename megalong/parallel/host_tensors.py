@@ -56,7 +56,7 @@ class CudaHostCopies:
         weakref.finalize(self, _unpin, self._pinned).atexit = False
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Raises MemoryError when the host has no room for it.
+        """Raises MemoryError when the host refuses it (a container at its limit is ended by its system instead).
 
         Pinned as it is: torch's allocator of pinned memory rounds up to a power of two. A mapping of its own, shared
         with child processes: of a private one, the processes that write a checkpoint would get a copy of all that is

@@ -75,7 +75,7 @@ class EmbeddedEngine:
         self.eos_id = eos_id
         self.device = device
         self.batch_prompts = batch_prompts
-        self.shares_gpus = self.asleep = self.needs_weights = False
+        self.shares_gpus = self.takes_host_embeds = self.asleep = self.needs_weights = False
 
     @property
     def version(self) -> int:

@@ -101,6 +101,10 @@ class RolloutEngine(Protocol):
         """Whether it is a process of its own on the trainer's GPUs, which then take turns."""
 
     @property
+    def takes_host_embeds(self) -> bool:
+        """Whether the embeddings of its requests are best in host memory, on their way to it."""
+
+    @property
     def asleep(self) -> bool:
         """Whether release() gave back GPU memory, which it needs to wake up."""
 

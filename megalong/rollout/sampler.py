@@ -56,6 +56,7 @@ class GroupSampler:
         self.seed = seed
         self.version = -1  # of the weights loaded last
         self.needs_weights = False  # before the next begin, all of them
+        self.takes_host_embeds = engine is not None and engine.takes_host_embeds  # of the prompts that are this rank's
         mine = engine is not None, engine is not None and engine.shares_gpus
         flags, sharing = zip(*gather_objects(mine, group=layout.replica_host), strict=True)
         self.shares_gpus = any(sharing)  # an engine of the replica is a process of its own on the trainer's GPUs

@@ -81,6 +81,7 @@ class VllmEngine:
         self.width = model.config.hidden_size * (1 + getattr(model.config, "num_deepstack", 0))
         self.dtype = model.dtype
         self.has_mrope = "mrope_section" in (model.config.rope_parameters or {})
+        self.takes_host_embeds = True
         self.prefilled_tokens = 0  # prompt tokens computed since the start
         self.handover_seconds = 0.0  # spent on embeddings on their way to the engine, since the start
         self._asleep = False

@@ -188,27 +188,25 @@ class VisionStage:
         plan = plan_exchange(owner_N, place_N, wanted, rank=rank, returns=returns)
         return exchange_rows(local_ND, plan, group=self.layout.replica)
 
-    def embeddings_of(self, prompts: Sequence[Prompt], owners: Sequence[int]) -> list[Tensor | None]:
+    @torch.no_grad()
+    def embeddings_of(
+        self, prompts: Sequence[Prompt], owners: Sequence[int], *, on_host: bool = False
+    ) -> list[Tensor | None]:
         """The embeddings of each prompt that this rank of the replica owns, [N, D']; None for the others.
 
-        owners: the rank of the replica that each prompt is for (the same on every rank).
+        owners: the rank of the replica that each prompt is for (the same on every rank). on_host: in host memory, so
+        that those of one prompt at a time are on the device.
         """
-        lengths = [sum(self._rows(item, (0, len(item.frames))) for item in prompt.selections) for prompt in prompts]
-        starts = [sum(lengths[:index]) for index in range(len(prompts))]
-        wanted = []
-        for rank in range(self.layout.replica_size):
-            rows = [
-                torch.arange(n) + start
-                for n, start, owner in zip(lengths, starts, owners, strict=True)
-                if owner == rank
-            ]
-            wanted.append(torch.cat(rows or [torch.empty(0, dtype=torch.int64)]))
-        with torch.no_grad():
-            rows_nD = self.embeddings([item for prompt in prompts for item in prompt.selections], wanted)
-        mine = [n if owner == self.layout.replica_rank else 0 for n, owner in zip(lengths, owners, strict=True)]
-        if rows_nD is None:
-            return [None] * len(prompts)
-        return [part if len(part) else None for part in rows_nD.split(mine)]
+        found: list[Tensor | None] = []
+        for prompt, owner in zip(prompts, owners, strict=True):
+            everything = torch.arange(sum(self._rows(item, (0, len(item.frames))) for item in prompt.selections))
+            wanted = [everything if rank == owner else everything[:0] for rank in range(self.layout.replica_size)]
+            rows_nD = self.embeddings(prompt.selections, wanted)
+            if rows_nD is None or not len(rows_nD):
+                found.append(None)
+            else:
+                found.append(rows_nD.cpu() if on_host else rows_nD)
+        return found
 
     def take_decoding(self) -> list[tuple[float, float]]:
         """Begin and end, by time.perf_counter(), of what the decoding threads have finished since the last call."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megalong.attention.kernels import KERNELS, LARGEST_ERROR, _defect, _is_installed
+from megalong.attention.kernels import KERNELS, LARGEST_ERROR, _defect, is_installed
 from megalong.attention.pack import pack_attention
 from megalong.attention.reference import pack_attention_reference
 from megalong.attention.tree import encode_segments, plan_calls
@@ -22,7 +22,7 @@ ON_GPUS = [name for name, entry in KERNELS.items() if entry.device == "cuda"]
 
 
 def missing(name: str) -> str:
-    return "" if _is_installed(KERNELS[name]) else f"{KERNELS[name].module} is not installed"
+    return "" if is_installed(KERNELS[name]) else f"{KERNELS[name].module} is not installed"
 
 
 def named(*names: str) -> list:

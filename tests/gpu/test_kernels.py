@@ -100,10 +100,10 @@ def test_vocabulary_shards_add_up(group: object) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_automatic_attention_finds_its_fast_kernels_correct(dtype: torch.dtype, head_dim: int) -> None:
-    from megalong.attention.kernels import KERNELS, _is_installed, choose_kernel
+    from megalong.attention.kernels import KERNELS, choose_kernel, is_installed
 
-    short = "flash_attn_3" if _is_installed(KERNELS["flash_attn_3"]) else "flash"
-    long = "flash_attn_4" if _is_installed(KERNELS["flash_attn_4"]) else "cudnn"
+    short = "flash_attn_3" if is_installed(KERNELS["flash_attn_3"]) else "flash"
+    long = "flash_attn_4" if is_installed(KERNELS["flash_attn_4"]) else "cudnn"
     how = {"device": torch.device("cuda", 0), "dtype": dtype, "head_dim": head_dim, "merged": True}
     for kernel, rows, tokens in ((long, 4096, 131_072), (short, 1, 131_072), (short, 512, 512)):
         chosen = choose_kernel("auto", num_rows=rows, num_tokens=tokens, **how)

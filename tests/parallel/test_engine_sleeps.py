@@ -30,6 +30,7 @@ class Sleeper:
 
     def __init__(self, engine: RolloutEngine) -> None:
         self.engine, self.awake, self.needs_weights, self.shares_gpus = engine, True, False, True
+        self.takes_host_embeds = True
 
     @property
     def version(self) -> int:

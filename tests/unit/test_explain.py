@@ -52,7 +52,9 @@ def test_advice_names_only_what_can_still_be_changed() -> None:
     assert "model.recompute=full (now keep_attention)" in first
     assert "model.offload_activations=true" in first
     assert "optimizer.offload=true" in first
-    assert "optimizer.offload=true" in memory_advice("start", config)
+    for phase in ("start", "rollout"):
+        assert "optimizer.offload=true" in memory_advice(phase, config)
+        assert "optimizer" not in memory_advice(phase, config, trains=False)  # which has no states
     config.model.recompute, config.model.offload_activations, config.model.mlp_chunks = Recompute.full, True, 8
     config.optimizer.offload = True
     second = memory_advice("train", config)
@@ -60,5 +62,6 @@ def test_advice_names_only_what_can_still_be_changed() -> None:
     assert "offload" not in second
     assert "raise model.mlp_chunks=8" in second
     assert "rollout.batch_prompts=8" in memory_advice("rollout", config)
+    assert "offload" not in memory_advice("rollout", config)
     assert "data.pack_tokens" not in memory_advice("start", config)
     assert "offload" not in memory_advice("start", config)

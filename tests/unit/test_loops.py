@@ -189,7 +189,7 @@ class Sampler:
     """Right and wrong for the prompts in `mixed`, all wrong for the others."""
 
     def __init__(self, mixed: set[str], *, shares_gpus: bool = False) -> None:
-        self.mixed, self.shares_gpus = mixed, shares_gpus
+        self.mixed, self.shares_gpus, self.takes_host_embeds = mixed, shares_gpus, False
         self.repeats: list[list[int]] = []
 
     def owners(self, num_prompts: int) -> list[int]:
@@ -217,11 +217,12 @@ class Sampler:
         ]
 
 
-def sampling_run(layout: object, sampler: Sampler, **settings: object) -> SimpleNamespace:
+def sampling_run(layout: object, sampler: Sampler, *, on_gpu: bool = False, **settings: object) -> SimpleNamespace:
     return fake_run(
         layout, config=config(batch_size=2, **settings), sampler=sampler, sync_weights=lambda: None,
         vision=SimpleNamespace(
-            embeddings_of=lambda prompts, owners: [None] * len(prompts), release=lambda *, keep: None
+            embeddings_of=lambda prompts, owners, on_host: [None] * len(prompts), release=lambda *, keep: None,
+            decoder=SimpleNamespace(on_gpu=on_gpu),
         ),
     )  # fmt: skip
 
@@ -233,15 +234,18 @@ def sample_groups(
     return *grpo.sample_groups(sampling_run(layout, sampler, **settings), batches, step=4), sampler, batches
 
 
+@pytest.mark.parametrize("on_gpu", [False, True])
 @pytest.mark.parametrize("shares_gpus", [False, True])
-def test_videos_are_decoded_while_engines_sample_but_not_on_their_gpus(layout: object, shares_gpus: bool) -> None:
+def test_videos_are_decoded_while_engines_sample_but_not_on_their_gpus(
+    layout: object, shares_gpus: bool, on_gpu: bool
+) -> None:
     sampler, batches, calls = Sampler(set(), shares_gpus=shares_gpus), Batches(), mock.Mock()
     for owner, name in ((batches, "decode_ahead"), (sampler, "begin"), (sampler, "finish"), (sampler, "release")):
         wrapped = mock.Mock(side_effect=getattr(owner, name))
         calls.attach_mock(wrapped, name)
         setattr(owner, name, wrapped)
-    grpo.sample_batch(sampling_run(layout, sampler), batches, step=1, seen=Counter())
-    before = [] if shares_gpus else ["decode_ahead"]
+    grpo.sample_batch(sampling_run(layout, sampler, on_gpu=on_gpu), batches, step=1, seen=Counter())
+    before = [] if shares_gpus and on_gpu else ["decode_ahead"]
     assert [name for name, *_ in calls.mock_calls] == [*before, "begin", "finish", "release", "decode_ahead"]
 
 

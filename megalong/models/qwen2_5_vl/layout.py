@@ -43,7 +43,8 @@ class WindowedFrames:
         if num_frames == 1:
             return fit_image(height, width, rule=self.image, block=block)
         most = self.video.most_frame_pixels(num_frames, block=block, frames_per_step=self.frames_per_step)
-        return fit_to_pixels(height, width, factor=block, min_pixels=self.video.min_pixels, max_pixels=most)
+        least = min(self.video.min_pixels, most)
+        return fit_to_pixels(height, width, factor=block, min_pixels=least, max_pixels=most)
 
     def tokens_per_step(self, selection: FrameSelection) -> int:
         return (selection.height // self.tower.block) * (selection.width // self.tower.block)

@@ -40,6 +40,8 @@ class TimedFrames:
         """
         if num_frames == 1:
             return fit_image(height, width, rule=self.image, block=self.tower.block)
+        if self.video.video_tokens:  # which counts what is repeated to fill a step; the processor's rule does not
+            num_frames = -(-num_frames // self.frames_per_step) * self.frames_per_step
         most = self.video.most_video_pixels(num_frames, block=self.tower.block)
         if self.max_frame_pixels:
             most = min(most, self.max_frame_pixels * num_frames)

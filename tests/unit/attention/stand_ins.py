@@ -1,4 +1,4 @@
-"""The functions of flash-attn 2.8.3 (2.7.4 has the same), flash-attn-3, flash-attn-4 (4.0.0b36) and Transformer Engine
+"""The functions of flash-attn 2.8.3 (2.7.4 has the same), flash-attn-3, flash-attn-4 (4.0.0b19) and Transformer Engine
 2.20 that we call: their signatures, layouts and conditions, computed by the definition. The packages need a GPU."""
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def register_flash_attn_3() -> torch.library.Library:
 def _flash_attn_fwd(q, k, v, qv=None, *, softmax_scale=None, causal=False, return_lse=False):
     """Of its arguments those that we give; without return_lse there is none."""
     out, lse = forward(q, k, v, causal=causal, scale=softmax_scale)
-    return out, lse if return_lse else None, None, None, None
+    return out, lse if return_lse else None
 
 
 def _flash_attn_bwd(q, k, v, out, dout, lse, softmax_scale=None, causal=False):

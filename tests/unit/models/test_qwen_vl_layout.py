@@ -102,6 +102,22 @@ def test_video_max_video_tokens_takes_the_place_of_the_processor_s_budget(tmp_pa
             assert limit <= vision.embeds_per_frame * 16 < limit + 16, family  # of a frame, rounded up
 
 
+@pytest.mark.parametrize("num_frames", [2, 3, 7, 8, 45])
+@pytest.mark.parametrize("size", [(400, 400), (360, 640), (500, 260)])
+def test_no_video_has_more_tokens_than_video_max_video_tokens(
+    num_frames: int, size: tuple[int, int], tmp_path: Path
+) -> None:
+    """Nor where the processor's least pixels of a frame would make it so; last frames fill up the last step."""
+    for family, write in tiny_vl.WRITERS.items():
+        entry, folder = FAMILIES[family], write(tmp_path / family)
+        tokens, spec = entry.read_tokens(folder), entry.read_spec(folder)
+        spec = replace(spec, video=replace(spec.video, min_pixels=64 * 64))
+        layout = entry.vision.layout(spec, tokens, VideoConfig(max_video_tokens=100))
+        height, width = layout.frame_size(height=size[0], width=size[1], num_frames=num_frames)
+        steps = -(-num_frames // spec.tower.frames_per_step)
+        assert steps * height * width // spec.tower.block**2 <= 100, family
+
+
 def test_a_tokenizer_without_the_markers_is_refused(tmp_path: Path) -> None:
     for family, write in tiny_vl.WRITERS.items():
         entry, folder = FAMILIES[family], write(tmp_path / family)

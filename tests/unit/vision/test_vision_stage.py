@@ -9,6 +9,7 @@ from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -154,6 +155,24 @@ def test_embeddings_are_the_tower_s_in_the_order_asked_for(make: object, videos:
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
         assert got.requires_grad is not frozen
     assert stage.embeddings([]) is None
+
+
+@pytest.mark.parametrize("on_host", [False, True])
+def test_prompts_get_their_videos_one_prompt_at_a_time(
+    make: object, videos: dict[str, str], on_host: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of all prompts of an hour each would not fit on the device at once."""
+    stage, names = make(), ["a", "", "ba"]
+    batch = [sample(name, *(videos[letter] for letter in name)) for name in names]
+    selections, _ = ready(stage, batch)
+    prompts = [SimpleNamespace(selections=[selections[videos[letter]] for letter in name]) for name in names]
+    want = [stage.embeddings(prompt.selections) for prompt in prompts]
+    asked, embeddings = [], stage.embeddings
+    monkeypatch.setattr(stage, "embeddings", lambda items, *rest: asked.append(len(items)) or embeddings(items, *rest))
+    first, none, last = stage.embeddings_of(prompts, [0, 0, 0], on_host=on_host)
+    assert asked == [1, 0, 2]
+    assert none is None
+    torch.testing.assert_close([first, last], [want[0], want[2]], rtol=0, atol=0)
 
 
 def test_without_sharing_a_rank_encodes_only_the_videos_it_needs(make: object, videos: dict[str, str]) -> None:
