@@ -83,6 +83,7 @@ class Plan:
     flops: dict[str, int]
     engine: EnginePlan | None  # None: no vLLM engine
     flops_repeated: int  # the same step with every response carrying its own prompt
+    timeout_minutes: float  # parallel.timeout_minutes
 
     @property
     def memory_total(self) -> int:
@@ -163,6 +164,7 @@ def plan(config: RunConfig, task: Task, shape: ModelShape, *, note: str = "") ->
         flops=_flops(config, task, shape, lengths=lengths, batch_size=batch_size, shared=True),
         engine=_engine(config, task, shape, layout=layout, lengths=lengths),
         flops_repeated=sum(_flops(config, task, shape, lengths=lengths, batch_size=batch_size, shared=False).values()),
+        timeout_minutes=config.parallel.timeout_minutes,
     )
 
 

@@ -8,6 +8,8 @@ from megalong.config.tree import EnginePlacement
 
 BUDGETS_GIB = {"80 GB (A100, H100)": 79, "141 GB (H200)": 139}
 """What a card of that name leaves to a process."""
+PEAKS = {"A100": 312e12, "H100, H200": 989e12}
+"""FLOP/s of dense bfloat16 products, by the makers' data sheets."""
 
 
 def render(plan: Plan) -> str:
@@ -59,7 +61,7 @@ def _lengths_text(plan: Plan) -> str:
 
 
 def _memory_text(plan: Plan) -> str:
-    where = "GPU" if any(name.startswith("runtime") for name in plan.memory) else "CPU process"
+    where = "GPU" if _on_gpus(plan) else "CPU process"
     rows = [(name, f"{value / GIB:,.2f} GiB") for name, value in plan.memory.items()]
     rows.append((f"total per {where}", f"{plan.memory_total / GIB:,.2f} GiB"))
     if len(plan.stages) > 1:
@@ -76,6 +78,10 @@ def _memory_text(plan: Plan) -> str:
             ("offloaded optimizer states, pinned host memory per process", f"{plan.host_states / GIB:,.2f} GiB")
         )
     return _table(f"memory per {where} (activations: upper estimate)", rows)
+
+
+def _on_gpus(plan: Plan) -> bool:
+    return any(name.startswith("runtime") for name in plan.memory)
 
 
 def _engine_text(engine: EnginePlan) -> str:
@@ -117,5 +123,19 @@ def _flops_text(plan: Plan) -> str:
     if plan.lengths.group > 1 and plan.task != "eval":
         more = plan.flops_repeated / plan.flops_total
         rows.append(("total with repeated prompts", f"{plan.flops_repeated / unit:,.2f} {name} ({more:.2f} x)"))
+    rows += _times(plan) if _on_gpus(plan) else []
     per = "sample" if plan.task == "eval" else f"step of {plan.batch_size} prompt(s)"
     return _table(f"FLOPs per {per}, longest prompts and responses", rows)
+
+
+def _times(plan: Plan) -> list[tuple[str, str]]:
+    """Seconds that no GPU of a kind can do it faster in, and which part is over parallel.timeout_minutes even then."""
+    rows, gpus = [], plan.layout.world_size
+    longest = max(plan.flops, key=lambda part: plan.flops[part])
+    for card, peak in PEAKS.items():
+        text = f"{plan.flops_total / (gpus * peak):,.1f} s"
+        minutes = plan.flops[longest] / (gpus * peak) / 60
+        if 0 < plan.timeout_minutes < minutes:
+            text += f" ({longest}: {minutes:.0f} min, over parallel.timeout_minutes={plan.timeout_minutes:g}; raise it)"
+        rows.append((f"at the peak of {gpus} x {card}", text))
+    return rows

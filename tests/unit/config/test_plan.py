@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -377,3 +378,18 @@ def test_runs_without_a_vllm_engine(recipe: Path, shape: ModelShape) -> None:
         result = planned(recipe, shape, task=task, overrides=(override,))
         assert result.engine is None
         assert "vLLM" not in render(result)
+
+
+def test_a_phase_that_cannot_end_in_time_is_named() -> None:
+    recipe = Path(__file__).parents[3] / "launch" / "recipes" / "grpo_7b_3600f.yaml"
+
+    def times(*overrides: str) -> list[str]:
+        config = load_config(recipe, overrides)
+        shape, _ = shape_for_planning(config)
+        return [line for line in render(plan(config, "grpo", shape)).splitlines() if line.startswith("at the peak of")]
+
+    a100, h100 = times("parallel.timeout_minutes=30")
+    over = r"\(forward and backward: 35 min, over parallel\.timeout_minutes=30; raise it\)"
+    assert re.fullmatch(rf"at the peak of 8 x A100 +3,290\.0 s {over}", a100)
+    assert re.fullmatch(r"at the peak of 8 x H100, H200 +1,037\.9 s", h100)
+    assert not any("over" in line for line in (*times("parallel.timeout_minutes=0"), *times()))
