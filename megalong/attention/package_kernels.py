@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class _FlashAttnKernel:
-    """What the two releases share: layouts, and gradients that the package writes into tensors it is given."""
+    """What the releases share: layouts and, but for 4, gradients that the package writes into tensors it is given."""
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scale: float
@@ -73,20 +73,13 @@ class FlashAttn3Kernel(_FlashAttnKernel):
         self._ops.bwd(*parts, *unused, softmax_scale=scale, is_causal=causal)
 
 
-class FlashAttn4Kernel:
+class FlashAttn4Kernel(_FlashAttnKernel):
     """FlashAttention-4 of the package flash-attn-4 (Hopper and newer), compiled when a kind of call is first made."""
 
     def __init__(self) -> None:
         from flash_attn.cute import interface
 
         self._package = interface
-
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        parts = [_rows_first(part) for part in (query, key, value)]
-        out, lse, *_ = self._package._flash_attn_fwd(*parts, softmax_scale=scale, causal=causal, return_lse=True)
-        return out.transpose(1, 2), lse
 
     def backward(
         self, grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, *,
@@ -95,6 +88,9 @@ class FlashAttn4Kernel:
         given = [_rows_first(part) for part in (query, key, value, out, grad_out)]
         grads = self._package._flash_attn_bwd(*given, lse.contiguous(), softmax_scale=scale, causal=causal)
         return tuple(grad.transpose(1, 2) for grad in grads)
+
+    def _forward(self, parts: Sequence[Tensor], *, causal: bool, scale: float) -> Sequence[Tensor]:
+        return self._package._flash_attn_fwd(*parts, softmax_scale=scale, causal=causal, return_lse=True)
 
 
 class TransformerEngineKernel:
