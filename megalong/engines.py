@@ -119,6 +119,7 @@ def _settings(config: RunConfig, layout: ParallelLayout, *, task: Task) -> VllmS
         memory_share=rollout.memory_share or SHARES[transport],
         cuda_graphs=rollout.cuda_graphs and layout.device.type == "cuda",
         processed_logprobs=temperature not in (0.0, 1.0),
+        sleeps=transport is Transport.ipc and rollout.sleep,
         discard_weights=config.model.train_llm and task != "eval",
         # Shorter than the watchdog's, which would end the run without the engine's log.
         timeout_seconds=0.9 * 60 * (config.parallel.timeout_minutes or 24 * 60),

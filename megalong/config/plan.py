@@ -356,10 +356,15 @@ def _element(config: RunConfig) -> int:
 
 
 def _engine(config: RunConfig, task: Task, shape: ModelShape, *, layout: Layout, lengths: Lengths) -> EnginePlan | None:
-    """The vLLM engine of a run on GPUs, beside what the fullest pipeline stage keeps."""
+    """The vLLM engine of a run on GPUs, beside what the fullest pipeline stage keeps; all it takes when none sleeps."""
     if not samples_by_vllm(config, task):
         return None
-    of_stages = (_standing_memory(config, task, shape, layout=layout, stage=stage) for stage in range(layout.pp))
+    if config.rollout.sleep:
+        of_stages = (_standing_memory(config, task, shape, layout=layout, stage=stage) for stage in range(layout.pp))
+    else:
+        of_stages = (
+            _memory(config, task, shape, layout=layout, lengths=lengths, stage=stage) for stage in range(layout.pp)
+        )
     return plan_engine(
         config.rollout, shape, prompt=lengths.prompt, response=lengths.response, group=lengths.group,
         element=_element(config), trainer=max(sum(memory.values()) for memory in of_stages),

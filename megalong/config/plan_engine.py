@@ -19,7 +19,8 @@ class EnginePlan:
     gpus: int  # rollout.engine_tp
     shares: dict[EnginePlacement, float]  # of a GPU's memory, for each placement that the run may take
     memory: dict[str, int]
-    trainer: int  # what the trainer keeps on a GPU while the engine is awake
+    trainer: int  # what the trainer holds at most on a GPU while the engine is awake
+    sleeps: bool  # a colocated engine, while the trainer works
 
     @property
     def memory_total(self) -> int:
@@ -31,7 +32,8 @@ class EnginePlan:
         if self.memory_total > share:
             return "too small a share: raise rollout.memory_share or rollout.engine_tp"
         if placement is EnginePlacement.colocated and share + self.trainer > card:
-            return "no room beside the trainer's states: lower rollout.memory_share or spread the trainer"
+            what, sleep = ("states", "") if self.sleeps else ("peak", ", set rollout.sleep=true")
+            return f"no room beside the trainer's {what}: lower rollout.memory_share{sleep} or spread the trainer"
         return ""
 
 
@@ -87,4 +89,4 @@ def plan_engine(
     if deepstack:
         memory["deepstack embeddings of a step"] = rollout.prefill_tokens * element * deepstack
     shares = {placement: rollout.memory_share or MEMORY_SHARE[placement] for placement in placements(rollout)}
-    return EnginePlan(gpus=tp, shares=shares, memory=memory, trainer=trainer)
+    return EnginePlan(gpus=tp, shares=shares, memory=memory, trainer=trainer, sleeps=rollout.sleep)

@@ -88,7 +88,8 @@ def _engine_text(engine: EnginePlan) -> str:
     rows = [(name, f"{value / GIB:,.2f} GiB") for name, value in engine.memory.items()]
     rows.append(("needed on each of its GPUs", f"{engine.memory_total / GIB:,.2f} GiB"))
     if EnginePlacement.colocated in engine.shares:
-        rows.append(("colocated: the trainer keeps", f"{engine.trainer / GIB:,.2f} GiB"))
+        holds = "keeps" if engine.sleeps else "holds at its peak"
+        rows.append((f"colocated: the trainer {holds}", f"{engine.trainer / GIB:,.2f} GiB"))
     for placement, share in engine.shares.items():
         for card, budget in BUDGETS_GIB.items():
             problem = engine.problem(placement, card=budget * GIB)

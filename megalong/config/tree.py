@@ -239,6 +239,9 @@ class RolloutConfig:
     are as many as the node's GPUs make.)"""
     memory_share: float = 0.0
     """vllm: share of a GPU's memory for weights, keys and values; 0: 0.9 disaggregated, 0.4 colocated."""
+    sleep: bool = True
+    """vllm, colocated: between two rollouts the engine gives its memory back, which takes some seconds of every step.
+    false: it keeps rollout.memory_share of the GPUs while the trainer works, too."""
     prefill_tokens: int = 16384
     """vllm: most tokens of one step of an engine; long prompts are prefilled in pieces of this many."""
     max_sequences: int = 256

@@ -52,7 +52,8 @@ class VllmSettings:
     memory_share: float  # of a GPU's (or the host's) memory, weights included
     cuda_graphs: bool
     processed_logprobs: bool  # log-probabilities at the sampling temperature, not at 1
-    discard_weights: bool  # release() throws the weights away: every update holds all of them
+    sleeps: bool  # release() gives GPU memory back
+    discard_weights: bool  # and throws the weights away: the update behind it holds all of them
     timeout_seconds: float  # that a call may last
     log_file: Path
     seed: int
@@ -186,7 +187,7 @@ class VllmEngine:
 
     def release(self) -> None:
         """Give the GPU's memory back until the next load_weights (or generate, when weights are kept)."""
-        if not self.shares_gpus or self._asleep:
+        if not self.settings.sleeps or self._asleep:
             return
         self._call("sleep", level=2 if self.settings.discard_weights else 1)
         self._asleep = True
@@ -245,7 +246,7 @@ class VllmEngine:
             "max_num_seqs": settings.max_sequences,
             "gpu_memory_utilization": settings.memory_share,
             "enforce_eager": not settings.cuda_graphs,
-            "enable_sleep_mode": settings.transport is Transport.ipc,
+            "enable_sleep_mode": settings.sleeps,
             "logprobs_mode": "processed_logprobs" if settings.processed_logprobs else "raw_logprobs",
             "seed": settings.seed,
             "disable_log_stats": True,

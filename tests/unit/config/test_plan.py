@@ -341,6 +341,17 @@ def test_an_engine_beside_the_trainer_needs_room_for_both(recipe: Path, shape: M
     assert less.trainer < engine_of(recipe, shape, colocated).trainer / 2
 
 
+def test_an_engine_that_never_sleeps_needs_room_beside_the_trainer_s_peak(recipe: Path, shape: ModelShape) -> None:
+    awake = ("rollout.placement=colocated", "rollout.sleep=false", "rollout.memory_share=0.6")
+    engine = engine_of(recipe, shape, *awake)
+    assert engine.trainer == planned(recipe, shape, overrides=awake).memory_total
+    problem = engine.problem(COLOCATED, card=H200)
+    assert problem.startswith("no room beside the trainer's peak: lower rollout.memory_share, set rollout.sleep=true")
+    text = render(planned(recipe, shape, overrides=awake))
+    assert "colocated: the trainer holds at its peak" in text
+    assert problem in text
+
+
 def test_a_colocated_engine_s_buffer_for_weights_stays_on_the_trainer_s_gpu(recipe: Path, shape: ModelShape) -> None:
     colocated, apart = ("rollout.placement=colocated",), ("rollout.placement=disaggregated",)
     result, other = planned(recipe, shape, overrides=colocated), planned(recipe, shape, overrides=apart)

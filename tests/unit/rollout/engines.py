@@ -86,6 +86,7 @@ def make_vllm(
             memory_share=0.1,
             cuda_graphs=False,
             processed_logprobs=temperature != 1,
+            sleeps=False,
             discard_weights=False,
             timeout_seconds=120,
             log_file=Path(tempfile.mkdtemp()) / "engine.log",

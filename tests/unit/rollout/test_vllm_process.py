@@ -39,12 +39,14 @@ def make(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     family = family_of(ModelConfig(path=str(tiny_checkpoint)))
     made: list[VllmEngine] = []
 
-    def engine(fault: str, *, method: str = "generate", transport: Transport = Transport.file) -> VllmEngine:
+    def engine(
+        fault: str, *, method: str = "generate", transport: Transport = Transport.file, sleeps: bool = False
+    ) -> VllmEngine:
         monkeypatch.setenv("FAKE_ENGINE", fault)
         monkeypatch.setenv("FAKE_METHOD", method)
         settings = VllmSettings(
             devices=(), transport=transport, max_tokens=64, prefill_tokens=64, max_sequences=4, memory_share=0.1,
-            cuda_graphs=False, processed_logprobs=False, discard_weights=False, timeout_seconds=SECONDS,
+            cuda_graphs=False, processed_logprobs=False, sleeps=sleeps, discard_weights=sleeps, timeout_seconds=SECONDS,
             log_file=tmp_path / "run" / "engine.log", seed=1,
         )  # fmt: skip
         with torch.device("meta"):
@@ -97,6 +99,17 @@ def test_a_process_that_hangs_is_ended_after_the_timeout(make: Make) -> None:
     assert "exit code -9) did not answer within 2 s; see parallel.timeout_minutes in generate()" in message
     assert "line before the hang" in message
     assert is_gone(engine._process.pid)
+
+
+def test_an_engine_sleeps_where_it_was_told_to(make: Make) -> None:
+    awake, sleeper = (make("error", method="sleep", transport=Transport.ipc, sleeps=sleeps) for sleeps in (False, True))
+    awake.release()
+    assert (awake.asleep, awake.needs_weights) == (False, False)
+    with pytest.raises(RolloutEngineError, match=r"no such token in sleep\(\)"):
+        sleeper.release()
+    sleeper = make("none", transport=Transport.ipc, sleeps=True)
+    sleeper.release()
+    assert (sleeper.asleep, sleeper.needs_weights) == (True, True)
 
 
 def test_the_trainer_goes_on_while_the_process_samples(make: Make) -> None:
