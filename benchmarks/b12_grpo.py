@@ -5,9 +5,10 @@ is added (a share of letters), so that every step has advantages and changes the
 video of its own (with --videos as many as its steps), so that it is decoded, encoded, sampled and trained on.
 
 The parts follow one another in the same processes, with the same weights, engine and GPUs; each is
-FRAMES:STEPS[:MODE[:RECOMPUTE]], MODE one of mr_sp.mode's (shared_prefix) and RECOMPUTE keep_attention or full. The
-run's own metrics.jsonl is the result: the phase table of each part (medians without its first step), and the gap
-between sampler's and trainer's log-probabilities.
+FRAMES:STEPS[:MODE[:RECOMPUTE[:AHEAD]]], MODE one of mr_sp.mode's (shared_prefix), RECOMPUTE keep_attention or full,
+AHEAD 1 for rollouts one step ahead (rollout.steps_off_policy, on GPUs of the engine's own), else 0. The run's own
+metrics.jsonl is the result: the phase table of each part (medians without its first step), and the gap between
+sampler's and trainer's log-probabilities.
 
     torchrun --nproc-per-node 2 benchmarks/b12_grpo.py FOLDER [--parts 256:10 512:10 512:1:none:full]
         [--overrides a.b=c ..]
@@ -80,18 +81,20 @@ class Part:
     steps: int
     mode: str
     recompute: str
+    ahead: int
 
     @classmethod
     def of(cls, text: str) -> Part:
         frames, steps, *rest = text.split(":")
-        mode, recompute = [*rest, *("shared_prefix", "keep_attention")[len(rest) :]]
+        mode, recompute, ahead = [*rest, *("shared_prefix", "keep_attention", "0")[len(rest) :]]
         require_one_of(mode, [item.value for item in MrSpMode], text)
         require_one_of(recompute, ["keep_attention", "full"], text)
-        return cls(frames=int(frames), steps=int(steps), mode=mode, recompute=recompute)
+        require_one_of(ahead, ["0", "1"], text)
+        return cls(frames=int(frames), steps=int(steps), mode=mode, recompute=recompute, ahead=int(ahead))
 
     @property
     def name(self) -> str:
-        return f"{self.frames} frames, {self.mode}, {self.recompute}"
+        return f"{self.frames} frames, {self.mode}, {self.recompute}{', one step ahead' if self.ahead else ''}"
 
 
 def require_one_of(value: str, choices: Sequence[str], text: str) -> None:
@@ -141,7 +144,7 @@ def prepare(folder: Path, *, videos: int, tiny: bool) -> None:
             "id": str(number), "problem": QUESTION, "answer": "A", "videos": name, "problem_type": "multiple choice"
         }  # fmt: skip
 
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor() as pool:
         rows = list(pool.map(write, range(videos)))
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "ready").touch()
@@ -169,7 +172,8 @@ def config_of(folder: Path, part: Part, *, args: argparse.Namespace, before: int
             f"logger.run_dir={folder / args.label}", f"mr_sp.mode={part.mode}", f"model.recompute={part.recompute}",
             f"video.num_frames={part.frames}", f"data.max_prompt_tokens={257 * frames + 512}",
             f"data.max_response_tokens={args.length}", f"grpo.steps={before + part.steps}",
-            f"data.pack_tokens={257 * frames + 512 + 8 * args.length}",
+            f"data.pack_tokens={257 * frames + 512 + 8 * args.length}", f"rollout.steps_off_policy={part.ahead}",
+            f"grpo.tis_cap={2 * part.ahead}",
             *args.overrides,
         ],
     )  # fmt: skip

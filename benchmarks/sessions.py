@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -121,6 +122,8 @@ def _complete(point: dict[str, Any], bench: Bench) -> dict[str, Any]:
 
 
 def _decision(row: dict[str, Any], rows: list[dict[str, Any]], session: dict[str, Any]) -> tuple[float, str]:
+    if row.get("rehearsal"):  # once, after a short one; it does not take what its FLOPs say
+        return math.inf, beyond_memory(row, rows)
     expected = expect(row, rows, rate=session["rate"])
     return expected, why_not(row, rows, expected=expected, deadline=session["deadline"])
 
@@ -161,8 +164,8 @@ def drive(
     """Run the sessions one after another, each in processes of its own; returns the rows of all points.
 
     A session is {gpus, layers, tiny, vision, overrides, rate (FLOP/s of a GPU, before one is known), points}; a point
-    {name, series, size, case, mode, recompute or memory_gb, max_seconds}. After out of memory the session is started
-    again for the points that are left. A lone session of one process runs in this one.
+    {name, series, size, case, mode, recompute or memory_gb, max_seconds, and maybe rehearsal}. After out of memory the
+    session is started again for the points that are left. A lone session of one process runs in this one.
     """
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     deadline = time.time() + seconds

@@ -120,22 +120,23 @@ def split(
     tmp_path_factory: pytest.TempPathFactory,
     request: pytest.FixtureRequest,
 ) -> Callable[[str], list[Results]]:
-    """By rank: the jobs of a layout. Layouts of as many GPUs that were asked for run side by side."""
+    """By rank: the jobs of a layout. Those that were asked for run side by side, on a CPU as many ranks at a time."""
     asked = {item.callspec.params["layout"] for item in request.session.items if "split" in item.fixturenames}
     rollouts = {job: recorded.sampled for job, recorded in alone.items() if job[1] == "grpo"}
 
     @cache
-    def start(size: int) -> dict[str, World]:
+    def start(sizes: tuple[int, ...]) -> dict[str, World]:
         started = {}
-        for name, (gpus, overrides) in LAYOUTS.items():
-            if gpus == size and name in asked:
+        for name, (size, overrides) in LAYOUTS.items():
+            if size in sizes and size <= DEVICES and name in asked:
                 folder = tmp_path_factory.mktemp(name)
                 started[name] = World(size, record_jobs, worlds, folder, JOBS[name], overrides, rollouts, folder=folder)
         return started
 
     @cache
     def over(layout: str) -> list[Results]:
-        return start(LAYOUTS[layout][0])[layout].results(timeout=SECONDS)
+        sizes = (LAYOUTS[layout][0],) if ON_CPU else (2, 4)
+        return start(sizes)[layout].results(timeout=SECONDS)
 
     return over
 
