@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import statistics
 import time
@@ -234,6 +235,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--overrides", nargs="*", default=[], metavar="a.b=c")
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO)
     if int(os.environ.get("RANK", "0")) == 0:
         prepare(args.folder, videos=args.videos, tiny=args.tiny)
     while not (args.folder / "ready").is_file():

@@ -47,8 +47,6 @@ class BaselineServer(Server):
             params = self._params(sampling, seed=seed, tells_of_each_token=False)
             self.llm.llm_engine.add_request(str(place), salted, params)
         outputs = sorted(self._finish(), key=lambda output: int(output.request_id))
-        if media is not None:
-            self.llm.collective_rpc("close_media")
         return [sampled_of(item.outputs[0]) for item in outputs], [item.num_cached_tokens or 0 for item in outputs]
 
     def generate_embeds(

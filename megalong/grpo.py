@@ -120,10 +120,10 @@ def sample_batch(
         if not (run.sampler.shares_gpus and run.vision.decoder.on_gpu):
             batches.decode_ahead()
     pending = begin_rollouts(run, prompts, step=step, seen=seen)
+    batches.decode_ahead()  # on an engine's GPUs not before: decoding would take turns with the copies of weights
     with run.timer("rollout"):
         groups = run.sampler.finish(pending)
         run.sampler.release()
-    batches.decode_ahead()  # on an engine's GPUs not before: it would take turns with it, and slow weights down
     return score(run, groups), dropped
 
 

@@ -202,8 +202,8 @@ def make_ready(run: Run, prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[
 
 def owned_embeddings(run: Run, prompts: Sequence[Prompt]) -> list[Tensor | None]:
     """What the engine of this rank is given of the prompts' videos (collective over the replica)."""
-    owners = run.sampler.owners(len(prompts))
-    return run.vision.embeddings_of(prompts, owners, on_host=run.sampler.takes_host_embeds)
+    room = run.sampler.embeds_room(prompts)
+    return run.vision.embeddings_of(prompts, run.sampler.owners(len(prompts)), room_ND=room)
 
 
 def checkpoint_folder(config: RunConfig) -> Path:

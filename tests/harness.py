@@ -175,7 +175,8 @@ class World:
         if any(codes):
             raise RuntimeError(f"exit codes {codes}\n{self.log()}")
         ranks = range(len(self.processes))
-        return [torch.load(self.folder / f"result{rank}.pt", weights_only=False) for rank in ranks]
+        files = [self.folder / f"result{rank}.pt" for rank in ranks]
+        return [torch.load(file, map_location="cpu", weights_only=False) for file in files]
 
     def log(self) -> str:
         """The end of what each process printed."""

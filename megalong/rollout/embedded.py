@@ -75,11 +75,14 @@ class EmbeddedEngine:
         self.eos_id = eos_id
         self.device = device
         self.batch_prompts = batch_prompts
-        self.shares_gpus = self.takes_host_embeds = self.asleep = self.needs_weights = False
+        self.shares_gpus = self.asleep = self.needs_weights = False
 
     @property
     def version(self) -> int:
         return self.weights.version
+
+    def embeds_room(self, rows: int) -> None:
+        """See RolloutEngine: it takes embeddings where they are."""
 
     def release(self) -> None:
         """Its weights are the trainer's size and stay where they are."""

@@ -100,9 +100,9 @@ class RolloutEngine(Protocol):
     def shares_gpus(self) -> bool:
         """Whether it is a process of its own on the trainer's GPUs, which then take turns."""
 
-    @property
-    def takes_host_embeds(self) -> bool:
-        """Whether the embeddings of its requests are best in host memory, on their way to it."""
+    def embeds_room(self, rows: int) -> Tensor | None:
+        """[rows, D] of host memory, from where it takes the embeddings of its next requests, one after the other;
+        written there, they need not be copied again. None: it takes them where they are."""
 
     @property
     def asleep(self) -> bool:

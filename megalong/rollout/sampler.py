@@ -12,7 +12,7 @@ from torch import Tensor
 from megalong.parallel.collectives import gather_objects
 from megalong.parallel.layout import ParallelLayout
 from megalong.parallel.split import shard_range
-from megalong.records import Prompt, RolloutGroup, WeightBucket
+from megalong.records import MEDIA_TOKEN, Prompt, RolloutGroup, WeightBucket
 from megalong.rollout.engine import Request, RolloutEngine, Sampled, Sampling
 
 
@@ -56,7 +56,6 @@ class GroupSampler:
         self.seed = seed
         self.version = -1  # of the weights loaded last
         self.needs_weights = False  # before the next begin, all of them
-        self.takes_host_embeds = engine is not None and engine.takes_host_embeds  # of the prompts that are this rank's
         mine = engine is not None, engine is not None and engine.shares_gpus
         flags, sharing = zip(*gather_objects(mine, group=layout.replica_host), strict=True)
         self.shares_gpus = any(sharing)  # an engine of the replica is a process of its own on the trainer's GPUs
@@ -181,6 +180,13 @@ class GroupSampler:
             )
             for prompt, sampled in zip(prompts, everyone, strict=True)
         ]
+
+    def embeds_room(self, prompts: Sequence[Prompt]) -> Tensor | None:
+        """Host memory for the embeddings of those of the prompts that this rank owns: see RolloutEngine."""
+        self.settle()
+        here = [owner == self.layout.replica_rank for owner in self.owners(len(prompts))]
+        rows = sum(prompt.ids_P.count(MEDIA_TOKEN) for prompt, mine in zip(prompts, here, strict=True) if mine)
+        return self.engine.embeds_room(rows) if rows else None
 
     def owners(self, num_prompts: int) -> list[int]:
         """The rank of the replica that samples each prompt."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -11,8 +12,11 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 
+from megalong.parallel.host_tensors import PORTABLE
 from megalong.rollout.engine import RolloutEngineError
 from megalong.rollout.transfer import Transport
+
+logger = logging.getLogger(__name__)
 
 
 class BucketRoom:
@@ -50,6 +54,40 @@ class BucketRoom:
         path = self.folder / "bucket"
         shared_tensor(path, (len(packed),), torch.uint8).copy_(packed)
         return str(path)
+
+
+class MediaRoom:
+    """Where embeddings wait for an engine: a file in memory that stays, so that its pages are made and pinned once."""
+
+    def __init__(self, folder: Path, *, width: int, dtype: torch.dtype) -> None:
+        self.folder, self.width, self.dtype = folder, width, dtype
+        self.path = folder / "media"
+        self._whole: Tensor | None = None
+        self._pinned = False
+
+    def rows(self, count: int) -> Tensor:
+        """The first `count` rows, [count, width], whatever was there before; the same memory until it is too small.
+
+        Raises RolloutEngineError when there is no room for more.
+        """
+        if self._whole is None or len(self._whole) < count:
+            before = 0 if self._whole is None else len(self._whole)
+            self.close()
+            self.path = self.path.with_name(f"media{before}")
+            self._whole = shared_tensor(self.path, (max(count, before * 5 // 4), self.width), self.dtype)
+            if torch.cuda.is_available():
+                pointer, num_bytes = self._whole.data_ptr(), self._whole.nbytes
+                self._pinned = not int(torch.cuda.cudart().cudaHostRegister(pointer, num_bytes, PORTABLE))
+                if not self._pinned:
+                    logger.warning("embeddings go to the engine slowly: %d bytes cannot be pinned", num_bytes)
+        return self._whole[:count]
+
+    def close(self) -> None:
+        """Let go of the memory and its file."""
+        if self._pinned:
+            torch.cuda.cudart().cudaHostUnregister(self._whole.data_ptr())
+        self._pinned, self._whole = False, None
+        self.path.unlink(missing_ok=True)
 
 
 def shared_tensor(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from megalong.records import WeightBucket
 from megalong.rollout.engine import Request, RolloutEngineError, Sampled, Sampling
 from megalong.rollout.process_group import end_group
-from megalong.rollout.shared_memory import BucketRoom, memory_folder, shared_tensor
+from megalong.rollout.shared_memory import BucketRoom, MediaRoom, memory_folder
 from megalong.rollout.transfer import Transport, manifest_of, pack_bucket, packed_bytes
 from megalong.rollout.vllm_model import write_config
 from megalong.rollout.weight_check import Update, WeightCheck
@@ -82,15 +82,15 @@ class VllmEngine:
         self.width = model.config.hidden_size * (1 + getattr(model.config, "num_deepstack", 0))
         self.dtype = model.dtype
         self.has_mrope = "mrope_section" in (model.config.rope_parameters or {})
-        self.takes_host_embeds = True
         self.prefilled_tokens = 0  # prompt tokens computed since the start
         self.handover_seconds = 0.0  # spent on embeddings on their way to the engine, since the start
         self._asleep = False
-        self._begun: Any = None  # requests and their embeddings' file, from begin() to finish()
+        self._begun: Any = None  # requests, from begin() to finish()
         self._group: Any = None  # of NCCL, with the engine's workers
         self._answers: list[Any] = []  # results that came while a collective was under way
         self._folder = Path(tempfile.mkdtemp(prefix="megalong-engine-", dir=memory_folder()))
         self._room = BucketRoom(settings.transport, self._folder)
+        self._media = MediaRoom(self._folder, width=self.width, dtype=self.dtype)
         write_config(model, self._folder, max_tokens=settings.max_tokens, eos_id=eos_id)
         self._connection = self._start()
         try:
@@ -167,14 +167,12 @@ class VllmEngine:
         self.handover_seconds += time.perf_counter() - started
         stripped = [replace(request, embeds_ND=None) for request in requests]
         self._send("generate", stripped, sampling=sampling, media=media)
-        self._begun = stripped, media
+        self._begun = stripped
 
     def finish(self) -> list[list[Sampled]]:
         """See RolloutEngine."""
-        (requests, media), self._begun = self._begun, None
+        requests, self._begun = self._begun, None
         groups, cached = self._answer("generate")
-        if media is not None:
-            Path(media[0]).unlink()
         self.prefilled_tokens += sum(
             len(request.ids_P) - reused for request, group in zip(requests, cached, strict=True) for reused in group
         )
@@ -214,6 +212,7 @@ class VllmEngine:
 
     def close(self) -> None:
         """End the process, and its workers."""
+        self._media.close()
         self._connection.close()
         try:
             self._process.wait(timeout=20)
@@ -298,17 +297,27 @@ class VllmEngine:
             self._kill()
             raise
 
+    def embeds_room(self, rows: int) -> Tensor:
+        """See RolloutEngine. What was written there for the last requests is overwritten."""
+        self._require_idle("embeds_room")
+        return self._media.rows(rows)
+
     def _write_media(self, embeds: Sequence[Tensor]) -> tuple[str, int, int] | None:
-        """The embeddings of all prompts, one after the other, in a file in memory: path, rows and width."""
+        """The embeddings of all prompts, one after the other, in a file in memory: path, rows and width.
+
+        Those that were written to their place in embeds_room() are there.
+        """
         if not embeds:
             return None
-        path, rows = self._folder / "media", sum(map(len, embeds))
-        media = shared_tensor(path, (rows, self.width), self.dtype)
-        first = 0
-        for part in embeds:
-            media[first : first + len(part)].copy_(part)
-            first += len(part)
-        return str(path), rows, self.width
+        rows = sum(map(len, embeds))
+        places = self.embeds_room(rows).split([len(part) for part in embeds])
+        if any(part.data_ptr() != place.data_ptr() for part, place in zip(embeds, places, strict=True)):
+            first, last = places[0].data_ptr(), places[0].data_ptr() + rows * self.width * self.dtype.itemsize
+            # One that is there, but elsewhere, would be overwritten before it is copied.
+            parts = [part.clone() if first <= part.data_ptr() < last else part for part in embeds]
+            for part, place in zip(parts, places, strict=True):
+                place.copy_(part)
+        return str(self._media.path), rows, self.width
 
     def _start(self) -> Connection:
         environment = {name: value for name, value in os.environ.items() if name not in _TORCHRUN}
@@ -330,9 +339,13 @@ class VllmEngine:
         self._send(method, *args, **kwargs)
         return self._answer(method)
 
-    def _send(self, method: str, *args: Any, **kwargs: Any) -> None:
-        if self._begun is not None:  # the next answer is that of generate()
+    def _require_idle(self, method: str) -> None:
+        """It reads its embeddings while it samples, and its next answer is that of generate()."""
+        if self._begun is not None:
             raise RuntimeError(f"{method}() was asked of an engine that samples; call finish() first")
+
+    def _send(self, method: str, *args: Any, **kwargs: Any) -> None:
+        self._require_idle(method)
         try:
             # Not send(): torch teaches it to share tensors, by handles that end with this process.
             self._connection.send_bytes(pickle.dumps((method, args, kwargs)))

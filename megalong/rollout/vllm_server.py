@@ -11,6 +11,7 @@ import pickle
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ import torch
 import vllm
 from vllm import LLM, SamplingParams
 from vllm.config.weight_transfer import WeightTransferConfig
+from vllm.logger import init_logger
 from vllm.multimodal.inputs import (
     MultiModalBatchedField,
     MultiModalFieldElem,
@@ -42,6 +44,7 @@ from megalong.rollout.engine import Request, Sampled, Sampling
 from megalong.rollout.process_group import end_with
 from megalong.rollout.transfer import MEDIA_ITEM_TOKENS, TRANSFER_BACKEND
 
+logger = init_logger("vllm.megalong")
 VERSION = "0.25"
 """vLLM's minor version that this file and vllm_worker.py were written for: their plug-in points are not stable."""
 
@@ -115,8 +118,6 @@ class Server:
             prompts.append(engine_input(request, first_row=first_row, name=f"{self.calls}/{index}"))
             first_row += request.ids_P.count(MEDIA_TOKEN)
         finished = self._sample(prompts, requests, sampling)
-        if media is not None:
-            self.llm.collective_rpc("close_media")
         groups = [[finished[index, place] for place in range(sampling.group_size)] for index in range(len(requests))]
         return (
             [[sampled_of(output.outputs[0]) for output in group] for group in groups],
@@ -132,7 +133,7 @@ class Server:
         goes ahead, and the others follow when it has a token; sent together, they may be scheduled behind the first
         piece of a long prompt, and compute the rest once each. As many groups go ahead at a time as one step takes.
         """
-        engine = self.llm.llm_engine
+        engine, started, first_tokens, steps = self.llm.llm_engine, time.perf_counter(), 0.0, 0
         budget = engine.vllm_config.scheduler_config.max_num_batched_tokens
         waiting, ahead = deque(range(len(requests))), set[int]()
         finished: dict[tuple[int, int], Any] = {}
@@ -147,14 +148,21 @@ class Server:
             ):
                 ahead.add(waiting[0])
                 add(waiting.popleft(), 0)
+            steps += 1
             for output in engine.step():
                 index, place = map(int, output.request_id.split("/"))
                 if index in ahead:
                     ahead.remove(index)
+                    first_tokens = time.perf_counter() - started
                     for follower in range(1, sampling.group_size):
                         add(index, follower)
                 if output.finished:
                     finished[index, place] = output
+        seconds = time.perf_counter() - started
+        logger.info(
+            "%d groups: the last one's first token after %.2f s; %d steps, %.2f s",
+            len(requests), first_tokens, steps, seconds,
+        )  # fmt: skip
         return finished
 
     def _params(self, sampling: Sampling, *, seed: int, tells_of_each_token: bool) -> SamplingParams:

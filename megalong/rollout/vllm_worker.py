@@ -71,6 +71,7 @@ class TakesMedia(SupportsMultiModal, SupportsMRoPE):
     """
 
     media_ND: Tensor | None = None
+    media_file: tuple[str, int] | None = None  # of media_ND, and its rows
 
     def embed_multimodal(self, **kwargs: Any) -> list[Tensor]:
         device = next(self.parameters()).device
@@ -272,15 +273,12 @@ class WorkerExtension:
     """Methods that vllm_server calls on every worker by collective_rpc."""
 
     def open_media(self, path: str, rows: int, width: int) -> None:
-        """Map the embeddings of the next prompts: [rows, width] in the model's dtype."""
+        """Map the embeddings of the next prompts: [rows, width] in the model's dtype. The last file stays mapped."""
         model = self.model_runner.get_model()
-        dtype = next(model.parameters()).dtype
-        media = torch.from_file(path, shared=True, size=rows * width, dtype=dtype)
-        model.media_ND = media.view(rows, width)
-
-    def close_media(self) -> None:
-        """Let go of them: their memory is the host's again."""
-        self.model_runner.get_model().media_ND = None
+        if model.media_file != (path, rows):
+            dtype = next(model.parameters()).dtype
+            model.media_ND = torch.from_file(path, shared=True, size=rows * width, dtype=dtype).view(rows, width)
+            model.media_file = (path, rows)
 
     def check_update(self, checksums: list[list[int]]) -> str | None:
         return self.weight_transfer_engine.check(checksums)

@@ -190,22 +190,26 @@ class VisionStage:
 
     @torch.no_grad()
     def embeddings_of(
-        self, prompts: Sequence[Prompt], owners: Sequence[int], *, on_host: bool = False
+        self, prompts: Sequence[Prompt], owners: Sequence[int], *, room_ND: Tensor | None = None
     ) -> list[Tensor | None]:
         """The embeddings of each prompt that this rank of the replica owns, [N, D']; None for the others.
 
-        owners: the rank of the replica that each prompt is for (the same on every rank). on_host: in host memory, so
-        that those of one prompt at a time are on the device.
+        owners: the rank of the replica that each prompt is for (the same on every rank). room_ND: of as many rows as
+        there are here, where they are written one after the other: on the device are those of one prompt at a time.
         """
         found: list[Tensor | None] = []
+        first = 0
         for prompt, owner in zip(prompts, owners, strict=True):
             everything = torch.arange(sum(self._rows(item, (0, len(item.frames))) for item in prompt.selections))
             wanted = [everything if rank == owner else everything[:0] for rank in range(self.layout.replica_size)]
             rows_nD = self.embeddings(prompt.selections, wanted)
             if rows_nD is None or not len(rows_nD):
                 found.append(None)
+            elif room_ND is None:
+                found.append(rows_nD)
             else:
-                found.append(rows_nD.cpu() if on_host else rows_nD)
+                found.append(room_ND[first : first + len(rows_nD)].copy_(rows_nD))
+                first += len(rows_nD)
         return found
 
     def take_decoding(self) -> list[tuple[float, float]]:

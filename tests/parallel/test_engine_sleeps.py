@@ -10,7 +10,9 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 from harness import DemoWorld, run_world
+from torch import Tensor
 
 from megalong import grpo
 from megalong import run as run_module
@@ -30,7 +32,7 @@ class Sleeper:
 
     def __init__(self, engine: RolloutEngine) -> None:
         self.engine, self.awake, self.needs_weights, self.shares_gpus = engine, True, False, True
-        self.takes_host_embeds = True
+        self.room: Tensor | None = None
 
     @property
     def version(self) -> int:
@@ -40,6 +42,12 @@ class Sleeper:
         self.engine.weights.version = -1  # the same version may come again
         self.engine.load_weights(buckets, version=version)
         self.awake, self.needs_weights = True, False
+
+    def embeds_room(self, rows: int) -> Tensor:
+        """As vLLM's: the same memory again."""
+        if self.room is None or len(self.room) < rows:
+            self.room = torch.empty(rows, self.engine.model.config.hidden_size, dtype=self.engine.model.dtype)
+        return self.room[:rows]
 
     def begin(self, requests: Sequence[Request], *, sampling: Sampling) -> None:
         if self.needs_weights:
@@ -89,7 +97,6 @@ def watched(task: str, demo: DemoWorld, run_dir: Path, overrides: tuple[str, ...
         mock.patch.object(run_module, "build_engine", build),
         mock.patch.object(grpo, "has_spread", half_have_spread),
         mock.patch.object(VisionStage, "_run_tower", guarded(VisionStage._run_tower)),
-        mock.patch.object(VisionStage, "prefetch", guarded(VisionStage.prefetch)),  # decoding, ahead too
         mock.patch.object(Trainer, "logprobs", guarded(Trainer.logprobs)),
         mock.patch.object(Trainer, "train_step", guarded(Trainer.train_step)),
     ):

@@ -23,7 +23,6 @@ class FakeEngine:
 
     def __init__(self, *, shares_gpus: bool = True) -> None:
         self.version, self.asleep, self.needs_weights, self.shares_gpus = -1, False, False, shares_gpus
-        self.takes_host_embeds = False
         self.asked: list[str] = []
         self.sums: list[int] = []
 

@@ -189,11 +189,14 @@ class Sampler:
     """Right and wrong for the prompts in `mixed`, all wrong for the others."""
 
     def __init__(self, mixed: set[str], *, shares_gpus: bool = False) -> None:
-        self.mixed, self.shares_gpus, self.takes_host_embeds = mixed, shares_gpus, False
+        self.mixed, self.shares_gpus = mixed, shares_gpus
         self.repeats: list[list[int]] = []
 
     def owners(self, num_prompts: int) -> list[int]:
         return [0] * num_prompts
+
+    def embeds_room(self, prompts: Sequence[Prompt]) -> None:
+        return None
 
     def release(self) -> None:
         """Nothing sleeps here; tests/parallel/test_engine_sleeps.py is about that."""
@@ -221,7 +224,7 @@ def sampling_run(layout: object, sampler: Sampler, *, on_gpu: bool = False, **se
     return fake_run(
         layout, config=config(batch_size=2, **settings), sampler=sampler, sync_weights=lambda: None,
         vision=SimpleNamespace(
-            embeddings_of=lambda prompts, owners, on_host: [None] * len(prompts), release=lambda *, keep: None,
+            embeddings_of=lambda prompts, owners, room_ND: [None] * len(prompts), release=lambda *, keep: None,
             decoder=SimpleNamespace(on_gpu=on_gpu),
         ),
     )  # fmt: skip
@@ -236,7 +239,7 @@ def sample_groups(
 
 @pytest.mark.parametrize("on_gpu", [False, True])
 @pytest.mark.parametrize("shares_gpus", [False, True])
-def test_videos_are_decoded_while_engines_sample_but_not_on_their_gpus(
+def test_videos_are_decoded_while_engines_sample_and_not_before_on_their_gpus(
     layout: object, shares_gpus: bool, on_gpu: bool
 ) -> None:
     sampler, batches, calls = Sampler(set(), shares_gpus=shares_gpus), Batches(), mock.Mock()
@@ -245,8 +248,8 @@ def test_videos_are_decoded_while_engines_sample_but_not_on_their_gpus(
         calls.attach_mock(wrapped, name)
         setattr(owner, name, wrapped)
     grpo.sample_batch(sampling_run(layout, sampler, on_gpu=on_gpu), batches, step=1, seen=Counter())
-    before = [] if shares_gpus and on_gpu else ["decode_ahead"]
-    assert [name for name, *_ in calls.mock_calls] == [*before, "begin", "finish", "release", "decode_ahead"]
+    before = [] if shares_gpus and on_gpu else ["decode_ahead"]  # while embeddings and weights are handed over
+    assert [name for name, *_ in calls.mock_calls] == [*before, "begin", "decode_ahead", "finish", "release"]
 
 
 def test_without_dynamic_sampling_flat_groups_stay(layout: object) -> None:

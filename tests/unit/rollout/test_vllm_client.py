@@ -18,7 +18,7 @@ from engines import HAS_VLLM
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from megalong.rollout.engine import RolloutEngineError
-from megalong.rollout.shared_memory import BucketRoom, shared_tensor
+from megalong.rollout.shared_memory import BucketRoom, MediaRoom, shared_tensor
 from megalong.rollout.transfer import Transport
 from megalong.rollout.vllm_model import write_config
 
@@ -73,6 +73,33 @@ def test_buckets_by_cuda_ipc_go_through_one_buffer(tmp_path: Path, monkeypatch: 
     assert len(set(addresses[:3])) == len(set(addresses[3:])) == 1
     assert alive_when_emptied == [0, 0], "a buffer that is too small is let go of before the next one is made"
     assert len(waited) == 5, "the bytes are there when the engine is told of them"
+
+
+def test_embeddings_have_the_same_room_until_it_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, int]] = []
+    runtime = SimpleNamespace(
+        cudaHostRegister=lambda pointer, *_: calls.append(("pin", pointer)) or len(calls) > 4,
+        cudaHostUnregister=lambda pointer: calls.append(("unpin", pointer)),
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    room = MediaRoom(tmp_path, width=3, dtype=torch.bfloat16)
+    first = room.rows(8)
+    where = first.data_ptr()
+    assert (first.shape, first.dtype) == ((8, 3), torch.bfloat16)
+    assert room.rows(5).data_ptr() == room.rows(8).data_ptr() == where
+    mapped = torch.from_file(str(room.path), shared=True, size=24, dtype=torch.bfloat16)
+    room.rows(8).fill_(2)
+    assert mapped.tolist() == [2.0] * 24
+    before = room.path
+    more = room.rows(9)
+    assert (len(more), len(room.rows(10)), room.rows(10).data_ptr()) == (9, 10, more.data_ptr()), "a quarter more"
+    assert not before.exists()
+    assert calls == [("pin", where), ("unpin", where), ("pin", more.data_ptr())]
+    room.rows(100)  # not pinned: the fifth call says that it cannot be
+    room.close()
+    assert calls[3:] == [("unpin", more.data_ptr()), ("pin", calls[-1][1])]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_responses_end_where_the_tokenizer_says_and_not_at_the_ends_of_the_checkpoint(tmp_path: Path) -> None:

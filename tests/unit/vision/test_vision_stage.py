@@ -157,9 +157,9 @@ def test_embeddings_are_the_tower_s_in_the_order_asked_for(make: object, videos:
     assert stage.embeddings([]) is None
 
 
-@pytest.mark.parametrize("on_host", [False, True])
+@pytest.mark.parametrize("in_room", [False, True])
 def test_prompts_get_their_videos_one_prompt_at_a_time(
-    make: object, videos: dict[str, str], on_host: bool, monkeypatch: pytest.MonkeyPatch
+    make: object, videos: dict[str, str], in_room: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those of all prompts of an hour each would not fit on the device at once."""
     stage, names = make(), ["a", "", "ba"]
@@ -169,7 +169,10 @@ def test_prompts_get_their_videos_one_prompt_at_a_time(
     want = [stage.embeddings(prompt.selections) for prompt in prompts]
     asked, embeddings = [], stage.embeddings
     monkeypatch.setattr(stage, "embeddings", lambda items, *rest: asked.append(len(items)) or embeddings(items, *rest))
-    first, none, last = stage.embeddings_of(prompts, [0, 0, 0], on_host=on_host)
+    room = torch.empty(len(want[0]) + len(want[2]), WIDTH) if in_room else None
+    first, none, last = stage.embeddings_of(prompts, [0, 0, 0], room_ND=room)
+    if in_room:
+        assert [part.data_ptr() for part in (first, last)] == [room[at].data_ptr() for at in (0, len(first))]
     assert asked == [1, 0, 2]
     assert none is None
     torch.testing.assert_close([first, last], [want[0], want[2]], rtol=0, atol=0)
