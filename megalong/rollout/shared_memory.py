@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 from pathlib import Path
@@ -15,8 +14,6 @@ from torch.multiprocessing.reductions import reduce_tensor
 from megalong.parallel.host_tensors import PORTABLE
 from megalong.rollout.engine import RolloutEngineError
 from megalong.rollout.transfer import Transport
-
-logger = logging.getLogger(__name__)
 
 
 class BucketRoom:
@@ -68,7 +65,7 @@ class MediaRoom:
     def rows(self, count: int) -> Tensor:
         """The first `count` rows, [count, width], whatever was there before; the same memory until it is too small.
 
-        Raises RolloutEngineError when there is no room for more.
+        Raises RolloutEngineError when there is no room for more, or the GPU's driver cannot pin it.
         """
         if self._whole is None or len(self._whole) < count:
             before = 0 if self._whole is None else len(self._whole)
@@ -77,9 +74,13 @@ class MediaRoom:
             self._whole = shared_tensor(self.path, (max(count, before * 5 // 4), self.width), self.dtype)
             if torch.cuda.is_available():
                 pointer, num_bytes = self._whole.data_ptr(), self._whole.nbytes
-                self._pinned = not int(torch.cuda.cudart().cudaHostRegister(pointer, num_bytes, PORTABLE))
-                if not self._pinned:
-                    logger.warning("embeddings go to the engine slowly: %d bytes cannot be pinned", num_bytes)
+                code = int(torch.cuda.cudart().cudaHostRegister(pointer, num_bytes, PORTABLE))
+                if code:
+                    raise RolloutEngineError(
+                        f"{self.path}: cudaHostRegister cannot pin {num_bytes / 2**30:.2f} GiB for the rollout engine "
+                        f"(CUDA error {code}); lower data.max_prompt_tokens or grpo.batch_size"
+                    )
+                self._pinned = True
         return self._whole[:count]
 
     def close(self) -> None:
