@@ -314,7 +314,7 @@ def ours(kind: str, streams: int) -> GpuFrameDecoder:
         from megalong.data.video_dali import DaliDecoder as Decoder
     else:
         from megalong.data.video_nvcodec import NvCodecDecoder as Decoder
-    return GpuFrameDecoder(torch.device("cuda", 0), lambda: Decoder(0), name=Decoder.__name__, streams=streams)
+    return GpuFrameDecoder(torch.device("cuda", 0), lambda: Decoder(0), streams=streams)
 
 
 if __name__ == "__main__":

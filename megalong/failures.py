@@ -17,6 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from megalong.config.errors import ConfigError
 from megalong.config.tree import Recompute, RunConfig
 from megalong.data.manifest import ManifestError
+from megalong.data.video_process import DecoderProcessError
 from megalong.metrics import PhaseTimer
 from megalong.models.errors import CheckpointError
 from megalong.rollout.engine import RolloutEngineError, WeightSyncError
@@ -36,9 +37,9 @@ for all errors."""
 
 MISTAKES = (
     ConfigError, ManifestError, CheckpointError, EmbeddingCacheError, FileNotFoundError, RolloutEngineError,
-    WeightSyncError,
+    WeightSyncError, DecoderProcessError,
 )  # fmt: skip
-"""Errors about what the user gave, and of the rollout engine: their message says it all."""
+"""Errors about what the user gave, and of the processes beside this one: their message says it all."""
 
 
 class RunFailedError(RuntimeError):

@@ -18,7 +18,8 @@ from megalong.config.validate_rollout import vllm_problems
 GIB = 1 << 30
 GPU_STORE = "embedding store (video.cache_gpu_gib)"
 RUNTIME_BYTES = 6 * GIB
-"""CUDA context, NCCL buffers, allocator slack, a sleeping sampler; a CPU process has none of it."""
+"""CUDA contexts of the trainer and of its decoding process, NCCL buffers, allocator slack, a sleeping sampler; a CPU
+process has none of it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,6 +19,7 @@ from megalong.config.tree import VideoDecoder
 from megalong.data.video import decode_frames, wanted_frames
 from megalong.data.video_index import VideoIndex, probe
 from megalong.data.video_pixels import resized
+from megalong.data.video_process import ProcessFrameDecoder
 from megalong.data.video_segments import Coding, RefusedError, Segment, num_decoded, plan_segments, read_coding
 from megalong.records import Clip, FrameSelection
 
@@ -41,11 +42,13 @@ class SegmentDecoder(Protocol):
 
 
 class FrameDecoder(Protocol):
-    """What makes Clips of selections."""
+    """What indexes files and makes Clips of selections; thread-safe."""
 
     on_gpu: bool
     settings: str  # all that decides the pixels of a file: decoders differ by a few grey levels
     fallbacks: dict[str, str]  # files that another decoder than the chosen one had to take -> why
+
+    def probe(self, path: str) -> VideoIndex: ...
 
     def decode(self, selection: FrameSelection, *, first: int, last: int) -> Clip: ...
 
@@ -61,6 +64,9 @@ class CpuFrameDecoder:
     def __init__(self) -> None:
         self.fallbacks: dict[str, str] = {}
 
+    def probe(self, path: str) -> VideoIndex:
+        return probe(path)
+
     def decode(self, selection: FrameSelection, *, first: int, last: int) -> Clip:
         return decode_frames(selection, first=first, last=last)
 
@@ -69,21 +75,16 @@ class CpuFrameDecoder:
 
 
 class GpuFrameDecoder:
-    """Decodes with `streams` decoders of one GPU; frames of all calls share them. Thread-safe.
+    """What the decoding process of a GPU holds (video_process). Thread-safe.
 
-    The frames are those of `decode_frames`, in page-locked host memory. A file that the GPU path refuses goes to PyAV,
-    which also has the last word on damaged ones; each such file is logged and in `fallbacks`. Not so selections that
-    are PyAV's by plan: those for which at most `cpu_pixels` pixels must be decoded. name: of the decoder. `settings` do
-    not say which files were refused: the same decoder refuses them again.
+    Decodes with `streams` decoders of one GPU, which all calls share. The frames are those of `decode_frames`, in page-locked host memory. A file that the GPU path refuses goes to PyAV,
+    which also has the last word on damaged ones; each such file is in `fallbacks`. Not so selections that are PyAV's by
+    plan: those for which at most `cpu_pixels` pixels must be decoded.
     """
 
-    on_gpu = True
-
     def __init__(
-        self, device: torch.device, make: Callable[[], SegmentDecoder], *, name: str, streams: int = STREAMS,
-        cpu_pixels: int = 0,
-    ) -> None:  # fmt: skip
-        self.settings = f"{name}, pyav up to {cpu_pixels} pixels" if cpu_pixels else name
+        self, device: torch.device, make: Callable[[], SegmentDecoder], *, streams: int = STREAMS, cpu_pixels: int = 0
+    ) -> None:
         self.device, self.streams, self.cpu_pixels, self.fallbacks = device, streams, cpu_pixels, {}
         self._make = make
         self._pool = ThreadPoolExecutor(max_workers=streams, thread_name_prefix="nvdec")
@@ -96,9 +97,7 @@ class GpuFrameDecoder:
         try:
             frames_FHWC = self._decode(selection, first, last)
         except RefusedError as refusal:
-            if selection.path not in self.fallbacks:
-                self.fallbacks[selection.path] = str(refusal)
-                logger.warning("%s: decoded on the CPU, the GPU does not take it: %s", selection.path, refusal)
+            self.fallbacks.setdefault(selection.path, str(refusal))
             return decode_frames(selection, first=first, last=last)
         return Clip(selection=selection, first=first, frames_FHWC=frames_FHWC.numpy())
 
@@ -169,7 +168,10 @@ class GpuFrameDecoder:
 
 
 def open_decoder(kind: VideoDecoder, device: torch.device) -> FrameDecoder:
-    """The decoder of video.decoder for a device. Raises ConfigError when it needs a GPU or a package there is not."""
+    """The decoder of video.decoder for a device; one on a GPU is in a process of its own.
+
+    Raises ConfigError when it needs a GPU or a package there is not.
+    """
     on_gpu = device.type == "cuda"
     cpu_pixels = CPU_PIXELS if kind is VideoDecoder.auto else 0
     if kind is VideoDecoder.auto:
@@ -186,11 +188,20 @@ def open_decoder(kind: VideoDecoder, device: torch.device) -> FrameDecoder:
             [f"video.decoder={kind.name} needs {_PACKAGES[kind]}, which is not installed; install it, or set auto"]
         )
     number = torch.cuda.current_device() if device.index is None else device.index
-    if kind is VideoDecoder.dali:
+    # Which files are refused is not part of it: the same decoder refuses them again.
+    settings = f"{kind.name}, pyav up to {cpu_pixels} pixels" if cpu_pixels else kind.name
+    return ProcessFrameDecoder(kind.name, str(number), str(cpu_pixels), settings=settings)
+
+
+def make_gpu_decoder(arguments: list[str]) -> GpuFrameDecoder:
+    """Of the arguments that open_decoder gives to the decoding process."""
+    kind, number, cpu_pixels = arguments
+    if VideoDecoder[kind] is VideoDecoder.dali:
         make = import_module("megalong.data.video_dali").DaliDecoder
     else:
         make = import_module("megalong.data.video_nvcodec").NvCodecDecoder
-    return GpuFrameDecoder(device, lambda: make(number), name=kind.name, cpu_pixels=cpu_pixels)
+    device = torch.device("cuda", int(number))
+    return GpuFrameDecoder(device, lambda: make(device.index), cpu_pixels=int(cpu_pixels))
 
 
 def _is_installed(package: str) -> bool:

@@ -32,6 +32,9 @@ class DecodeError(Exception):
         self.path = path
         self.reason = reason
 
+    def __reduce__(self) -> tuple[type[DecodeError], tuple[str, str]]:
+        return DecodeError, (self.path, self.reason)  # from the decoding process
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Orientation:

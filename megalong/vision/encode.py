@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from megalong.config.tree import VideoDecoder
-from megalong.data.video import DecodeError, VideoIndex, probe
+from megalong.data.video import DecodeError, VideoIndex
 from megalong.data.video_decoder import open_decoder
 from megalong.data.video_layout import VideoLayout
 from megalong.parallel.collectives import gather_objects
@@ -70,7 +70,8 @@ class VisionStage:
             disk=_disk_store(encoder, settings),
         )
         self.frames_encoded = 0  # by this rank, since the start
-        self.decoder = open_decoder(settings.decoder, layout.device)
+        # Without vision there is nothing to decode.
+        self.decoder = open_decoder(settings.decoder if encoder is not None else VideoDecoder.pyav, layout.device)
         self.decoded_elsewhere: dict[str, str] = {}  # files of the replica that its decoder refused -> why
         self._pool = ThreadPoolExecutor(max_workers=settings.decode_workers, thread_name_prefix="decode")
         self._decoded: deque[tuple[float, float]] = deque()
@@ -109,7 +110,9 @@ class VisionStage:
         """Start indexing this rank's share of the files that select() will not know yet; returns their paths."""
         unknown = sorted({path for sample in samples for path in sample.videos} - self._indexed.keys())
         mine = unknown[self.layout.replica_rank :: self.layout.replica_size] if self.encoder is not None else []
-        self._indexing |= {path: self._pool.submit(probe, path) for path in mine if path not in self._indexing}
+        self._indexing |= {
+            path: self._pool.submit(self.decoder.probe, path) for path in mine if path not in self._indexing
+        }
         return mine
 
     def prefetch(self, selections: Sequence[FrameSelection]) -> None:

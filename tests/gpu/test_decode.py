@@ -17,9 +17,10 @@ from video_files import cut_file, numbered_picture, read_number, write_video
 
 from megalong.config.tree import VideoDecoder
 from megalong.data.video import DecodeError, decode_frames, probe
-from megalong.data.video_decoder import GpuFrameDecoder, open_decoder
+from megalong.data.video_decoder import open_decoder
 from megalong.data.video_index import opened
 from megalong.data.video_pixels import resized, rgb_of_nv12
+from megalong.data.video_process import ProcessFrameDecoder
 from megalong.data.video_segments import read_coding
 from megalong.records import FrameSelection
 
@@ -78,7 +79,7 @@ REFUSED = {
 def decoder(request):
     pytest.importorskip({"dali": "nvidia.dali", "nvcodec": "PyNvVideoCodec"}[request.param.name])
     decoder = open_decoder(request.param, torch.device("cuda", torch.cuda.current_device()))
-    assert isinstance(decoder, GpuFrameDecoder)
+    assert isinstance(decoder, ProcessFrameDecoder)
     decoder.kind = request.param.name
     yield decoder
     decoder.close()
@@ -127,7 +128,7 @@ def exact_frames(chosen: FrameSelection, *, first: int, last: int) -> np.ndarray
     return np.stack([found[frame] for frame in chosen.frames[first:last]])
 
 
-def compare(decoder: GpuFrameDecoder, chosen: FrameSelection, *, first: int = 0, last: int | None = None) -> None:
+def compare(decoder: ProcessFrameDecoder, chosen: FrameSelection, *, first: int = 0, last: int | None = None) -> None:
     last = len(chosen.frames) if last is None else last
     got = decoder.decode(chosen, first=first, last=last).frames_FHWC
     expected = decode_frames(chosen, first=first, last=last).frames_FHWC
@@ -145,7 +146,7 @@ def check(got: np.ndarray, expected: np.ndarray, bounds: tuple[float, float], wh
     assert most <= bounds[1]
 
 
-def assert_refused(decoder: GpuFrameDecoder, chosen: FrameSelection, reason: str) -> None:
+def assert_refused(decoder: ProcessFrameDecoder, chosen: FrameSelection, reason: str) -> None:
     """PyAV decodes it, and the reason is named."""
     got = decoder.decode(chosen, first=0, last=len(chosen.frames)).frames_FHWC
     np.testing.assert_array_equal(got, decode_frames(chosen).frames_FHWC)

@@ -22,7 +22,6 @@ from megalong.data import video_decoder
 from megalong.data.video import DecodeError, decode_frames, probe, select_frames
 from megalong.models.longvila.layout import SquareFrames
 from megalong.records import Dropped, FrameSelection, Sample
-from megalong.vision import encode
 from megalong.vision.encode import VisionSettings, VisionStage
 
 SIZE, TOKENS, WIDTH = 8, 2, 5
@@ -128,7 +127,7 @@ def test_files_are_indexed_once_and_ahead(
         calls.append((Path(path).stem, threading.current_thread() is threading.main_thread()))
         return probe(path)
 
-    monkeypatch.setattr(encode, "probe", counted)
+    monkeypatch.setattr(stage.decoder, "probe", counted)
     batch = [sample("1", videos["a"], videos["b"]), sample("2", videos["bad"])]
     stage.index_ahead([*batch, sample("3")])
     stage.index_ahead(batch)
