@@ -77,9 +77,10 @@ class CpuFrameDecoder:
 class GpuFrameDecoder:
     """What the decoding process of a GPU holds (video_process). Thread-safe.
 
-    Decodes with `streams` decoders of one GPU, which all calls share. The frames are those of `decode_frames`, in page-locked host memory. A file that the GPU path refuses goes to PyAV,
-    which also has the last word on damaged ones; each such file is in `fallbacks`. Not so selections that are PyAV's by
-    plan: those for which at most `cpu_pixels` pixels must be decoded.
+    Decodes with `streams` decoders of one GPU, which all calls share. The frames are those of `decode_frames`, in
+    page-locked host memory. A file that the GPU path refuses goes to PyAV, which also has the last word on damaged
+    ones; each such file is in `fallbacks`. Not so selections that are PyAV's by plan: those for which at most
+    `cpu_pixels` pixels must be decoded.
     """
 
     def __init__(
