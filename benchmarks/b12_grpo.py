@@ -180,10 +180,10 @@ def config_of(folder: Path, part: Part, *, args: argparse.Namespace, before: int
     )  # fmt: skip
 
 
-def run_parts(folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of the parts; what a part that does not fit leaves is an `out of memory` row, and the end."""
+def run_parts(folder: Path, args: argparse.Namespace) -> None:
+    """Report a row of each part; what a part that does not fit leaves is an `out of memory` row, and the end."""
     session: Session | None = None
-    file, rows, before = folder / args.label / "metrics.jsonl", [], 0
+    file, before = folder / args.label / "metrics.jsonl", 0
 
     def open_session(config: RunConfig, **options: Any) -> Run:
         nonlocal session
@@ -200,8 +200,7 @@ def run_parts(folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            rows.append({"part": part.name, "status": "out of memory"})
-            report(rows[-1], args.json, rows)
+            report({"part": part.name, "status": "out of memory"}, args.json)
             # The other ranks may wait for this one in a collective.
             os._exit(OUT_OF_MEMORY)
         steps = [json.loads(line) for line in file.read_text().splitlines()] if session.layout.is_main else []
@@ -209,18 +208,18 @@ def run_parts(folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
         before += part.steps
         if session.layout.is_main:
             peak = peak_gb(session.layout.device)
-            rows.append({"part": part.name, "steps": len(steps), **table(steps), "peak_gb": peak})
-            report(rows[-1], args.json, rows)
+            report({"part": part.name, "steps": len(steps), **table(steps), "peak_gb": peak}, args.json)
         reset_peak(session.layout.device)
     session.finish()
-    return rows
 
 
-def report(row: dict[str, Any], file: Path | None, rows: Sequence[dict[str, Any]]) -> None:
+def report(row: dict[str, Any], file: Path | None) -> None:
+    """Print a part's row and add it to the file, which any rank may do that runs out of memory."""
     for name, value in row.items():
         print(f"{name:32} {value:.4g}" if isinstance(value, float) else f"{name:32} {value}", flush=True)
     if file:
-        file.write_text(json.dumps(list(rows), indent=1))
+        rows = json.loads(file.read_text()) if file.exists() else []
+        file.write_text(json.dumps([*rows, row], indent=1))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -238,6 +237,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO)
     if int(os.environ.get("RANK", "0")) == 0:
         prepare(args.folder, videos=args.videos, tiny=args.tiny)
+        if args.json:
+            args.json.unlink(missing_ok=True)
     while not (args.folder / "ready").is_file():
         time.sleep(0.2)
     if args.prepare:
