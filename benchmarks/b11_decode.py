@@ -7,7 +7,8 @@ to b11_decode.json in FOLDER, as they come; the videos stay there for the next r
     python benchmarks/b11_decode.py FOLDER [--decoders nvcodec dali pyav ..] [--streams 1 7 14 21] [--limit 3600]
 
 --decoders, in the order given (all of them by default):
-nvcodec and dali: ours with N decoding streams, nvcodec_N and dali_N. pyav: pyav16, 16 threads, each a segment of the
+nvcodec and dali: ours with N decoding streams, nvcodec_N and dali_N. trainer: what video.decoder=auto gives a training
+run, in its process. pyav: pyav16, 16 threads, each a segment of the
 hour, and pyav1, one thread. dali_file: DALI on the whole file, one stream, as its documentation shows it, at the hour's
 start and at its end (does it slow down?). small: milliseconds for one short video after the other, of one size and of
 changing sizes, where a stream's fixed costs count; the rule of video.decoder=auto stands on it.
@@ -32,16 +33,19 @@ import av
 import numpy as np
 import torch
 
+from megalong.config.tree import VideoDecoder
 from megalong.data.video import decode_frames, probe
-from megalong.data.video_decoder import STREAMS, CpuFrameDecoder, GpuFrameDecoder
+from megalong.data.video_decoder import STREAMS, CpuFrameDecoder, GpuFrameDecoder, open_decoder
 from megalong.records import FrameSelection
 
 WIDTH, HEIGHT, FPS, SECONDS, SIZE = 1920, 1080, 30, 3600, 448
 CLIP_SECONDS = 40
 BITS, COLUMNS = 12, 4
-PACKAGES = {"nvcodec": "PyNvVideoCodec", "dali": "nvidia.dali", "dali_file": "nvidia.dali"}
+PACKAGES = {
+    "nvcodec": "PyNvVideoCodec", "trainer": "PyNvVideoCodec", "dali": "nvidia.dali", "dali_file": "nvidia.dali"
+}  # fmt: skip
 """What a decoder needs to be installed; it is left out, in so many words, otherwise."""
-DECODERS = ("nvcodec", "dali", "pyav", "dali_file", "small")
+DECODERS = ("nvcodec", "trainer", "dali", "pyav", "dali_file", "small")
 
 SMALL = ((64, 64, 32), (320, 240, 60), (320, 240, 420), (640, 360, 140), (1280, 720, 35), (1280, 720, 300))
 """Width, height and frames of the short videos."""
@@ -225,6 +229,13 @@ def rows_of(kind: str, hour: Hour, arguments: argparse.Namespace) -> Iterator[Ro
         whole = lambda first, last: dali_file(selection, first, last)  # noqa: E731
         yield hour.time("dali_file", whole, last=hour.few)
         yield hour.time("dali_file_end", whole, first=total - hour.few, last=total)
+    elif kind == "trainer":
+        decoder = open_decoder(VideoDecoder.auto, torch.device("cuda", 0))
+        decoder.probe(selection.path)
+        decoder.decode(selection, first=0, last=min(hour.most, 32 * STREAMS))  # starts process and streams
+        ready = lambda first, last: decoder.decode(selection, first=first, last=last).frames_FHWC  # noqa: E731
+        yield hour.time(f"trainer, {decoder.settings.split(',')[0]}", ready, last=hour.most)
+        decoder.close()
     else:
         for streams in arguments.streams:
             decoder, name = ours(kind, streams), f"{kind}_{streams}"
@@ -252,7 +263,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = Path(hour.selection.path)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     report = {
-        "gpu": gpu, "cores": os.cpu_count(), "torch": torch.__version__, "gop": arguments.gop,
+        "device": gpu, "cores": os.cpu_count(), "torch": torch.__version__, "gop": arguments.gop,
         "bytes": path.stat().st_size,
     }  # fmt: skip
     rows: dict[str, list[Row]] = {}

@@ -346,7 +346,7 @@ def main() -> None:
         torch.backends.cuda.matmul.allow_tf32 = False
         candidates, absent = installed()
         shape = (args.rows, args.width, args.vocab)
-        found = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "shape": shape, "absent": absent}
+        found = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "shape": shape, "absent": absent}
         found["errors_small"] = check(candidates, (1024, 1024, 20000), torch.float64)
         found["errors"] = check(candidates, shape, torch.float32)
         parts = inputs(*shape)

@@ -183,7 +183,12 @@ def _end_with(trainer: int, folder: Path) -> None:
 def main() -> None:
     from megalong.data.video_decoder import make_gpu_decoder
 
-    serve(make_gpu_decoder)
+    def make(arguments: list[str]) -> Decoder:
+        # Before anything is pinned: page-locked memory belongs to the first device that there is.
+        torch.cuda.set_device(int(arguments[1]))
+        return make_gpu_decoder(arguments)
+
+    serve(make)
 
 
 if __name__ == "__main__":
