@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,23 @@ class MediaRoom:
                     )
                 self._pinned = True
         return self._whole[:count]
+
+    def write(self, embeds: Sequence[Tensor]) -> tuple[str, int, int] | None:
+        """Put [n, width] tensors one after the other; returns the file, its rows and their width, None without any.
+
+        Those that were written to their place in rows() stay there.
+        """
+        if not embeds:
+            return None
+        count = sum(map(len, embeds))
+        places = self.rows(count).split([len(part) for part in embeds])
+        if any(part.data_ptr() != place.data_ptr() for part, place in zip(embeds, places, strict=True)):
+            first, last = places[0].data_ptr(), places[0].data_ptr() + count * self.width * self.dtype.itemsize
+            # One that is there, but elsewhere, would be overwritten before it is copied.
+            parts = [part.clone() if first <= part.data_ptr() < last else part for part in embeds]
+            for part, place in zip(parts, places, strict=True):
+                place.copy_(part)
+        return str(self.path), count, self.width
 
     def close(self) -> None:
         """Let go of the memory and its file."""

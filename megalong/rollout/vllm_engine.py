@@ -90,7 +90,7 @@ class VllmEngine:
         self._answers: list[Any] = []  # results that came while a collective was under way
         self._folder = Path(tempfile.mkdtemp(prefix="megalong-engine-", dir=memory_folder()))
         self._room = BucketRoom(settings.transport, self._folder)
-        self._media = MediaRoom(self._folder, width=self.width, dtype=self.dtype)
+        self.media = MediaRoom(self._folder, width=self.width, dtype=self.dtype)
         write_config(model, self._folder, max_tokens=settings.max_tokens, eos_id=eos_id)
         self._connection = self._start()
         try:
@@ -163,7 +163,7 @@ class VllmEngine:
             self._call("wake")
             self._asleep = False
         started = time.perf_counter()
-        media = self._write_media([request.embeds_ND for request in requests if request.embeds_ND is not None])
+        media = self.media.write([request.embeds_ND for request in requests if request.embeds_ND is not None])
         self.handover_seconds += time.perf_counter() - started
         stripped = [replace(request, embeds_ND=None) for request in requests]
         self._send("generate", stripped, sampling=sampling, media=media)
@@ -212,7 +212,7 @@ class VllmEngine:
 
     def close(self) -> None:
         """End the process, and its workers."""
-        self._media.close()
+        self.media.close()
         self._connection.close()
         try:
             self._process.wait(timeout=20)
@@ -300,24 +300,7 @@ class VllmEngine:
     def embeds_room(self, rows: int) -> Tensor:
         """See RolloutEngine. What was written there for the last requests is overwritten."""
         self._require_idle("embeds_room")
-        return self._media.rows(rows)
-
-    def _write_media(self, embeds: Sequence[Tensor]) -> tuple[str, int, int] | None:
-        """The embeddings of all prompts, one after the other, in a file in memory: path, rows and width.
-
-        Those that were written to their place in embeds_room() are there.
-        """
-        if not embeds:
-            return None
-        rows = sum(map(len, embeds))
-        places = self.embeds_room(rows).split([len(part) for part in embeds])
-        if any(part.data_ptr() != place.data_ptr() for part, place in zip(embeds, places, strict=True)):
-            first, last = places[0].data_ptr(), places[0].data_ptr() + rows * self.width * self.dtype.itemsize
-            # One that is there, but elsewhere, would be overwritten before it is copied.
-            parts = [part.clone() if first <= part.data_ptr() < last else part for part in embeds]
-            for part, place in zip(parts, places, strict=True):
-                place.copy_(part)
-        return str(self._media.path), rows, self.width
+        return self.media.rows(rows)
 
     def _start(self) -> Connection:
         environment = {name: value for name, value in os.environ.items() if name not in _TORCHRUN}

@@ -60,9 +60,7 @@ class VisionStage:
         self.videos = videos
         self.layout = layout
         self.settings = settings
-        self.frames: ByteStore[np.ndarray] = ByteStore(
-            budget_bytes=settings.frame_store_bytes, setting="video.frame_cache_gib"
-        )
+        self.frames = ByteStore[np.ndarray](budget_bytes=settings.frame_store_bytes, setting="video.frame_cache_gib")
         self.embeds = EmbeddingStore(
             device=layout.device,
             gpu_bytes=settings.embed_gpu_bytes,
@@ -259,7 +257,7 @@ class VisionStage:
             embeds_nD = disk.read(self.embed_key(selection), start, stop)
             if embeds_nD is not None:
                 return EmbeddingPart(start, embeds_nD)
-        return self._decode(selection, first, last)
+        return self.decoder.decode(selection, first=first, last=last).frames_FHWC
 
     def _has_embeds(self, selection: FrameSelection) -> bool:
         return self.settings.frozen and self.embed_key(selection) in self.embeds
@@ -350,9 +348,6 @@ class VisionStage:
         step = self.videos.frames_per_step
         batch = max(step, self.settings.tower_batch_frames // step * step)
         return torch.cat([self.encoder(part) for part in frames_FHWC.split(batch)])
-
-    def _decode(self, selection: FrameSelection, first: int, last: int) -> np.ndarray:
-        return self.decoder.decode(selection, first=first, last=last).frames_FHWC
 
     def _rows(self, selection: FrameSelection, frames: tuple[int, int]) -> int:
         """Embeddings of frames [first, last) of the selection."""

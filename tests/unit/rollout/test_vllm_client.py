@@ -103,6 +103,22 @@ def test_embeddings_have_the_same_room_until_it_is_too_small(tmp_path: Path, mon
     assert list(tmp_path.iterdir()) == []
 
 
+def test_embeddings_are_copied_unless_they_are_in_their_place(tmp_path: Path) -> None:
+    room = MediaRoom(tmp_path, width=3, dtype=torch.float32)
+    rows = room.rows(6)
+    rows.copy_(torch.arange(6.0)[:, None])
+    path, count, width = room.write([rows[:2], rows[2:6]])
+    assert (count, width) == (6, 3)
+    written = torch.from_file(path, shared=True, size=18).view(6, 3)
+    assert written[:, 0].tolist() == [0, 1, 2, 3, 4, 5]
+    room.write([rows[2:6], rows[:2]])  # there, and elsewhere
+    assert written[:, 0].tolist() == [2, 3, 4, 5, 0, 1]
+    room.write([torch.full((2, 3), 7.0), rows[:2]])
+    assert written[:4, 0].tolist() == [7, 7, 2, 3]
+    assert room.write([]) is None
+    room.close()
+
+
 def test_responses_end_where_the_tokenizer_says_and_not_at_the_ends_of_the_checkpoint(tmp_path: Path) -> None:
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 16}
     with torch.device("meta"):

@@ -127,22 +127,6 @@ def test_the_trainer_goes_on_while_the_process_samples(make: Make) -> None:
     assert engine.version == 2
 
 
-def test_embeddings_are_copied_unless_they_are_in_their_room(make: Make) -> None:
-    engine = make("none")
-    room = engine.embeds_room(6)
-    room.copy_(torch.arange(6.0)[:, None])
-    parts = room[:2], room[2:6]
-    path, rows, width = engine._write_media(parts)
-    written = torch.from_file(path, shared=True, size=rows * width).view(rows, width)
-    assert (rows, width) == (6, engine.width)
-    assert written[:, 0].tolist() == list(range(6))
-    engine._write_media([room[2:6], room[:2]])  # there, and elsewhere
-    assert written[:, 0].tolist() == [2, 3, 4, 5, 0, 1]
-    engine._write_media([torch.full((2, engine.width), 7.0), room[:2]])
-    assert written[:4, 0].tolist() == [7, 7, 2, 3]
-    assert engine._write_media([]) is None
-
-
 def test_a_process_that_died_meanwhile_is_found_by_who_waits_for_it(make: Make) -> None:
     engine = make("exit")
     engine.load_weights(buckets(engine), version=0)
