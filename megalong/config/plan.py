@@ -77,6 +77,7 @@ class Plan:
     memory: dict[str, int]
     stages: tuple[int, ...]  # bytes in total on a process of each pipeline stage
     video_embeddings: int  # bytes of one video's embeddings, over all ranks of a replica; 0: no vision
+    handover: int  # bytes of those of the prompts that a replica's vLLM engines are given at a time
     host_store: int  # bytes of host memory the embedding store may fill, per process
     step_store: int  # bytes of it and of its GPU tier that a step needs per process, when no two samples share a video
     host_activations: int  # bytes of pinned host memory for offloaded activations, per process
@@ -157,6 +158,7 @@ def plan(config: RunConfig, task: Task, shape: ModelShape, *, note: str = "") ->
         memory=max(stages, key=lambda memory: sum(memory.values())),
         stages=tuple(sum(memory.values()) for memory in stages),
         video_embeddings=of_video,
+        handover=of_video * {"sft": 0, "grpo": -(-batch_size // layout.dp), "eval": config.eval.batch_prompts}[task],
         host_store=round(config.video.cache_gib * GIB) if kept else 0,
         # Pinned host memory comes in powers of two.
         step_store=batches * -(-batch_size // layout.dp) * (1 << (share - 1).bit_length()) if kept else 0,

@@ -21,7 +21,7 @@ def render(plan: Plan) -> str:
             _layout_text(plan.layout),
             _lengths_text(plan),
             _memory_text(plan),
-            *([_engine_text(plan.engine)] if plan.engine else []),
+            *([_engine_text(plan.engine, handover=plan.handover)] if plan.engine else []),
             *([_store_text(plan)] if plan.video_embeddings else []),
             _flops_text(plan),
         ]
@@ -84,9 +84,11 @@ def _on_gpus(plan: Plan) -> bool:
     return any(name.startswith("runtime") for name in plan.memory)
 
 
-def _engine_text(engine: EnginePlan) -> str:
+def _engine_text(engine: EnginePlan, *, handover: int) -> str:
     rows = [(name, f"{value / GIB:,.2f} GiB") for name, value in engine.memory.items()]
     rows.append(("needed on each of its GPUs", f"{engine.memory_total / GIB:,.2f} GiB"))
+    if handover:
+        rows.append(("embeddings of a replica's prompts, pinned in /dev/shm", f"{handover / GIB:,.2f} GiB"))
     if EnginePlacement.colocated in engine.shares:
         holds = "keeps" if engine.sleeps else "holds at its peak"
         rows.append((f"colocated: the trainer {holds}", f"{engine.trainer / GIB:,.2f} GiB"))

@@ -302,6 +302,15 @@ def test_the_vllm_engine_of_an_hour_of_video(recipe: Path, shape: ModelShape) ->
     assert any(line.startswith("colocated on 141 GB (H200) 55.60 GiB for the engine, does NOT fit") for line in lines)
 
 
+def test_the_engines_of_a_replica_are_given_the_embeddings_of_its_prompts(recipe: Path, shape: ModelShape) -> None:
+    more = ("grpo.batch_size=16", "eval.manifest=e.jsonl", "eval.batch_prompts=5")
+    training, evaluation = planned(recipe, shape, overrides=more), planned(recipe, shape, task="eval", overrides=more)
+    assert training.handover == 16 // training.layout.dp * training.video_embeddings > 0
+    assert evaluation.handover == 5 * evaluation.video_embeddings
+    row = f"embeddings of a replica's prompts, pinned in /dev/shm {training.handover / GIB:,.2f} GiB"
+    assert row in [" ".join(line.split()) for line in render(training).splitlines()]
+
+
 def test_an_engine_with_deepstack_holds_what_the_first_layers_add(recipe: Path, shape: ModelShape) -> None:
     assert shape.vision is not None
     three = replace(shape, vision=replace(shape.vision, embed_width=4 * shape.hidden))
