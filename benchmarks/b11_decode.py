@@ -234,7 +234,9 @@ def rows_of(kind: str, hour: Hour, arguments: argparse.Namespace) -> Iterator[Ro
         decoder.probe(selection.path)
         decoder.decode(selection, first=0, last=min(hour.most, 32 * STREAMS))  # starts process and streams
         ready = lambda first, last: decoder.decode(selection, first=first, last=last).frames_FHWC  # noqa: E731
-        yield hour.time(f"trainer, {decoder.settings.split(',')[0]}", ready, last=hour.most)
+        yield hour.time("trainer", ready, last=hour.most)
+        if decoder.fallbacks:
+            raise SystemExit(f"trainer: {decoder.fallbacks}")
         decoder.close()
     else:
         for streams in arguments.streams:

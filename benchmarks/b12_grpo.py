@@ -214,12 +214,12 @@ def run_parts(folder: Path, args: argparse.Namespace) -> None:
 
 
 def report(row: dict[str, Any], file: Path | None) -> None:
-    """Print a part's row and add it to the file, which any rank may do that runs out of memory."""
+    """Print a part's row and add it to the file as a line, which any rank may do that runs out of memory."""
     for name, value in row.items():
         print(f"{name:32} {value:.4g}" if isinstance(value, float) else f"{name:32} {value}", flush=True)
     if file:
-        rows = json.loads(file.read_text()) if file.exists() else []
-        file.write_text(json.dumps([*rows, row], indent=1))
+        with file.open("a") as lines:
+            lines.write(json.dumps(row) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -230,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--videos", type=int, default=10)
     parser.add_argument("--label", default="run", help="name of the run's folder in FOLDER")
     parser.add_argument("--prepare", action="store_true", help="make the folder, and no more")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="file for the rows, a line each")
     parser.add_argument("--overrides", nargs="*", default=[], metavar="a.b=c")
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args(argv)

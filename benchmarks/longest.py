@@ -72,7 +72,15 @@ def session_of(args: Any) -> dict[str, Any]:
         for mode in args.modes
         for size in sorted(args.frames or ([4, 12] if args.tiny else [3600]))
     ]
-    return video_session(args, points, rate=RATE)
+    session = video_session(args, points, rate=RATE)
+    session["overrides"] += ["model.attention=plain"] if args.rehearse else []
+    return session
+
+
+def use_kernels_of(session: dict[str, Any]) -> None:
+    """In this process."""
+    if session["points"][0]["rehearsal"]:
+        KERNELS["plain"] = KernelEntry(make=EmptyKernel, device="any", dtypes=(torch.bfloat16,))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -88,12 +96,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.worker:
         session = json.loads(Path(args.worker).read_text())
-        if session["points"][0]["rehearsal"]:
-            KERNELS["plain"] = KernelEntry(make=EmptyKernel, device="any", dtypes=(torch.bfloat16,))
-            session["overrides"].append("model.attention=plain")
+        use_kernels_of(session)
         work(session, line)
         return
-    rows = drive([session_of(args)], script=__file__, line=line, seconds=args.seconds)
+    session = session_of(args)
+    use_kernels_of(session)  # a lone process works here
+    rows = drive([session], script=__file__, line=line, seconds=args.seconds)
     save(args.json, rows)
 
 

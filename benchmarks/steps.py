@@ -52,7 +52,7 @@ TINY = {
 """What --tiny puts in place of the 7B sizes."""
 RECIPE = """
 model: {path: none, dtype: bfloat16, recompute: keep_attention}
-video: {frame_cache_gib: 64, cache_gib: 256}
+video: {decoder: pyav, frame_cache_gib: 64, cache_gib: 256}  # nothing is decoded
 grpo: {kl_coef: 0.0}
 optimizer: {lr: 0.0, weight_decay: 0.0}
 logger: {run_dir: none, tensorboard: false}

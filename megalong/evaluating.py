@@ -75,7 +75,7 @@ def evaluate_policy(run: Run, samples: Sequence[Sample], *, name: str, step: int
             prompts, unusable = plan_prompts(run, batch)
             prompts, unreadable = make_ready(run, prompts)
             embeds = owned_embeddings(run, prompts)
-            run.sync_weights()  # not before: an engine on the trainer's GPUs sleeps but for sampling
+            run.sync_weights()  # not before: an engine on the trainer's GPUs may sleep but for sampling
             groups = run.sampler.finish(run.sampler.begin(prompts, embeds, sampling=sampling, step=step))
             run.sampler.release()
             if settings.likelihood:

@@ -171,6 +171,8 @@ def memory_advice(phase: str, config: RunConfig, *, trains: bool = True) -> str:
     changes.append(f"raise model.mlp_chunks={model.mlp_chunks}" if model.mlp_chunks else "set model.mlp_chunks=16")
     if parallel.tp > 1 and not parallel.sequence_parallel:
         changes.append("parallel.sequence_parallel=true")
+    if not config.rollout.sleep:
+        changes.append("rollout.sleep=true")
     return ", ".join([*changes, *offload, spread])
 
 

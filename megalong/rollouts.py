@@ -29,7 +29,7 @@ def begin_rollouts(run: Run, prompts: Sequence[Prompt], *, step: int, seen: Coun
     with run.timer("rollout"):
         embeds = owned_embeddings(run, prompts)
     with run.timer("sync"):
-        run.sync_weights()  # not before: an engine on the trainer's GPUs sleeps but for sampling
+        run.sync_weights()  # not before: an engine on the trainer's GPUs may sleep but for sampling
     with run.timer("rollout"):
         sampling = Sampling(
             group_size=config.rollout.group_size,

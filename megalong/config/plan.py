@@ -146,6 +146,7 @@ def plan(config: RunConfig, task: Task, shape: ModelShape, *, note: str = "") ->
     of_video = _video_embeddings(config, shape, lengths=lengths)
     share = -(-of_video // layout.replica)
     stages = [_memory(config, task, shape, layout=layout, lengths=lengths, stage=stage) for stage in range(layout.pp)]
+    totals = tuple(sum(memory.values()) for memory in stages)
     # Videos of a step stay in memory, and those of the step that is being sampled for.
     batches = 1 + config.rollout.steps_off_policy if task == "grpo" else 1
     return Plan(
@@ -156,7 +157,7 @@ def plan(config: RunConfig, task: Task, shape: ModelShape, *, note: str = "") ->
         lengths=lengths,
         batch_size=batch_size,
         memory=max(stages, key=lambda memory: sum(memory.values())),
-        stages=tuple(sum(memory.values()) for memory in stages),
+        stages=totals,
         video_embeddings=of_video,
         handover=of_video * {"sft": 0, "grpo": -(-batch_size // layout.dp), "eval": config.eval.batch_prompts}[task],
         host_store=round(config.video.cache_gib * GIB) if kept else 0,
@@ -165,7 +166,7 @@ def plan(config: RunConfig, task: Task, shape: ModelShape, *, note: str = "") ->
         host_activations=0 if task == "eval" else _host_activations(config, shape, layout=layout, lengths=lengths),
         host_states=0 if task == "eval" else _host_states(config, shape, layout=layout),
         flops=_flops(config, task, shape, lengths=lengths, batch_size=batch_size, shared=True),
-        engine=_engine(config, task, shape, layout=layout, lengths=lengths),
+        engine=_engine(config, task, shape, layout=layout, lengths=lengths, peak=max(totals)),
         flops_repeated=sum(_flops(config, task, shape, lengths=lengths, batch_size=batch_size, shared=False).values()),
         timeout_minutes=config.parallel.timeout_minutes,
     )
@@ -358,19 +359,17 @@ def _element(config: RunConfig) -> int:
     return 4 if config.model.dtype is Dtype.float32 else 2
 
 
-def _engine(config: RunConfig, task: Task, shape: ModelShape, *, layout: Layout, lengths: Lengths) -> EnginePlan | None:
-    """The vLLM engine of a run on GPUs, beside what the fullest pipeline stage keeps; all it takes when none sleeps."""
+def _engine(
+    config: RunConfig, task: Task, shape: ModelShape, *, layout: Layout, lengths: Lengths, peak: int
+) -> EnginePlan | None:
+    """The vLLM engine of a run on GPUs, beside what the fullest pipeline stage keeps, or takes when it never sleeps."""
     if not samples_by_vllm(config, task):
         return None
-    if config.rollout.sleep:
-        of_stages = (_standing_memory(config, task, shape, layout=layout, stage=stage) for stage in range(layout.pp))
-    else:
-        of_stages = (
-            _memory(config, task, shape, layout=layout, lengths=lengths, stage=stage) for stage in range(layout.pp)
-        )
+    of_stages = (_standing_memory(config, task, shape, layout=layout, stage=stage) for stage in range(layout.pp))
+    kept = max(sum(memory.values()) for memory in of_stages)
     return plan_engine(
         config.rollout, shape, prompt=lengths.prompt, response=lengths.response, group=lengths.group,
-        element=_element(config), trainer=max(sum(memory.values()) for memory in of_stages),
+        element=_element(config), trainer=kept if config.rollout.sleep else peak,
     )  # fmt: skip
 
 

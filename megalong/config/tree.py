@@ -102,7 +102,7 @@ class RolloutEngine(Enum):
 class EnginePlacement(Enum):
     auto = "auto"  # disaggregated where the training processes of a node leave GPUs, colocated otherwise
     disaggregated = "disaggregated"  # GPUs of their own, behind those of the training processes; weights by NCCL
-    colocated = "colocated"  # the trainer's GPUs: the engine is awake to sample and sleeps else; weights by CUDA IPC
+    colocated = "colocated"  # the trainer's GPUs: awake to sample alone, but for rollout.sleep; weights by CUDA IPC
 
 
 MEMORY_SHARE = {EnginePlacement.disaggregated: 0.9, EnginePlacement.colocated: 0.4}

@@ -6,46 +6,60 @@ torch of the process that trains waits for it: with them it made a thirtieth of 
 
 from __future__ import annotations
 
+import faulthandler
+import itertools
 import logging
 import os
-import shutil
+import pickle
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable
-from multiprocessing import AuthenticationError
-from multiprocessing.managers import BaseManager
-from pathlib import Path
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, Pipe
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from megalong.data.video_index import VideoIndex, probe
+from megalong.data.video_index import DecodeError, VideoIndex, probe
 from megalong.records import Clip, FrameSelection
 
 logger = logging.getLogger(__name__)
 
 SERVER = "megalong.data.video_process"
 """Module that the decoding process runs."""
-_START_SECONDS = 300  # importing torch and the decoder's package
-_KEY = "MEGALONG_DECODER_KEY"
-_METHODS = ("probe", "decode")
+_CALLS = 16  # that the process answers at a time; the trainer has video.decode_workers
 
 
 class DecoderProcessError(Exception):
-    """The decoding process ended, or did not start."""
+    """The decoding process ended, or failed."""
 
 
 class Decoder(Protocol):
-    """What the process holds: thread-safe."""
+    """What the process holds: thread-safe. device: of its work, set in every thread."""
 
+    device: torch.device
     fallbacks: dict[str, str]
 
     def decode(self, selection: FrameSelection, *, first: int, last: int) -> Clip: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Reply:
+    """What the process answers; the bytes of the frames follow it."""
+
+    number: int  # of the call
+    index: VideoIndex | None = None
+    frames_shape: tuple[int, ...] | None = None
+    refusal: str | None = None  # why another decoder than the GPU's had to take the file
+    broken: DecodeError | None = None
+    failure: str | None = None  # of the process itself: what its error says
 
 
 class ProcessFrameDecoder:
@@ -59,136 +73,191 @@ class ProcessFrameDecoder:
     def __init__(self, *arguments: str, settings: str) -> None:
         self.settings = settings
         self.fallbacks: dict[str, str] = {}
-        self._folder = Path(tempfile.mkdtemp(prefix="megalong-decoder-"))
-        self._lock = threading.Lock()
-        self._calls: Any = None  # the proxy, when the process has answered
-        socket, key = str(self._folder / "socket"), os.urandom(16).hex()
-        self._manager = _Manager(address=socket, authkey=key.encode())
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", SERVER, socket, str(os.getpid()), *arguments],
-            env={**os.environ, _KEY: key, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,  # signals to the trainer's session end its step first
-        )
+        self._numbers = itertools.count()
+        self._waiting: dict[int, Future[tuple[_Reply, np.ndarray | None]]] = {}
+        self._lock = threading.Lock()  # of what is sent, and of _waiting
+        self._ended = ""  # how, once it is known
+        self._connection, theirs = Pipe()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", SERVER, str(theirs.fileno()), str(os.getpid()), *arguments],
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,  # signals to the trainer's session end its step first
+            )
+        self._reader = threading.Thread(target=self._read, name="decoder replies", daemon=True)
+        self._reader.start()
 
     def probe(self, path: str) -> VideoIndex:
         """See video_index.probe."""
-        return self._call("probe", path)
+        return self._call("probe", path, path)[0].index
 
     def decode(self, selection: FrameSelection, *, first: int, last: int) -> Clip:
         """See FrameDecoder. The frames are in page-locked memory."""
-        frames_FHWC, refusal = self._call("decode", selection, first, last)
-        if refusal and self.fallbacks.setdefault(selection.path, refusal) is refusal:
-            logger.warning("%s: decoded on the CPU, the GPU does not take it: %s", selection.path, refusal)
-        pinned_FHWC = torch.empty(frames_FHWC.shape, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
-        pinned_FHWC.copy_(torch.from_numpy(frames_FHWC))
-        return Clip(selection=selection, first=first, frames_FHWC=pinned_FHWC.numpy())
+        frames_FHWC = self._call("decode", selection.path, selection, first, last)[1]
+        return Clip(selection=selection, first=first, frames_FHWC=frames_FHWC)
 
     def close(self) -> None:
         """End the process; what it is asked meanwhile fails."""
         self._process.kill()  # it has nothing to save, and pays no heed to SIGTERM
         self._process.wait()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._reader.join()
+        self._connection.close()
 
-    def _call(self, method: str, *args: object) -> Any:
-        try:
-            return getattr(self._connected(), method)(*args)
-        except (EOFError, ConnectionError, AuthenticationError) as error:
-            path = args[0] if isinstance(args[0], str) else args[0].path
-            raise self._ended(f"at {path}") from error
-
-    def _connected(self) -> Any:
-        """The proxy: every thread has a connection of its own."""
+    def _call(self, method: str, path: str, *args: object) -> tuple[_Reply, np.ndarray | None]:
+        number, answer = next(self._numbers), Future[tuple[_Reply, np.ndarray | None]]()
+        request = pickle.dumps((number, method, args))
         with self._lock:
-            limit = time.monotonic() + _START_SECONDS
-            while self._calls is None:
-                if self._process.poll() is not None:
-                    raise self._ended("before it decoded anything")
-                if time.monotonic() > limit:
-                    self._process.kill()
-                    raise self._ended(f"since it was not ready after {_START_SECONDS} s")
-                try:
-                    self._manager.connect()
-                    self._calls = self._manager.decoder()
-                except (FileNotFoundError, ConnectionError):  # it does not listen yet
-                    time.sleep(0.05)
-            return self._calls
+            if not self._ended:
+                self._waiting[number] = answer
+                with suppress(OSError):  # it is gone: the reader says how
+                    self._connection.send_bytes(request)
+            else:
+                answer.set_result((_Reply(number=number, failure=self._ended), None))
+        reply, frames_FHWC = answer.result()
+        if reply.refusal and self.fallbacks.setdefault(path, reply.refusal) is reply.refusal:
+            logger.warning("%s: decoded on the CPU, the GPU does not take it: %s", path, reply.refusal)
+        if reply.broken is not None:
+            raise reply.broken
+        if reply.failure is not None:
+            raise DecoderProcessError(f"{path}: {reply.failure}; video.decoder=pyav decodes without that process")
+        return reply, frames_FHWC
 
-    def _ended(self, when: str) -> DecoderProcessError:
+    def _read(self) -> None:
+        """On a thread: give answers to those who wait, until the process ends."""
         try:
-            code: int | str = self._process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            code = "none"
-        return DecoderProcessError(
-            f"the decoding process {self._process.pid} ended {when} (exit code {code}; -9: killed, by the system when "
-            "memory is short); its last words are in this process's output; video.decoder=pyav decodes without it"
-        )
-
-
-class _Manager(BaseManager):
-    """The standard library's server of an object's methods, a thread to a connection."""
-
-
-_Manager.register("decoder", exposed=_METHODS)
-
-
-class _Served:
-    """What the trainer calls."""
-
-    def __init__(self, decoder: Decoder) -> None:
-        self.decoder = decoder
-        self._lock = threading.Lock()
-        self._running = 0
-
-    def probe(self, path: str) -> VideoIndex:
-        return probe(path)
-
-    def decode(self, selection: FrameSelection, first: int, last: int) -> tuple[np.ndarray, str | None]:
-        """Frames, and why another decoder had to make them."""
+            while True:
+                reply: _Reply = pickle.loads(self._connection.recv_bytes())
+                frames_FHWC = None
+                if reply.frames_shape is not None:
+                    pin = torch.cuda.is_available()
+                    frames_FHWC = torch.empty(reply.frames_shape, dtype=torch.uint8, pin_memory=pin).numpy()
+                    _receive(self._connection, frames_FHWC)
+                with self._lock:
+                    answer = self._waiting.pop(reply.number)
+                answer.set_result((reply, frames_FHWC))
+        except (EOFError, OSError):
+            why = ""  # it has hung up
+        except Exception as error:  # noqa: BLE001 - told to those who wait
+            why = f" because of {error!r} here"
+            self._process.kill()
+        code = self._process.wait()
         with self._lock:
-            self._running += 1
+            self._ended = (
+                f"the decoding process {self._process.pid} has ended{why} (exit code {code}; -9: killed, by the system "
+                "when memory is short); what it said is in this process's output"
+            )
+            lost, self._waiting = self._waiting, {}
+        for number, answer in lost.items():
+            answer.set_result((_Reply(number=number, failure=self._ended), None))
+
+
+def _receive(connection: Connection, frames: np.ndarray) -> None:
+    """Fill an array with the bytes that follow a message, without a copy and without the interpreter lock."""
+    left = memoryview(frames.reshape(-1))
+    while left:
+        count = os.readv(connection.fileno(), [left])
+        if not count:
+            raise EOFError
+        left = left[count:]
+
+
+def _send(connection: Connection, frames: np.ndarray) -> None:
+    left = memoryview(np.ascontiguousarray(frames).reshape(-1))
+    while left:
+        left = left[os.write(connection.fileno(), left) :]
+
+
+class _Server:
+    """The decoding process's side of the connection."""
+
+    def __init__(self, connection: Connection, decoder: Decoder) -> None:
+        self.connection, self.decoder = connection, decoder
+        self._pool = ThreadPoolExecutor(max_workers=_CALLS, thread_name_prefix="call")
+        self._sending, self._counting = threading.Lock(), threading.Lock()
+        self._decoding = 0
+
+    def run(self) -> None:
+        """Until the trainer hangs up."""
+        while True:
+            try:
+                number, method, args = pickle.loads(self.connection.recv_bytes())
+            except EOFError:
+                return
+            self._pool.submit(self._answer, number, method, args)
+
+    def _answer(self, number: int, method: str, args: tuple[Any, ...]) -> None:
+        frames_FHWC = None
         try:
-            clip = self.decoder.decode(selection, first=first, last=last)
+            if method == "probe":
+                reply = _Reply(number=number, index=probe(*args))
+            else:
+                frames_FHWC = self._decode(*args)
+                refusal = self.decoder.fallbacks.get(args[0].path)
+                reply = _Reply(number=number, frames_shape=frames_FHWC.shape, refusal=refusal)
+        except DecodeError as error:
+            reply = _Reply(number=number, broken=error, refusal=self.decoder.fallbacks.get(error.path))
+        except torch.OutOfMemoryError as error:
+            reply = _Reply(
+                number=number,
+                failure=f"the decoding process {os.getpid()} found no memory on its GPU beside the trainer ({error}); "
+                "lower rollout.memory_share or what the trainer takes (docs/memory.md)",
+            )
+        except Exception:  # noqa: BLE001 - the trainer gets it and ends the run
+            text = traceback.format_exc()
+            reply = _Reply(number=number, failure=f"the decoding process {os.getpid()} failed:\n{text}")
+        with self._sending:
+            self.connection.send_bytes(pickle.dumps(reply))
+            if frames_FHWC is not None:
+                _send(self.connection, frames_FHWC)
+
+    def _decode(self, selection: FrameSelection, first: int, last: int) -> np.ndarray:
+        on_gpu = self.decoder.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.set_device(self.decoder.device)  # of this thread
+        with self._counting:
+            self._decoding += 1
+        try:
+            return self.decoder.decode(selection, first=first, last=last).frames_FHWC
         finally:
-            with self._lock:
-                self._running -= 1
-                if not self._running and torch.cuda.is_initialized():
-                    torch.cuda.empty_cache()  # pictures at full size: the trainer needs the memory
-        return clip.frames_FHWC, self.decoder.fallbacks.get(selection.path)
+            with self._counting:
+                self._decoding -= 1
+                if on_gpu and not self._decoding:
+                    _release_memory()
+
+
+def _release_memory() -> None:
+    """Pictures at full size: the trainer needs the memory."""
+    try:
+        torch.cuda.empty_cache()
+    except RuntimeError as error:  # of a device that failed, which is what decoding has reported
+        logger.warning("the decoding process could not release its memory: %s", error)
 
 
 def serve(make: Callable[[list[str]], Decoder]) -> None:
-    """The decoding process: its arguments are a socket, the trainer's process and what `make` takes."""
+    """The decoding process: its arguments are a connection, the trainer's process and what `make` takes."""
+    faulthandler.enable()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # the trainer ends this process (Slurm tells every process)
-    socket, trainer, *arguments = sys.argv[1:]
-    threading.Thread(target=_end_with, args=(int(trainer), Path(socket).parent), daemon=True).start()
-    served = _Served(make(arguments))
-
-    class Manager(BaseManager):
-        pass
-
-    Manager.register("decoder", callable=lambda: served, exposed=_METHODS)
-    Manager(address=socket, authkey=os.environ[_KEY].encode()).get_server().serve_forever()
+    file, trainer, *arguments = sys.argv[1:]
+    threading.Thread(target=_end_with, args=(int(trainer),), daemon=True).start()
+    with Connection(int(file)) as connection:
+        _Server(connection, make(arguments)).run()
+    os._exit(0)  # whatever its threads still do
 
 
-def _end_with(trainer: int, folder: Path) -> None:
-    """A trainer that is killed cannot end this process."""
+def _end_with(trainer: int) -> None:
+    """A trainer that is killed may leave its end of the connection to a child of its own."""
     while os.getppid() == trainer:
         time.sleep(1)
-    shutil.rmtree(folder, ignore_errors=True)
     os._exit(0)
 
 
 def main() -> None:
     from megalong.data.video_decoder import make_gpu_decoder
 
-    def make(arguments: list[str]) -> Decoder:
-        # Before anything is pinned: page-locked memory belongs to the first device that there is.
-        torch.cuda.set_device(int(arguments[1]))
-        return make_gpu_decoder(arguments)
-
-    serve(make)
+    serve(make_gpu_decoder)
 
 
 if __name__ == "__main__":

@@ -59,20 +59,24 @@ class MediaRoom:
 
     def __init__(self, folder: Path, *, width: int, dtype: torch.dtype) -> None:
         self.folder, self.width, self.dtype = folder, width, dtype
-        self.path = folder / "media"
+        self.path = folder / "media0"  # the file; this one is not there
         self._whole: Tensor | None = None
-        self._pinned = False
+        self._pinned, self._files = False, 0
+
+    def __len__(self) -> int:
+        """Rows that there is room for."""
+        return 0 if self._whole is None else len(self._whole)
 
     def rows(self, count: int) -> Tensor:
         """The first `count` rows, [count, width], whatever was there before; the same memory until it is too small.
 
         Raises RolloutEngineError when there is no room for more, or the GPU's driver cannot pin it.
         """
-        if self._whole is None or len(self._whole) < count:
-            before = 0 if self._whole is None else len(self._whole)
+        if len(self) < count:
             self.close()
-            self.path = self.path.with_name(f"media{before}")
-            self._whole = shared_tensor(self.path, (max(count, before * 5 // 4), self.width), self.dtype)
+            self._files += 1
+            self.path = self.folder / f"media{self._files}"  # never a name that the engine has mapped
+            self._whole = shared_tensor(self.path, (count, self.width), self.dtype)
             if torch.cuda.is_available():
                 pointer, num_bytes = self._whole.data_ptr(), self._whole.nbytes
                 code = int(torch.cuda.cudart().cudaHostRegister(pointer, num_bytes, PORTABLE))

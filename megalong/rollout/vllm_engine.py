@@ -163,7 +163,10 @@ class VllmEngine:
             self._call("wake")
             self._asleep = False
         started = time.perf_counter()
-        media = self.media.write([request.embeds_ND for request in requests if request.embeds_ND is not None])
+        embeds = [request.embeds_ND for request in requests if request.embeds_ND is not None]
+        if embeds:
+            self.embeds_room(sum(map(len, embeds)))
+        media = self.media.write(embeds)
         self.handover_seconds += time.perf_counter() - started
         stripped = [replace(request, embeds_ND=None) for request in requests]
         self._send("generate", stripped, sampling=sampling, media=media)
@@ -300,6 +303,8 @@ class VllmEngine:
     def embeds_room(self, rows: int) -> Tensor:
         """See RolloutEngine. What was written there for the last requests is overwritten."""
         self._require_idle("embeds_room")
+        if 0 < len(self.media) < rows:
+            self._call("close_media")  # there may not be memory for both files
         return self.media.rows(rows)
 
     def _start(self) -> Connection:

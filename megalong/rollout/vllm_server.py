@@ -103,6 +103,10 @@ class Server:
         self.llm.wake_up()
         self.asleep = False
 
+    def close_media(self) -> None:
+        """Let go of the file that the last embeddings were in."""
+        self.llm.collective_rpc("close_media")
+
     def generate(
         self, requests: Sequence[Request], *, sampling: Sampling, media: tuple[str, int, int] | None
     ) -> tuple[list[list[Sampled]], list[list[int]]]:

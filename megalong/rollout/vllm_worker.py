@@ -273,12 +273,20 @@ class WorkerExtension:
     """Methods that vllm_server calls on every worker by collective_rpc."""
 
     def open_media(self, path: str, rows: int, width: int) -> None:
-        """Map the embeddings of the next prompts: [rows, width] in the model's dtype. The last file stays mapped."""
+        """Map the embeddings of the next prompts: [rows, width] in the model's dtype.
+
+        They stay mapped: the file is the same the next time.
+        """
         model = self.model_runner.get_model()
         if model.media_file != (path, rows):
             dtype = next(model.parameters()).dtype
             model.media_ND = torch.from_file(path, shared=True, size=rows * width, dtype=dtype).view(rows, width)
             model.media_file = (path, rows)
+
+    def close_media(self) -> None:
+        """Before that file is deleted: memory that is mapped would stay the host's."""
+        model = self.model_runner.get_model()
+        model.media_ND = model.media_file = None
 
     def check_update(self, checksums: list[list[int]]) -> str | None:
         return self.weight_transfer_engine.check(checksums)

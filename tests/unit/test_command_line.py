@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from megalong.__main__ import main
+from megalong.__main__ import FAILURES, main
+from megalong.failures import MISTAKES
 
 LINE = {"id": "1", "problem": "How many?", "answer": "<answer>3</answer>", "problem_type": "numerical", "videos": []}
 RECIPE = """
@@ -290,3 +291,15 @@ def test_model_and_checkpoint_errors(model_failures: dict[str, tuple[int, str]],
     assert "Traceback" not in errors
     assert last.startswith("megalong grpo: ")
     assert MODEL_ERRORS[name][2] in last
+
+
+@pytest.mark.parametrize("kind", MISTAKES, ids=lambda kind: kind.__name__)
+def test_errors_whose_message_says_it_all_have_no_traceback(
+    recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    def fail(*_: object) -> None:
+        raise type(kind.__name__, (kind,), {"__init__": Exception.__init__, "__str__": Exception.__str__})("it failed")
+
+    monkeypatch.setattr("megalong.grpo.train_grpo", fail)
+    assert main(["grpo", str(recipe)]) == (1 if kind.__name__ in FAILURES else 2)
+    assert capsys.readouterr().err.splitlines()[-1] == "megalong grpo: it failed"

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
+from typing import ClassVar
 
+import numpy as np
 import torch
 from test_video_decoder import PacketDecoder, Refusing
 
 from megalong.data import video_process
 from megalong.data.video_decoder import GpuFrameDecoder
+from megalong.data.video_segments import RefusedError
+from megalong.records import Clip, FrameSelection
 
 
 class Dying(PacketDecoder):
@@ -17,11 +22,42 @@ class Dying(PacketDecoder):
         os.kill(os.getpid(), 9)
 
 
-DECODERS = {"packets": PacketDecoder, "refusing": Refusing, "dying": Dying}
+class Refused(PacketDecoder):
+    def decode(self, *_: object) -> None:
+        raise RefusedError("not today")
 
 
-def make(arguments: list[str]) -> GpuFrameDecoder:
+class Confused(PacketDecoder):
+    def decode(self, *_: object) -> None:
+        raise EOFError("a file of its own")
+
+
+class Full(PacketDecoder):
+    def decode(self, *_: object) -> None:
+        raise torch.OutOfMemoryError("Tried to allocate 4 GiB")
+
+
+DECODERS = {
+    "packets": PacketDecoder, "packets again": PacketDecoder, "refusing": Refusing, "refused": Refused, "dying": Dying,
+    "confused": Confused, "full": Full,
+}  # fmt: skip
+
+
+class DyingLater:
+    """Ends while its frames are on their way."""
+
+    device = torch.device("cpu")
+    fallbacks: ClassVar[dict[str, str]] = {}
+
+    def decode(self, selection: FrameSelection, *, first: int, last: int) -> Clip:
+        threading.Timer(0.2, os.kill, (os.getpid(), 9)).start()
+        return Clip(selection=selection, first=first, frames_FHWC=np.zeros((1 << 16, 64, 64, 3), np.uint8))
+
+
+def make(arguments: list[str]) -> video_process.Decoder:
     (name,) = arguments
+    if name == "dying later":
+        return DyingLater()
     if name == "broken":
         sys.exit("no such package")
     return GpuFrameDecoder(torch.device("cpu"), DECODERS[name], streams=3)

@@ -10,8 +10,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
+from unittest import mock
 
+import av
 import fake_decoder
 import numpy as np
 import pytest
@@ -31,24 +34,24 @@ from megalong.data.video_process import ProcessFrameDecoder
 video_process.SERVER = sys.argv[1]
 decoder = ProcessFrameDecoder("packets", settings="packets")
 decoder.probe(sys.argv[2])
-print(decoder._process.pid, decoder._folder, flush=True)
+print(decoder._process.pid, flush=True)
 time.sleep(600)
 """
 
 
-@pytest.fixture
-def make(monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
-    monkeypatch.setattr(video_process, "SERVER", fake_decoder.__name__)
+@pytest.fixture(scope="module")
+def make() -> Iterator[Make]:
     made: list[ProcessFrameDecoder] = []
 
+    @cache
     def decoder(name: str) -> ProcessFrameDecoder:
         made.append(ProcessFrameDecoder(name, settings=name))
         return made[-1]
 
-    yield decoder
+    with mock.patch.object(video_process, "SERVER", fake_decoder.__name__):
+        yield decoder
     for item in made:
         item.close()
-        assert not item._folder.exists()
 
 
 def test_files_are_indexed_and_decoded_side_by_side(make: Make, tmp_path: Path) -> None:
@@ -90,18 +93,58 @@ def test_a_file_that_cannot_be_decoded_is_a_decode_error_and_the_process_goes_on
     assert numbers(decoder.decode(pick(tmp_path / "b.mp4", [3]), first=0, last=1)) == [3]
 
 
-def test_a_process_that_is_killed_is_an_error_that_says_where(make: Make, tmp_path: Path) -> None:
+def test_a_file_that_is_refused_and_broken_is_both(make: Make, tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4", 60)
-    decoder = make("dying")
+    chosen = pick(path, list(range(60)))
+    with av.open(str(path)) as container:
+        place, size = [(packet.pos, packet.size) for packet in container.demux() if packet.size][13]
+    data = bytearray(path.read_bytes())
+    data[place : place + size] = b"\xff" * size
+    path.write_bytes(data)
+    decoder = make("refused")
+    with pytest.raises(DecodeError, match="corrupt|cannot be decoded"):
+        decoder.decode(chosen, first=0, last=60)
+    assert decoder.fallbacks == {str(path): "not today"}
+
+
+@pytest.mark.parametrize("fault", ["dying", "dying later"])
+def test_a_process_that_is_killed_is_an_error_that_says_where(make: Make, fault: str, tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", 60)
+    decoder = make(fault)
+    text = rf"^{path}: the decoding process {decoder._process.pid} has ended \(exit code -9; -9: killed, by the system"
     for _ in range(2):
-        with pytest.raises(DecoderProcessError, match=rf"ended at {path} \(exit code -9; -9: killed, by the system"):
+        with pytest.raises(DecoderProcessError, match=text):
             decoder.decode(pick(path, [3]), first=0, last=1)
 
 
+def test_an_error_of_the_process_arrives_with_its_traceback_and_it_goes_on(make: Make, tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", 60)
+    decoder = make("confused")
+    with pytest.raises(DecoderProcessError, match=r"failed:\nTraceback(.|\n)*in decode\n(.|\n)*a file of its own"):
+        decoder.decode(pick(path, [3]), first=0, last=1)
+    assert decoder.probe(str(path)).num_frames == 60
+    with pytest.raises(DecoderProcessError, match=r"found no memory on its GPU .*4 GiB.*lower rollout.memory_share"):
+        make("full").decode(pick(path, [3]), first=0, last=1)
+
+
 def test_a_process_that_does_not_start_is_an_error(make: Make, capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(DecoderProcessError, match=r"ended before it decoded anything \(exit code 1;"):
+    with pytest.raises(
+        DecoderProcessError, match=r"has ended \(exit code 1;.*what it said is in this process's output"
+    ):
         make("broken").probe("a.mp4")
     assert "no such package" in capfd.readouterr().err
+
+
+def test_what_cannot_be_received_ends_the_process(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise RuntimeError("no page-locked memory")
+
+    path = write_video(tmp_path / "a.mp4", 60)
+    decoder, chosen = make("packets again"), pick(path, [3])
+    assert decoder.probe(str(path)).num_frames == 60
+    monkeypatch.setattr(video_process.torch, "empty", full)
+    with pytest.raises(DecoderProcessError, match=r"has ended because of RuntimeError\('no page-locked memory'\) here"):
+        decoder.decode(chosen, first=0, last=1)
 
 
 def test_it_ends_with_a_trainer_that_is_killed_and_not_by_the_scheduler_s_signal(tmp_path: Path) -> None:
@@ -112,18 +155,17 @@ def test_it_ends_with_a_trainer_that_is_killed_and_not_by_the_scheduler_s_signal
         stdout=subprocess.PIPE, text=True, env=environment,
     )  # fmt: skip
     try:
-        pid, folder = trainer.stdout.readline().split()
-        os.kill(int(pid), signal.SIGTERM)
+        pid = int(trainer.stdout.readline())
+        os.kill(pid, signal.SIGTERM)
         time.sleep(0.5)
-        assert is_running(int(pid))
+        assert is_running(pid)
     finally:
         trainer.kill()
         trainer.wait()
     limit = time.monotonic() + 20
-    while (is_running(int(pid)) or Path(folder).exists()) and time.monotonic() < limit:
+    while is_running(pid) and time.monotonic() < limit:
         time.sleep(0.1)
-    assert not is_running(int(pid))
-    assert not Path(folder).exists()
+    assert not is_running(pid)
 
 
 def is_running(pid: int) -> bool:

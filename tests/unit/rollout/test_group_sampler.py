@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megalong.records import FrameSelection, Prompt, Sample, WeightBucket
+from megalong.records import MEDIA_TOKEN, FrameSelection, Prompt, Sample, WeightBucket
 from megalong.rollout.engine import Request, Sampled, Sampling
 from megalong.rollout.sampler import GroupSampler, response_seeds
 
@@ -172,3 +172,26 @@ def test_one_batch_at_a_time_and_none_with_other_weights_than_it_began_with(layo
             assert group.response_ids == tuple((seed, 3) for seed in seeds)
     assert [group.prompt.sample.sample_id for group in other] == ["d"]
     assert len(happened) == 11, "nothing is asked twice"
+
+
+def test_an_engine_has_room_for_the_embeddings_of_its_own_prompts(
+    layout: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a replica of three ranks, the first and the last drive an engine each."""
+    asked: list[int] = []
+
+    class Engine(EchoEngine):
+        def embeds_room(self, rows: int) -> torch.Tensor:
+            asked.append(rows)
+            return torch.empty(rows, 2)
+
+    drives = [(True, False), (False, False), (True, False)]
+    monkeypatch.setattr("megalong.rollout.sampler.gather_objects", lambda item, *, group: drives)
+    prompts = [replace(prompt(str(count)), ids_P=(MEDIA_TOKEN,) * count + (5, 6)) for count in (1, 2, 4, 8)]
+    for rank, rows in enumerate((3, None, 12)):
+        engine = Engine() if rows else None
+        sampler = GroupSampler(engine, replace(layout, replica_size=3, replica_rank=rank), decode=str, seed=9)
+        room = sampler.embeds_room(prompts)
+        assert (room is None) if rows is None else room.shape == (rows, 2)
+        assert sampler.embeds_room([]) is None
+    assert asked == [3, 12]

@@ -112,6 +112,14 @@ def test_an_engine_sleeps_where_it_was_told_to(make: Make) -> None:
     assert (sleeper.asleep, sleeper.needs_weights) == (True, True)
 
 
+def test_the_engine_lets_go_of_a_room_before_a_larger_one_is_made(make: Make) -> None:
+    engine = make("error", method="close_media")
+    small = engine.embeds_room(4).data_ptr()
+    assert engine.embeds_room(3).data_ptr() == small
+    with pytest.raises(RolloutEngineError, match=r"no such token in close_media\(\)"):
+        engine.embeds_room(5)
+
+
 def test_the_trainer_goes_on_while_the_process_samples(make: Make) -> None:
     engine = make("slow")
     engine.load_weights(buckets(engine), version=0)
@@ -120,6 +128,8 @@ def test_the_trainer_goes_on_while_the_process_samples(make: Make) -> None:
     assert time.monotonic() - started < fake_server.SLOW_SECONDS / 2
     with pytest.raises(RuntimeError, match=r"start_update\(\) was asked of an engine that samples; call finish\(\)"):
         engine.load_weights(buckets(engine), version=1)
+    with pytest.raises(RuntimeError, match=r"embeds_room\(\) was asked of an engine that samples"):
+        engine.embeds_room(3)  # it reads those of the batch
     assert engine.finish() == [["group"]]
     assert time.monotonic() - started >= fake_server.SLOW_SECONDS
     assert engine.prefilled_tokens == 1
