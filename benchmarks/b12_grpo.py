@@ -5,12 +5,13 @@ is added (a share of letters), so that every step has advantages and changes the
 video of its own (with --videos as many as its steps), so that it is decoded, encoded, sampled and trained on.
 
 The parts follow one another in the same processes, with the same weights, engine and GPUs; each is
-FRAMES:STEPS[:MODE[:RECOMPUTE[:AHEAD]]], MODE one of mr_sp.mode's (shared_prefix), RECOMPUTE keep_attention or full,
-AHEAD 1 for rollouts one step ahead (rollout.steps_off_policy, on GPUs of the engine's own), else 0. The run's own
-metrics.jsonl is the result: the phase table of each part (medians without its first step), and the gap between
-sampler's and trainer's log-probabilities.
+FRAMES:STEPS[:a.b=c,..], with settings of its own: mr_sp.mode=none,model.recompute=full, or grpo.kl_coef=0 (no
+reference pass), or rollout.steps_off_policy=1,grpo.tis_cap=2 (rollouts one step ahead, on GPUs of the engine's own).
+What only the start of a run reads, the layout and the engine, is --overrides'. The run's own metrics.jsonl is the
+result: the phase table of each part (medians without its first step), and the gap between sampler's and trainer's
+log-probabilities.
 
-    torchrun --nproc-per-node 2 benchmarks/b12_grpo.py FOLDER [--parts 256:10 512:10 512:1:none:full]
+    torchrun --nproc-per-node 2 benchmarks/b12_grpo.py FOLDER [--parts 256:10 512:10 512:1:mr_sp.mode=none ..]
         [--overrides a.b=c ..]
 """
 
@@ -30,12 +31,12 @@ from typing import Any
 
 from b11_decode import write_clip, write_hour
 from sessions import OUT_OF_MEMORY
-from steps import fill_randomly, free, is_out_of_memory, make_folder, peak_gb, reset_peak
+from steps import SHARDED, fill_randomly, free, is_out_of_memory, make_folder, peak_gb, reset_peak
 
 import megalong.grpo
 import megalong.run
 from megalong.config.load import load_config
-from megalong.config.tree import ModelConfig, MrSpMode, RunConfig
+from megalong.config.tree import ModelConfig, Recompute, RunConfig
 from megalong.data.sequence import THINKING_TEMPLATE
 from megalong.engine.build import build_model
 from megalong.grpo import train_grpo
@@ -52,7 +53,7 @@ from megalong.vision.encode import VisionStage
 CLIP_SECONDS = 10
 QUESTION = "What happens at the end?\nA. It rains.\nB. It snows.\nC. The sun shines.\nD. Nothing."
 RECIPE = """
-model: {path: none, dtype: bfloat16}
+model: {path: none, dtype: bfloat16, recompute: keep_attention}
 video: {cache_gib: 64, frame_cache_gib: 64}
 grpo: {batch_size: 1}
 rollout: {engine: vllm, group_size: 8}
@@ -80,39 +81,28 @@ class Part:
 
     frames: int
     steps: int
-    mode: str
-    recompute: str
-    ahead: int
+    overrides: tuple[str, ...]
 
     @classmethod
     def of(cls, text: str) -> Part:
-        frames, steps, *rest = text.split(":")
-        mode, recompute, ahead = [*rest, *("shared_prefix", "keep_attention", "0")[len(rest) :]]
-        require_one_of(mode, [item.value for item in MrSpMode], text)
-        require_one_of(recompute, ["keep_attention", "full"], text)
-        require_one_of(ahead, ["0", "1"], text)
-        return cls(frames=int(frames), steps=int(steps), mode=mode, recompute=recompute, ahead=int(ahead))
+        frames, steps, *rest = text.split(":", 2)
+        return cls(frames=int(frames), steps=int(steps), overrides=tuple(rest[0].split(",")) if rest else ())
 
     @property
     def name(self) -> str:
-        return f"{self.frames} frames, {self.mode}, {self.recompute}{', one step ahead' if self.ahead else ''}"
-
-
-def require_one_of(value: str, choices: Sequence[str], text: str) -> None:
-    if value not in choices:
-        raise argparse.ArgumentTypeError(f"{text}: {value!r} is none of {', '.join(choices)}")
+        return ", ".join([f"{self.frames} frames", *self.overrides])
 
 
 class Session(Run):
     """A run that one call of train_grpo hands on to the next, with other frames and another mode; nothing is saved."""
 
-    def change(self, config: RunConfig, part: Part) -> None:
+    def change(self, config: RunConfig) -> None:
         trainer, old = self.trainer, self.vision
         self.config = config
         self.vision = VisionStage(trainer.model.vision, self.layout, vision_settings(config), videos=old.videos)
-        sharded = part.mode in ("stage1+2", "shared_prefix")
+        sharded = config.mr_sp.mode.name in SHARDED
         trainer.runner = replace(trainer.runner, sharded=sharded, embeddings=self.vision.embeddings)
-        trainer.keep_attention = part.recompute == "keep_attention"
+        trainer.keep_attention = config.model.recompute is Recompute.keep_attention
         old.close()
         free(self.layout.device)
 
@@ -170,12 +160,11 @@ def config_of(folder: Path, part: Part, *, args: argparse.Namespace, before: int
         folder / "recipe.yaml",
         [
             f"model.path={folder / 'model'}", f"data.train={folder / 'train.jsonl'}",
-            f"logger.run_dir={folder / args.label}", f"mr_sp.mode={part.mode}", f"model.recompute={part.recompute}",
+            f"logger.run_dir={folder / args.label}",
             f"video.num_frames={part.frames}", f"data.max_prompt_tokens={257 * frames + 512}",
             f"data.max_response_tokens={args.length}", f"grpo.steps={before + part.steps}",
-            f"data.pack_tokens={257 * frames + 512 + 8 * args.length}", f"rollout.steps_off_policy={part.ahead}",
-            f"grpo.tis_cap={2 * part.ahead}",
-            *args.overrides,
+            f"data.pack_tokens={257 * frames + 512 + 8 * args.length}",
+            *args.overrides, *part.overrides,
         ],
     )  # fmt: skip
 
@@ -190,7 +179,7 @@ def run_parts(folder: Path, args: argparse.Namespace) -> None:
         if session is None:
             opened = open_run(config, **options)
             session = Session(**{item.name: getattr(opened, item.name) for item in fields(opened)})
-        session.change(config, part)
+        session.change(config)
         return session
 
     megalong.run.build_model, megalong.grpo.open_run = build_random, open_session
