@@ -10,9 +10,10 @@ from megalong.config.errors import ConfigError
 from megalong.config.load import config_yaml
 from megalong.config.model_shape import ModelShape
 from megalong.config.plan_engine import EnginePlan, bucket_memory, plan_engine, samples_by_vllm, samples_embedded
+from megalong.config.plan_lengths import Lengths, lengths_of
 from megalong.config.shapes import SHIPPED_SHAPES, read_model_shape
 from megalong.config.tree import Dtype, Recompute, RunConfig
-from megalong.config.validate import Task, frames_per_video, prompt_tokens
+from megalong.config.validate import Task
 from megalong.config.validate_rollout import vllm_problems
 
 GIB = 1 << 30
@@ -36,32 +37,6 @@ class Layout:
     @property
     def replica(self) -> int:
         return self.tp * self.cp * self.pp
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Lengths:
-    """Token counts at the configured limits; a real video or response may be shorter."""
-
-    frames: int
-    tokens_per_frame: int
-    prompt: int
-    response: int
-    group: int  # responses of a prompt; 1 for sft
-    groups_per_pack: int
-    packs: int  # of one optimizer step on one replica
-
-    @property
-    def shared(self) -> int:
-        """One group as a pack: the prompt once."""
-        return costs.shared_tokens(self.prompt, self.response, self.group)
-
-    @property
-    def repeated(self) -> int:
-        return costs.repeated_tokens(self.prompt, self.response, self.group)
-
-    @property
-    def pack(self) -> int:
-        return self.groups_per_pack * self.shared
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,13 +111,9 @@ def check_engine(config: RunConfig, task: Task, shape: ModelShape) -> None:
 def plan(config: RunConfig, task: Task, shape: ModelShape, *, note: str = "") -> Plan:
     """Work out the plan of a configuration that `validate` accepts."""
     layout = _layout(config)
-    lengths = _lengths(config, task, shape, dp=layout.dp)
-    mode = config.mr_sp.mode.name
-    if mode != "shared_prefix":
-        caveat = f"memory and FLOPs are those of mr_sp.mode=shared_prefix; mr_sp.mode={mode} needs more of both"
-        note = f"{note}; {caveat}" if note else caveat
+    lengths = lengths_of(config, task, shape, dp=layout.dp, cp=layout.cp)
     batch_size = {"sft": config.sft.batch_size, "grpo": config.grpo.batch_size, "eval": 1}[task]
-    kept = shape.vision is not None and config.video.cache_embeddings
+    kept = shape.vision is not None and config.video.cache_embeddings and config.mr_sp.mode.name != "none"
     of_video = _video_embeddings(config, shape, lengths=lengths)
     share = -(-of_video // layout.replica)
     stages = [_memory(config, task, shape, layout=layout, lengths=lengths, stage=stage) for stage in range(layout.pp)]
@@ -165,7 +136,7 @@ def plan(config: RunConfig, task: Task, shape: ModelShape, *, note: str = "") ->
         step_store=batches * -(-batch_size // layout.dp) * (1 << (share - 1).bit_length()) if kept else 0,
         host_activations=0 if task == "eval" else _host_activations(config, shape, layout=layout, lengths=lengths),
         host_states=0 if task == "eval" else _host_states(config, shape, layout=layout),
-        flops=_flops(config, task, shape, lengths=lengths, batch_size=batch_size, shared=True),
+        flops=_flops(config, task, shape, lengths=lengths, batch_size=batch_size, shared=not lengths.repeats),
         engine=_engine(config, task, shape, layout=layout, lengths=lengths, peak=max(totals)),
         flops_repeated=sum(_flops(config, task, shape, lengths=lengths, batch_size=batch_size, shared=False).values()),
         timeout_minutes=config.parallel.timeout_minutes,
@@ -181,28 +152,6 @@ def _layout(config: RunConfig) -> Layout:
         cp=parallel.cp,
         pp=parallel.pp,
         sequence_parallel=parallel.sequence_parallel,
-    )
-
-
-def _lengths(config: RunConfig, task: Task, shape: ModelShape, *, dp: int) -> Lengths:
-    prompt, response = prompt_tokens(config, shape), config.data.max_response_tokens
-    group = {"sft": 1, "grpo": config.rollout.group_size, "eval": config.eval.num_samples}[task]
-    per_update = {
-        "sft": config.sft.batch_size,
-        "grpo": config.grpo.batch_size // config.grpo.updates_per_batch,
-        "eval": 1,
-    }[task]
-    fitting = config.data.pack_tokens // costs.shared_tokens(prompt, response, group)
-    # A group longer than pack_tokens gets a pack of its own.
-    per_pack = max(1, min(fitting, per_update // dp))
-    return Lengths(
-        frames=frames_per_video(config) if shape.vision else 0,
-        tokens_per_frame=shape.vision.tokens_per_frame if shape.vision else 0,
-        prompt=prompt,
-        response=response,
-        group=group,
-        groups_per_pack=per_pack,
-        packs=max(1, -(-(per_update // dp) // per_pack)),
     )
 
 
@@ -230,7 +179,8 @@ def _memory(
     element = _element(config)
     memory = _standing_memory(config, task, shape, layout=layout, stage=stage)
     if shape.vision:
-        of_pack = lengths.groups_per_pack * _video_embeddings(config, shape, lengths=lengths) // layout.cp
+        of_pack = lengths.copies_per_pack * _video_embeddings(config, shape, lengths=lengths)
+        of_pack = lengths.on_rank(of_pack, cp=layout.cp)
         if layout.pp == 1:
             memory["vision embeddings of a pack"] = of_pack
         elif stage == 0:
@@ -250,7 +200,12 @@ def _memory(
 def _standing_memory(config: RunConfig, task: Task, shape: ModelShape, *, layout: Layout, stage: int) -> dict[str, int]:
     """What stays on a process between steps, and while an engine beside it samples."""
     memory = _weight_memory(config, task, shape, layout=layout, stage=stage)
-    if shape.vision and config.video.cache_gpu_gib and config.video.cache_embeddings:
+    if (
+        shape.vision
+        and config.video.cache_gpu_gib
+        and config.video.cache_embeddings
+        and config.mr_sp.mode.name != "none"
+    ):
         memory[GPU_STORE] = round(config.video.cache_gpu_gib * GIB)
     if samples_by_vllm(config, task):
         memory |= bucket_memory(config.rollout, shape, element=_element(config))
@@ -312,7 +267,7 @@ def _host_states(config: RunConfig, shape: ModelShape, *, layout: Layout) -> int
 def _activation_memory(
     config: RunConfig, shape: ModelShape, *, layout: Layout, lengths: Lengths, stage: int, element: int
 ) -> dict[str, int]:
-    tokens = -(-lengths.pack // layout.cp)
+    tokens = lengths.on_rank(lengths.pack, cp=layout.cp)
     model = config.model
     of_layer, layers = _kept_activations(config, shape, layout=layout, lengths=lengths, stage=stage, element=element)
     if model.offload_activations:
@@ -326,7 +281,7 @@ def _activation_memory(
         * -(-tokens // slices),
     }
     if stage == layout.pp - 1:
-        rows = lengths.groups_per_pack * lengths.group * lengths.response
+        rows = lengths.copies_per_pack * lengths.responses * lengths.response
         memory["logits of a chunk of rows"] = costs.logits_bytes(
             shape, tp=layout.tp, rows=rows, train=config.model.train_llm
         )
@@ -342,7 +297,7 @@ def _kept_activations(
         recompute=config.model.recompute, sliced_mlp=config.model.mlp_chunks > 1,
     )  # fmt: skip
     under_way = min(layout.pp - stage, lengths.packs)
-    return kept * -(-lengths.pack // layout.cp), shape.layers // layout.pp * under_way
+    return kept * lengths.on_rank(lengths.pack, cp=layout.cp), shape.layers // layout.pp * under_way
 
 
 def _host_activations(config: RunConfig, shape: ModelShape, *, layout: Layout, lengths: Lengths) -> int:
@@ -382,7 +337,12 @@ def _flops(
     one_pass = costs.forward_flops(shape, work)
     parts = {}
     if shape.vision:
-        parts["vision: encode every frame once"] = lengths.frames * shape.vision.frame_flops
+        encode = lengths.frames * shape.vision.frame_flops
+        if config.mr_sp.mode.name == "none" and task == "grpo":
+            passes = 1 + (config.grpo.updates_per_batch > 1) + (config.grpo.kl_coef > 0)
+            parts["vision: encode every frame of every response in every pass"] = encode * lengths.group * passes
+        else:
+            parts["vision: encode every frame once"] = encode
     if task != "sft":
         own = lengths.prompt * (lengths.prompt + 1) // 2
         parts["rollout: prefill, once per prompt"] = costs.forward_flops(

@@ -56,7 +56,10 @@ def _lengths_text(plan: Plan) -> str:
             (f"tokens per group of {lengths.group}, prompt repeated", f"{lengths.repeated:,}"),
             ("repeating would cost", f"{lengths.repeated / lengths.shared:.2f} x the tokens"),
         ]
-    rows.append((f"tokens per pack of {lengths.groups_per_pack} group(s)", f"{lengths.pack:,}"))
+    what = "sequence(s)" if lengths.repeats else "group(s)"
+    rows.append((f"tokens per pack of {lengths.copies_per_pack} {what}", f"{lengths.pack:,}"))
+    if not lengths.sharded and plan.layout.cp > 1:
+        rows.append(("which one context-parallel rank has", "whole"))
     return _table("lengths", rows)
 
 
@@ -123,7 +126,7 @@ def _flops_text(plan: Plan) -> str:
     unit, name = (1e15, "PFLOP") if plan.flops_total >= 1e14 else (1e9, "GFLOP")
     rows = [(part, f"{value / unit:,.2f} {name}") for part, value in plan.flops.items()]
     rows.append(("total", f"{plan.flops_total / unit:,.2f} {name}"))
-    if plan.lengths.group > 1 and plan.task != "eval":
+    if plan.lengths.group > 1 and plan.task != "eval" and not plan.lengths.repeats:
         more = plan.flops_repeated / plan.flops_total
         rows.append(("total with repeated prompts", f"{plan.flops_repeated / unit:,.2f} {name} ({more:.2f} x)"))
     rows += _times(plan) if _on_gpus(plan) else []

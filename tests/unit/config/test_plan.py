@@ -53,7 +53,7 @@ def test_an_hour_of_video_on_8_gpus(recipe: Path, shape: ModelShape) -> None:
     result = planned(recipe, shape)
     assert (result.layout.dp, result.layout.replica, result.layout.world_size) == (1, 8, 8)
     assert (result.lengths.prompt, result.lengths.shared, result.lengths.repeated) == (925_456, 933_648, 7_411_840)
-    assert result.lengths.groups_per_pack == 1
+    assert result.lengths.copies_per_pack == 1
     memory = result.memory
     states = ("LLM weights", "reference policy weights", "gradients (float32)", "optimizer: master and moments")
     # 6N/tp + 12N/(tp*cp) + 2N/tp with N = 7.6156e9.
@@ -172,9 +172,9 @@ def test_flops_are_those_of_the_batch(recipe: Path, shape: ModelShape) -> None:
 def test_short_groups_share_a_pack_up_to_the_replica_s_share(recipe: Path, shape: ModelShape) -> None:
     short = ("video.num_frames=4", "data.pack_tokens=40000", "data.max_response_tokens=512")
     # 4 * 257 + 256 + 8 * 512 = 5,380 tokens: 7 groups fit, but the replica has only 4 (then 1) per update.
-    assert planned(recipe, shape, overrides=short).lengths.groups_per_pack == 4
-    assert planned(recipe, shape, overrides=(*short, "grpo.updates_per_batch=4")).lengths.groups_per_pack == 1
-    assert planned(recipe, shape, overrides=(*short, "grpo.batch_size=64")).lengths.groups_per_pack == 7
+    assert planned(recipe, shape, overrides=short).lengths.copies_per_pack == 4
+    assert planned(recipe, shape, overrides=(*short, "grpo.updates_per_batch=4")).lengths.copies_per_pack == 1
+    assert planned(recipe, shape, overrides=(*short, "grpo.batch_size=64")).lengths.copies_per_pack == 7
 
 
 def test_sft_and_eval_leave_out_what_they_do_not_do(recipe: Path, shape: ModelShape) -> None:
@@ -263,11 +263,32 @@ def test_the_embedding_store_per_video_and_rank(recipe: Path, shape: ModelShape)
     assert "# embedding store (off) embeddings of a video 6.152 GiB" in " ".join(render(off).split())
 
 
-def test_modes_that_share_less_are_said_not_to_be_planned(recipe: Path, shape: ModelShape) -> None:
-    assert planned(recipe, shape).note == ""
-    note = planned(recipe, shape, overrides=("mr_sp.mode=stage1+2",)).note
-    assert note == "memory and FLOPs are those of mr_sp.mode=shared_prefix; mr_sp.mode=stage1+2 needs more of both"
-    assert f"# note\n{note}" in render(planned(recipe, shape, overrides=("mr_sp.mode=stage1+2",)))
+def test_modes_that_share_less_have_their_own_packs_and_work(recipe: Path, shape: ModelShape) -> None:
+    modes = ("shared_prefix", "stage1+2", "stage1", "none")
+    layout = ("parallel.tp=2", "parallel.cp=2", "gpus=4", "grpo.batch_size=2")
+    plans = {mode: planned(recipe, shape, overrides=(f"mr_sp.mode={mode}", *layout)) for mode in modes}
+    one = 925_456 + 1024  # a prompt and a response
+    shared, *repeated = (plan.lengths for plan in plans.values())
+    assert (shared.pack, shared.copies_per_pack, shared.packs, shared.repeats) == (925_456 + 8 * 1024, 1, 2, False)
+    for lengths in repeated:
+        assert (lengths.pack, lengths.copies_per_pack, lengths.repeats) == (one, 1, True)
+    # Sixteen sequences: over both ranks each, or eight on every rank.
+    assert [lengths.packs for lengths in repeated] == [16, 8, 8]
+    kept = {mode: plan.memory["kept activations (recompute keep_attention)"] for mode, plan in plans.items()}
+    assert kept["stage1+2"] / kept["shared_prefix"] == pytest.approx(one / shared.pack)
+    assert kept["stage1"] == kept["none"] == 2 * kept["stage1+2"]
+    embeddings = {mode: plan.memory["vision embeddings of a pack"] for mode, plan in plans.items()}
+    assert embeddings["stage1"] == 2 * embeddings["stage1+2"] == 2 * embeddings["shared_prefix"]
+    # Eight copies of the video in each pass: the reference's and the training's.
+    once, anew = ("vision: encode every frame once", "vision: encode every frame of every response in every pass")
+    assert plans["none"].flops[anew] == 8 * 2 * plans["stage1"].flops[once]
+    assert plans["none"].host_store == 0, "nothing is kept for the next pass"
+    for mode in modes[1:]:
+        assert plans[mode].flops["forward and backward"] > 6 * plans["shared_prefix"].flops["forward and backward"]
+        assert plans["shared_prefix"].flops_repeated == pytest.approx(plans["stage1"].flops_total)
+    text = " ".join(render(plans["stage1"]).split())
+    assert f"tokens per pack of 1 sequence(s) {one:,} which one context-parallel rank has whole" in text
+    assert "with repeated prompts" not in text
 
 
 COLOCATED, DISAGGREGATED = EnginePlacement.colocated, EnginePlacement.disaggregated

@@ -81,7 +81,7 @@ def test_an_hour_at_one_frame_a_second_fits_8_gpus_of_80_gb(
     result = plan(config, "grpo", shape, note=note)
     assert (result.layout.world_size, result.layout.dp) == (8, replicas)
     assert result.lengths.frames * result.lengths.tokens_per_frame == tokens
-    assert result.lengths.groups_per_pack == 1
+    assert result.lengths.copies_per_pack == 1
     assert result.memory_total < BUDGETS_GIB["80 GB (A100, H100)"] * GIB
     text = render(result)
     assert "colocated on 80 GB" in text
@@ -96,7 +96,7 @@ def test_text_recipe_plans_without_vision_and_fits_8_gpus_of_80_gb() -> None:
     validate(config, task="grpo", world_size=planned_processes(config), model=shape)
     result = plan(config, "grpo", shape, note=note)
     assert (result.layout.world_size, result.layout.tp, result.layout.dp) == (8, 4, 2)
-    assert (result.lengths.shared, result.lengths.groups_per_pack) == (2048 + 8 * 4096, 1)
+    assert (result.lengths.shared, result.lengths.copies_per_pack) == (2048 + 8 * 4096, 1)
     assert result.memory_total < BUDGETS_GIB["80 GB (A100, H100)"] * GIB
     assert result.host_store == 0
     assert not any(word in render(result).split("# parallel")[1] for word in ("frame", "embedding", "tower"))

@@ -1,0 +1,79 @@
+"""Tokens of prompts, responses and packs at the configured limits, by mr_sp.mode."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megalong.config import costs
+from megalong.config.model_shape import ModelShape
+from megalong.config.tree import RunConfig
+from megalong.config.validate import Task, frames_per_video, prompt_tokens
+
+SHARDED = ("stage1+2", "shared_prefix")
+"""Modes in which context-parallel ranks share the tokens of a pack; in the others each has packs of its own."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lengths:
+    """Token counts; a real video or response may be shorter. A pack has copies of prompts, each before responses."""
+
+    frames: int
+    tokens_per_frame: int
+    prompt: int
+    response: int
+    group: int  # responses of a prompt; 1 for sft
+    responses: int  # behind each copy of a prompt in a pack: the group, or 1 where every response repeats its prompt
+    copies_per_pack: int
+    packs: int  # of one optimizer step, on one replica, or on each of its context-parallel ranks when not sharded
+    sharded: bool
+
+    @property
+    def shared(self) -> int:
+        """One group as a pack: the prompt once."""
+        return costs.shared_tokens(self.prompt, self.response, self.group)
+
+    @property
+    def repeated(self) -> int:
+        return costs.repeated_tokens(self.prompt, self.response, self.group)
+
+    @property
+    def repeats(self) -> bool:
+        """Whether every response carries its own prompt."""
+        return self.responses < self.group
+
+    @property
+    def pack(self) -> int:
+        return self.copies_per_pack * costs.shared_tokens(self.prompt, self.response, self.responses)
+
+    def on_rank(self, count: int, *, cp: int) -> int:
+        """What a context-parallel rank has of so many tokens (or bytes) of a pack."""
+        return -(-count // cp) if self.sharded else count
+
+
+def lengths_of(config: RunConfig, task: Task, shape: ModelShape, *, dp: int, cp: int) -> Lengths:
+    """Of a configuration that `validate` accepts."""
+    prompt, response = prompt_tokens(config, shape), config.data.max_response_tokens
+    group = {"sft": 1, "grpo": config.rollout.group_size, "eval": config.eval.num_samples}[task]
+    per_update = {
+        "sft": config.sft.batch_size,
+        "grpo": config.grpo.batch_size // config.grpo.updates_per_batch,
+        "eval": 1,
+    }[task]
+    mode = config.mr_sp.mode.name
+    responses = group if mode == "shared_prefix" or task == "eval" else 1
+    copies = per_update // dp * (group // responses)
+    sharded = mode in SHARDED
+    # What is longer than pack_tokens gets a pack of its own.
+    fitting = config.data.pack_tokens // costs.shared_tokens(prompt, response, responses)
+    per_pack = max(1, min(fitting, copies))
+    return Lengths(
+        frames=frames_per_video(config) if shape.vision else 0,
+        tokens_per_frame=shape.vision.tokens_per_frame if shape.vision else 0,
+        prompt=prompt,
+        response=response,
+        group=group,
+        responses=responses,
+        copies_per_pack=per_pack,
+        packs=max(1, -(-copies // (per_pack if sharded else per_pack * cp))),
+        sharded=sharded,
+    )
