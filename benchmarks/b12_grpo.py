@@ -7,8 +7,9 @@ video of its own (with --videos as many as its steps), so that it is decoded, en
 The parts follow one another in the same processes, with the same weights, engine and GPUs; each is
 FRAMES:STEPS[:a.b=c,..], with settings of its own: mr_sp.mode=none,model.recompute=full, or grpo.kl_coef=0 (no
 reference pass), or rollout.steps_off_policy=1,grpo.tis_cap=2 (rollouts one step ahead, on GPUs of the engine's own).
-What only the start of a run reads, the layout and the engine, is --overrides'. The run's own metrics.jsonl is the
-result: the phase table of each part (medians without its first step), and the gap between sampler's and trainer's
+What only the start of a run reads, the layout and the engine, is --overrides'. So are the weights of the reference
+policy: the first part must have a KL term if any has, and peaks count them. The run's own metrics.jsonl is the result:
+the phase table of each part (medians without its first step), and the gap between sampler's and trainer's
 log-probabilities.
 
     torchrun --nproc-per-node 2 benchmarks/b12_grpo.py FOLDER [--parts 256:10 512:10 512:1:mr_sp.mode=none ..]
@@ -62,6 +63,10 @@ checkpoint: {save_every: 0}
 """
 
 
+CHANGES = ("mr_sp.mode", "model.recompute", "grpo.kl_coef", "grpo.tis_cap", "rollout.steps_off_policy")
+"""What a part may change; of model.recompute keep_attention and full."""
+
+
 def vowels(response: str, sample: Sample) -> float:
     """The share of vowels among the letters."""
     letters = [letter for letter in response.lower() if letter.isalpha()]
@@ -86,7 +91,11 @@ class Part:
     @classmethod
     def of(cls, text: str) -> Part:
         frames, steps, *rest = text.split(":", 2)
-        return cls(frames=int(frames), steps=int(steps), overrides=tuple(rest[0].split(",")) if rest else ())
+        overrides = tuple(rest[0].split(",")) if rest else ()
+        for override in overrides:
+            if override.split("=")[0] not in CHANGES or override == "model.recompute=none":
+                raise argparse.ArgumentTypeError(f"{text}: a part may change {', '.join(CHANGES)}, not {override!r}")
+        return cls(frames=int(frames), steps=int(steps), overrides=overrides)
 
     @property
     def name(self) -> str:
@@ -163,7 +172,7 @@ def config_of(folder: Path, part: Part, *, args: argparse.Namespace, before: int
             f"logger.run_dir={folder / args.label}",
             f"video.num_frames={part.frames}", f"data.max_prompt_tokens={257 * frames + 512}",
             f"data.max_response_tokens={args.length}", f"grpo.steps={before + part.steps}",
-            f"data.pack_tokens={257 * frames + 512 + 8 * args.length}",
+            f"data.pack_tokens={257 * part.frames + 512 + 8 * args.length}",
             *args.overrides, *part.overrides,
         ],
     )  # fmt: skip

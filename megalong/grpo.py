@@ -191,14 +191,19 @@ def add_logprobs(run: Run, updates: Sequence[Sequence[PolicyBatch]]) -> list[lis
 
     With one update the old policy is the current one: the loss takes stop-gradient of its own log-probabilities.
     """
-    packs = [batch.tokens for update in updates for batch in update]
-    old: Sequence[Tensor | None] = [None] * len(packs)
-    ref: Sequence[Tensor | None] = [None] * len(packs)
+
+    def logprobs() -> list[Tensor]:
+        """Update by update: pipeline stages hold the embeddings of all packs of a call."""
+        packs = [tokens_of(update) for update in updates]
+        return [part for update in packs for part in run.trainer.logprobs(update, temperature=temperature(run))]
+
+    old: Sequence[Tensor | None] = [None] * sum(map(len, updates))
+    ref = old
     if run.config.grpo.updates_per_batch > 1:
-        old = run.trainer.logprobs(packs, temperature=temperature(run))
+        old = logprobs()
     if run.config.grpo.kl_coef > 0:
         with run.trainer.reference_weights():
-            ref = run.trainer.logprobs(packs, temperature=temperature(run))
+            ref = logprobs()
     values = iter(zip(old, ref, strict=True))
     done = []
     for update in updates:

@@ -174,14 +174,17 @@ def _memory(
     under way in the stage, pp on the first and one on the last, or those of two layers when they are offloaded; one
     live layer for S.
     The buffer for a colocated engine's weights is counted where the run may have one (bucket_memory).
-    Embeddings lie on the first stage, and with pp > 1 those of all packs of a step.
+    Embeddings lie on the first stage, and with pp > 1 those of all packs of a step; those of an evaluation, prompt by
+    prompt, on the ranks that drive engines.
     """
     element = _element(config)
     memory = _standing_memory(config, task, shape, layout=layout, stage=stage)
     if shape.vision:
-        of_pack = lengths.copies_per_pack * _video_embeddings(config, shape, lengths=lengths)
-        of_pack = lengths.on_rank(of_pack, cp=layout.cp)
-        if layout.pp == 1:
+        of_video = _video_embeddings(config, shape, lengths=lengths)
+        of_pack = lengths.on_rank(lengths.copies_per_pack * of_video, cp=layout.cp)
+        if task == "eval":
+            memory["vision embeddings of a prompt, for its engine"] = of_video
+        elif layout.pp == 1:
             memory["vision embeddings of a pack"] = of_pack
         elif stage == 0:
             memory["vision embeddings of all packs"] = lengths.packs * of_pack
@@ -328,6 +331,19 @@ def _engine(
     )  # fmt: skip
 
 
+def _encodings(config: RunConfig, task: Task, lengths: Lengths) -> int:
+    """How often a frame goes through the tower in a step, over all ranks: by every pass where nothing is kept, there
+    with each copy of its prompt, and with mr_sp.mode=none on every tensor-parallel rank."""
+    model, shared = config.model, config.mr_sp.mode.name != "none"
+    kept = config.video.cache_embeddings and shared and not (model.train_tower or model.train_projector)
+    if kept or task == "eval":
+        return 1
+    grpo = config.grpo
+    passes = 1 if task == "sft" else 1 + (grpo.updates_per_batch > 1) + (grpo.kl_coef > 0)
+    copies = lengths.group // lengths.responses
+    return copies * passes * (1 if shared else config.parallel.tp) + (task == "grpo")  # once for the sampler
+
+
 def _flops(
     config: RunConfig, task: Task, shape: ModelShape, *, lengths: Lengths, batch_size: int, shared: bool
 ) -> dict[str, int]:
@@ -337,12 +353,9 @@ def _flops(
     one_pass = costs.forward_flops(shape, work)
     parts = {}
     if shape.vision:
-        encode = lengths.frames * shape.vision.frame_flops
-        if config.mr_sp.mode.name == "none" and task == "grpo":
-            passes = 1 + (config.grpo.updates_per_batch > 1) + (config.grpo.kl_coef > 0)
-            parts["vision: encode every frame of every response in every pass"] = encode * lengths.group * passes
-        else:
-            parts["vision: encode every frame once"] = encode
+        times = _encodings(config, task, lengths)
+        name = "vision: encode every frame once" if times == 1 else f"vision: encode every frame {times} times"
+        parts[name] = times * lengths.frames * shape.vision.frame_flops
     if task != "sft":
         own = lengths.prompt * (lengths.prompt + 1) // 2
         parts["rollout: prefill, once per prompt"] = costs.forward_flops(

@@ -34,7 +34,8 @@ logger = logging.getLogger(__name__)
 
 SERVER = "megalong.data.video_process"
 """Module that the decoding process runs."""
-_CALLS = 16  # that the process answers at a time; the trainer has video.decode_workers
+_CALLS = 16  # that the process answers at a time; the trainer makes data.decode_workers at a time
+_END_SECONDS = 5
 
 
 class DecoderProcessError(Exception):
@@ -142,7 +143,11 @@ class ProcessFrameDecoder:
         except Exception as error:  # noqa: BLE001 - told to those who wait
             why = f" because of {error!r} here"
             self._process.kill()
-        code = self._process.wait()
+        try:
+            code = self._process.wait(timeout=_END_SECONDS)
+        except subprocess.TimeoutExpired:  # it has hung up, and something in it does not end
+            self._process.kill()
+            code = self._process.wait()
         with self._lock:
             self._ended = (
                 f"the decoding process {self._process.pid} has ended{why} (exit code {code}; -9: killed, by the system "
@@ -183,7 +188,7 @@ class _Server:
         while True:
             try:
                 number, method, args = pickle.loads(self.connection.recv_bytes())
-            except EOFError:
+            except (EOFError, OSError):  # an OSError, when it did not read all that it was sent
                 return
             self._pool.submit(self._answer, number, method, args)
 
@@ -207,10 +212,14 @@ class _Server:
         except Exception:  # noqa: BLE001 - the trainer gets it and ends the run
             text = traceback.format_exc()
             reply = _Reply(number=number, failure=f"the decoding process {os.getpid()} failed:\n{text}")
-        with self._sending:
-            self.connection.send_bytes(pickle.dumps(reply))
-            if frames_FHWC is not None:
-                _send(self.connection, frames_FHWC)
+        try:
+            with self._sending:
+                self.connection.send_bytes(pickle.dumps(reply))
+                if frames_FHWC is not None:
+                    _send(self.connection, frames_FHWC)
+        except BaseException:  # noqa: BLE001 - the trainer would wait for it for ever
+            traceback.print_exc()
+            os._exit(1)
 
     def _decode(self, selection: FrameSelection, first: int, last: int) -> np.ndarray:
         on_gpu = self.decoder.device.type == "cuda"
@@ -242,9 +251,12 @@ def serve(make: Callable[[list[str]], Decoder]) -> None:
         signal.signal(number, signal.SIG_IGN)  # the trainer ends this process (Slurm tells every process)
     file, trainer, *arguments = sys.argv[1:]
     threading.Thread(target=_end_with, args=(int(trainer),), daemon=True).start()
-    with Connection(int(file)) as connection:
-        _Server(connection, make(arguments)).run()
-    os._exit(0)  # whatever its threads still do
+    try:
+        _Server(Connection(int(file)), make(arguments)).run()
+    except BaseException:  # noqa: BLE001 - its threads would keep it alive
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
 
 
 def _end_with(trainer: int) -> None:

@@ -81,6 +81,7 @@ class MediaRoom:
                 pointer, num_bytes = self._whole.data_ptr(), self._whole.nbytes
                 code = int(torch.cuda.cudart().cudaHostRegister(pointer, num_bytes, PORTABLE))
                 if code:
+                    self.close()
                     raise RolloutEngineError(
                         f"{self.path}: cudaHostRegister cannot pin {num_bytes / 2**30:.2f} GiB for the rollout engine "
                         f"(CUDA error {code}); lower data.max_prompt_tokens or grpo.batch_size"

@@ -226,9 +226,10 @@ class VisionStage:
         self._weights_digest = _encoder_digest(self.encoder)
 
     def close(self) -> None:
-        """Stop the decoding threads."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        """Stop decoding: what is under way is for nobody."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
         self.decoder.close()
+        self._pool.shutdown(wait=True)
 
     def key(self, selection: FrameSelection) -> str:
         """Key of decoded frames: file, frames, resolution."""

@@ -328,13 +328,14 @@ def test_add_logprobs_makes_only_the_passes_that_the_loss_reads(layout: object, 
     run = fake_run(layout, config=config(updates_per_batch=updates, kl_coef=kl_coef), trainer=Trainer())
     packed = grpo.pack_updates(run, [scored("a", [1, 0]), scored("b", [0, 1])])
     done = grpo.add_logprobs(run, packed)
-    assert calls == ["policy"] * (updates > 1) + ["reference"] * (kl_coef > 0)
-    for update in done:
+    assert calls == ["policy"] * (updates if updates > 1 else 0) + ["reference"] * (updates if kl_coef > 0 else 0)
+    for index, update in enumerate(done):
         for batch in update:
             assert (batch.old_logprobs_R is not None) is (updates > 1)
             assert (batch.ref_logprobs_R is not None) is (kl_coef > 0)
             if batch.ref_logprobs_R is not None:
-                assert batch.ref_logprobs_R.tolist() == [float(len(calls))] * len(batch.tokens.rows_R)
+                call = float(len(calls) - updates + index + 1)
+                assert batch.ref_logprobs_R.tolist() == [call] * len(batch.tokens.rows_R)
 
 
 @pytest.mark.parametrize("pack_tokens", [100, 1])

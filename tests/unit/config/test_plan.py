@@ -279,9 +279,9 @@ def test_modes_that_share_less_have_their_own_packs_and_work(recipe: Path, shape
     assert kept["stage1"] == kept["none"] == 2 * kept["stage1+2"]
     embeddings = {mode: plan.memory["vision embeddings of a pack"] for mode, plan in plans.items()}
     assert embeddings["stage1"] == 2 * embeddings["stage1+2"] == 2 * embeddings["shared_prefix"]
-    # Eight copies of the video in each pass: the reference's and the training's.
-    once, anew = ("vision: encode every frame once", "vision: encode every frame of every response in every pass")
-    assert plans["none"].flops[anew] == 8 * 2 * plans["stage1"].flops[once]
+    # Eight copies of the video in each pass, the reference's and the training's, on both ranks of tp; and one.
+    once, anew = "vision: encode every frame once", "vision: encode every frame 33 times"
+    assert plans["none"].flops[anew] == 33 * plans["stage1"].flops[once]
     assert plans["none"].host_store == 0, "nothing is kept for the next pass"
     for mode in modes[1:]:
         assert plans[mode].flops["forward and backward"] > 6 * plans["shared_prefix"].flops["forward and backward"]
@@ -289,6 +289,34 @@ def test_modes_that_share_less_have_their_own_packs_and_work(recipe: Path, shape
     text = " ".join(render(plans["stage1"]).split())
     assert f"tokens per pack of 1 sequence(s) {one:,} which one context-parallel rank has whole" in text
     assert "with repeated prompts" not in text
+
+
+@pytest.mark.parametrize(
+    ("task", "overrides", "times"),
+    [
+        ("grpo", (), 1),
+        ("grpo", ("model.train_projector=true", "video.cache_embeddings=false"), 3),
+        ("grpo", ("video.cache_embeddings=false", "mr_sp.mode=stage1+2", "grpo.updates_per_batch=2"), 25),
+        ("grpo", ("mr_sp.mode=none", "grpo.kl_coef=0", "parallel.tp=4", "parallel.cp=2"), 33),
+        ("sft", ("video.cache_embeddings=false",), 1),
+        ("sft", ("mr_sp.mode=none", "parallel.tp=4", "parallel.cp=2"), 4),
+        ("eval", ("mr_sp.mode=none", "eval.manifest=e.jsonl"), 1),
+    ],
+)
+def test_frames_are_encoded_as_often_as_nothing_is_kept(
+    recipe: Path, shape: ModelShape, task: Task, overrides: tuple[str, ...], times: int
+) -> None:
+    flops = planned(recipe, shape, task=task, overrides=overrides).flops
+    name = "vision: encode every frame once" if times == 1 else f"vision: encode every frame {times} times"
+    batch = {"grpo": 4, "sft": planned(recipe, shape, task="sft").batch_size, "eval": 1}[task]
+    assert flops[name] == batch * times * 3600 * shape.vision.frame_flops
+
+
+def test_an_evaluation_has_a_prompt_s_embeddings_whole_on_every_stage(recipe: Path, shape: ModelShape) -> None:
+    layout = ("parallel.tp=2", "parallel.cp=2", "parallel.pp=2", "gpus=8", "eval.manifest=e.jsonl")
+    result = planned(recipe, shape, task="eval", overrides=layout)
+    assert result.memory["vision embeddings of a prompt, for its engine"] == result.video_embeddings
+    assert result.stages[1] - result.stages[0] == 2 * 3584  # the head and its norm, where the first has the embedding
 
 
 COLOCATED, DISAGGREGATED = EnginePlacement.colocated, EnginePlacement.disaggregated
