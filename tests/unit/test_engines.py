@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from harness import run_world
 from omegaconf import OmegaConf
 
@@ -163,7 +164,9 @@ def test_ranks_belong_to_the_replicas_that_megatron_makes(tmp_path: Path) -> Non
 
 
 def my_replica(parallel: dict[str, int]) -> int:
-    return make_layout(**{"tp": 1, "cp": 1, "pp": 1, **parallel}, seed=1).dp_rank
+    layout = make_layout(**{"tp": 1, "cp": 1, "pp": 1, **parallel}, seed=1)
+    dist.barrier()  # the first rank's end is that of the store through which the others still connect
+    return layout.dp_rank
 
 
 ENGINES_OF_A_RUN = {
