@@ -32,12 +32,12 @@ from typing import Any
 
 from b11_decode import write_clip, write_hour
 from sessions import OUT_OF_MEMORY
-from steps import SHARDED, fill_randomly, free, is_out_of_memory, make_folder, peak_gb, reset_peak
+from steps import fill_randomly, free, is_out_of_memory, make_folder, peak_gb, reset_peak
 
 import megalong.grpo
 import megalong.run
 from megalong.config.load import load_config
-from megalong.config.tree import ModelConfig, Recompute, RunConfig
+from megalong.config.tree import SHARDED, ModelConfig, Recompute, RunConfig
 from megalong.data.sequence import THINKING_TEMPLATE
 from megalong.engine.build import build_model
 from megalong.grpo import train_grpo

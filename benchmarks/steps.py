@@ -27,7 +27,7 @@ from torch import Tensor
 from megalong.config import costs
 from megalong.config.load import load_config
 from megalong.config.shapes import read_model_shape
-from megalong.config.tree import Recompute, RunConfig
+from megalong.config.tree import SHARDED, Recompute, RunConfig
 from megalong.data.packing import pack_rollouts
 from megalong.engine.build import build_model
 from megalong.engine.trainer import LossOf, Trainer
@@ -59,8 +59,6 @@ logger: {run_dir: none, tensorboard: false}
 """
 REPEATED = ("none", "stage1", "stage1+2")
 """Values of mr_sp.mode in which every response carries its own prompt."""
-SHARDED = ("stage1+2", "shared_prefix")
-"""Values in which a sequence is cut over the context-parallel ranks."""
 PEAK = 780e12
 """bf16 FLOP/s of an H200 in a large matrix product, measured: what MFU is a share of."""
 

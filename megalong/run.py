@@ -19,7 +19,7 @@ from tqdm import tqdm
 from megalong.config.load import save_config
 from megalong.config.model_shape import ModelShape
 from megalong.config.shapes import read_model_shape
-from megalong.config.tree import Recompute, RunConfig
+from megalong.config.tree import SHARDED, Recompute, RunConfig
 from megalong.config.validate import TRAINING, Task, validate
 from megalong.data.batches import build_prompts
 from megalong.data.manifest import ManifestError, read_manifest
@@ -262,7 +262,7 @@ def _start(config: RunConfig, *, task: Task, timer: PhaseTimer) -> Run:
         config.optimizer,
         total_steps=total_steps,
         embeddings=vision.embeddings,
-        sharded=config.mr_sp.mode.name in ("stage1+2", "shared_prefix"),
+        sharded=config.mr_sp.mode.name in SHARDED,
         keep_attention=config.model.recompute is Recompute.keep_attention,
         trains=trains,
     )

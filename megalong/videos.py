@@ -12,6 +12,7 @@ from torch import nn
 
 from megalong.config.errors import ConfigError
 from megalong.config.tree import RunConfig
+from megalong.config.validate import keeps_embeddings
 from megalong.data.video import VideoIndex, select_frames
 from megalong.data.video_layout import VideoLayout
 from megalong.engine.build import family_of
@@ -45,12 +46,11 @@ def open_vision(
 
 
 def vision_settings(config: RunConfig) -> VisionSettings:
-    video, model = config.video, config.model
-    shared = config.mr_sp.mode.name != "none"
+    video = config.video
     return VisionSettings(
         tower_batch_frames=video.tower_batch_frames,
-        frozen=video.cache_embeddings and shared and not (model.train_tower or model.train_projector),
-        share_frames=shared,
+        frozen=keeps_embeddings(config),
+        share_frames=config.mr_sp.mode.name != "none",
         embed_gpu_bytes=int(video.cache_gpu_gib * GIB),
         embed_host_bytes=int(video.cache_gib * GIB),
         embed_folder=video.cache_dir,

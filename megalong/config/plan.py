@@ -13,7 +13,7 @@ from megalong.config.plan_engine import EnginePlan, bucket_memory, plan_engine, 
 from megalong.config.plan_lengths import Lengths, lengths_of
 from megalong.config.shapes import SHIPPED_SHAPES, read_model_shape
 from megalong.config.tree import Dtype, Recompute, RunConfig
-from megalong.config.validate import Task
+from megalong.config.validate import Task, keeps_embeddings
 from megalong.config.validate_rollout import vllm_problems
 
 GIB = 1 << 30
@@ -113,7 +113,7 @@ def plan(config: RunConfig, task: Task, shape: ModelShape, *, note: str = "") ->
     layout = _layout(config)
     lengths = lengths_of(config, task, shape, dp=layout.dp, cp=layout.cp)
     batch_size = {"sft": config.sft.batch_size, "grpo": config.grpo.batch_size, "eval": 1}[task]
-    kept = shape.vision is not None and config.video.cache_embeddings and config.mr_sp.mode.name != "none"
+    kept = shape.vision is not None and keeps_embeddings(config)
     of_video = _video_embeddings(config, shape, lengths=lengths)
     share = -(-of_video // layout.replica)
     stages = [_memory(config, task, shape, layout=layout, lengths=lengths, stage=stage) for stage in range(layout.pp)]
@@ -203,12 +203,7 @@ def _memory(
 def _standing_memory(config: RunConfig, task: Task, shape: ModelShape, *, layout: Layout, stage: int) -> dict[str, int]:
     """What stays on a process between steps, and while an engine beside it samples."""
     memory = _weight_memory(config, task, shape, layout=layout, stage=stage)
-    if (
-        shape.vision
-        and config.video.cache_gpu_gib
-        and config.video.cache_embeddings
-        and config.mr_sp.mode.name != "none"
-    ):
+    if shape.vision and config.video.cache_gpu_gib and keeps_embeddings(config):
         memory[GPU_STORE] = round(config.video.cache_gpu_gib * GIB)
     if samples_by_vllm(config, task):
         memory |= bucket_memory(config.rollout, shape, element=_element(config))
@@ -334,14 +329,13 @@ def _engine(
 def _encodings(config: RunConfig, task: Task, lengths: Lengths) -> int:
     """How often a frame goes through the tower in a step, over all ranks: by every pass where nothing is kept, there
     with each copy of its prompt, and with mr_sp.mode=none on every tensor-parallel rank."""
-    model, shared = config.model, config.mr_sp.mode.name != "none"
-    kept = config.video.cache_embeddings and shared and not (model.train_tower or model.train_projector)
-    if kept or task == "eval":
+    if keeps_embeddings(config) or task == "eval":
         return 1
     grpo = config.grpo
     passes = 1 if task == "sft" else 1 + (grpo.updates_per_batch > 1) + (grpo.kl_coef > 0)
     copies = lengths.group // lengths.responses
-    return copies * passes * (1 if shared else config.parallel.tp) + (task == "grpo")  # once for the sampler
+    ranks = config.parallel.tp if config.mr_sp.mode.name == "none" else 1
+    return copies * passes * ranks + (task == "grpo")  # once for the sampler
 
 
 def _flops(

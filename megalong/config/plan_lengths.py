@@ -6,11 +6,8 @@ from dataclasses import dataclass
 
 from megalong.config import costs
 from megalong.config.model_shape import ModelShape
-from megalong.config.tree import RunConfig
+from megalong.config.tree import SHARDED, RunConfig
 from megalong.config.validate import Task, frames_per_video, prompt_tokens
-
-SHARDED = ("stage1+2", "shared_prefix")
-"""Modes in which context-parallel ranks share the tokens of a pack; in the others each has packs of its own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

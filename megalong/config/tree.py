@@ -49,6 +49,8 @@ MrSpMode = Enum(
         "shared_prefix": "shared_prefix",  # the responses of a group share one prefix, sharded over the cp ranks
     },
 )
+SHARDED = ("stage1+2", "shared_prefix")
+"""Modes in which context-parallel ranks share the tokens of a pack; in the others each has packs of its own."""
 
 
 class FrameSampling(Enum):

@@ -12,7 +12,15 @@ from omegaconf import OmegaConf
 from megalong.config.errors import ConfigError
 from megalong.config.model_shape import ModelShape
 from megalong.config.placement import head_problems
-from megalong.config.tree import AdvantageKind, AttentionKernel, FrameSampling, Recompute, RolloutEngine, RunConfig
+from megalong.config.tree import (
+    SHARDED,
+    AdvantageKind,
+    AttentionKernel,
+    FrameSampling,
+    Recompute,
+    RolloutEngine,
+    RunConfig,
+)
 from megalong.config.validate_rollout import off_policy_problems, vllm_problems
 
 Task = Literal["sft", "grpo", "eval", "check-sync", "cache-embeddings"]
@@ -46,6 +54,12 @@ def validate(config: RunConfig, *, task: Task, world_size: int, model: ModelShap
     problems += _evaluation_problems(config, task)
     if problems:
         raise ConfigError(problems)
+
+
+def keeps_embeddings(config: RunConfig) -> bool:
+    """Whether a video's embeddings serve all passes of a step, and later steps; else every pass makes its own."""
+    trained = config.model.train_tower or config.model.train_projector
+    return config.video.cache_embeddings and config.mr_sp.mode.name != "none" and not trained
 
 
 def frames_per_video(config: RunConfig) -> int:
@@ -196,7 +210,7 @@ def _parallel_problems(config: RunConfig, *, world_size: int, model: ModelShape)
             f"parallel.cp_a2a={a2a} must divide parallel.cp={cp} and the {max(1, model.kv_heads // tp)} key-value "
             "heads of a tensor-parallel rank; set it to 0 to have it chosen"
         )
-    if pp > 1 and config.mr_sp.mode.name in ("none", "stage1"):
+    if pp > 1 and config.mr_sp.mode.name not in SHARDED:
         yield (
             f"mr_sp.mode={config.mr_sp.mode.name} deals whole sequences to the ranks in turn, which parallel.pp={pp} "
             "cannot; set parallel.pp=1 or another mode"
