@@ -192,24 +192,24 @@ def add_logprobs(run: Run, updates: Sequence[Sequence[PolicyBatch]]) -> list[lis
     With one update the old policy is the current one: the loss takes stop-gradient of its own log-probabilities.
     """
 
-    def logprobs() -> list[Tensor]:
+    def logprobs() -> list[list[Tensor]]:
         """Update by update: pipeline stages hold the embeddings of all packs of a call."""
-        packs = [tokens_of(update) for update in updates]
-        return [part for update in packs for part in run.trainer.logprobs(update, temperature=temperature(run))]
+        return [run.trainer.logprobs(tokens_of(update), temperature=temperature(run)) for update in updates]
 
-    old: Sequence[Tensor | None] = [None] * sum(map(len, updates))
+    old: Sequence[Sequence[Tensor | None]] = [[None] * len(update) for update in updates]
     ref = old
     if run.config.grpo.updates_per_batch > 1:
         old = logprobs()
     if run.config.grpo.kl_coef > 0:
         with run.trainer.reference_weights():
             ref = logprobs()
-    values = iter(zip(old, ref, strict=True))
-    done = []
-    for update in updates:
-        pairs = [(batch, *next(values)) for batch in update]
-        done.append([dataclasses.replace(b, old_logprobs_R=o, ref_logprobs_R=r) for b, o, r in pairs])
-    return done
+    return [
+        [
+            dataclasses.replace(batch, old_logprobs_R=old_R, ref_logprobs_R=ref_R)
+            for batch, old_R, ref_R in zip(update, olds, refs, strict=True)
+        ]
+        for update, olds, refs in zip(updates, old, ref, strict=True)
+    ]
 
 
 def tokens_of(batches: Sequence[PolicyBatch]) -> list:
