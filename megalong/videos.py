@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from megalong.config.errors import ConfigError
-from megalong.config.tree import RunConfig
-from megalong.config.validate import keeps_embeddings
+from megalong.config.tree import RunConfig, keeps_embeddings
 from megalong.data.video import VideoIndex, select_frames
 from megalong.data.video_layout import VideoLayout
 from megalong.engine.build import family_of

@@ -12,8 +12,8 @@ from megalong.config.model_shape import ModelShape
 from megalong.config.plan_engine import EnginePlan, bucket_memory, plan_engine, samples_by_vllm, samples_embedded
 from megalong.config.plan_lengths import Lengths, lengths_of
 from megalong.config.shapes import SHIPPED_SHAPES, read_model_shape
-from megalong.config.tree import Dtype, Recompute, RunConfig
-from megalong.config.validate import Task, keeps_embeddings
+from megalong.config.tree import Dtype, Recompute, RunConfig, keeps_embeddings
+from megalong.config.validate import Task
 from megalong.config.validate_rollout import vllm_problems
 
 GIB = 1 << 30

@@ -357,3 +357,9 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
+
+
+def keeps_embeddings(config: RunConfig) -> bool:
+    """Whether a video's embeddings serve all passes of a step, and later steps; else every pass makes its own."""
+    trained = config.model.train_tower or config.model.train_projector
+    return config.video.cache_embeddings and config.mr_sp.mode.name != "none" and not trained

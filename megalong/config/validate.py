@@ -56,12 +56,6 @@ def validate(config: RunConfig, *, task: Task, world_size: int, model: ModelShap
         raise ConfigError(problems)
 
 
-def keeps_embeddings(config: RunConfig) -> bool:
-    """Whether a video's embeddings serve all passes of a step, and later steps; else every pass makes its own."""
-    trained = config.model.train_tower or config.model.train_projector
-    return config.video.cache_embeddings and config.mr_sp.mode.name != "none" and not trained
-
-
 def frames_per_video(config: RunConfig) -> int:
     """The most frames one video may contribute."""
     video = config.video
