@@ -127,7 +127,7 @@ class GroupSampler:
         self._make_room()
         self._released = False
         repeats = repeats or [0] * len(prompts)
-        here = [owner == self.layout.replica_rank for owner in self.owners(len(prompts))]
+        here = self._owned(len(prompts))
         requests = [
             Request(
                 ids_P=prompt.ids_P,
@@ -184,9 +184,13 @@ class GroupSampler:
     def embeds_room(self, prompts: Sequence[Prompt]) -> Tensor | None:
         """Host memory for the embeddings of those of the prompts that this rank owns: see RolloutEngine."""
         self.settle()
-        here = [owner == self.layout.replica_rank for owner in self.owners(len(prompts))]
+        here = self._owned(len(prompts))
         rows = sum(prompt.ids_P.count(MEDIA_TOKEN) for prompt, mine in zip(prompts, here, strict=True) if mine)
         return self.engine.embeds_room(rows) if rows else None
+
+    def _owned(self, num_prompts: int) -> list[bool]:
+        """Of each prompt, whether this rank's engine samples it."""
+        return [owner == self.layout.replica_rank for owner in self.owners(num_prompts)]
 
     def owners(self, num_prompts: int) -> list[int]:
         """The rank of the replica that samples each prompt."""

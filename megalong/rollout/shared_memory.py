@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +57,11 @@ class BucketRoom:
 class MediaRoom:
     """Where embeddings wait for an engine: a file in memory that stays, so that its pages are made and pinned once."""
 
-    def __init__(self, folder: Path, *, width: int, dtype: torch.dtype) -> None:
-        self.folder, self.width, self.dtype = folder, width, dtype
+    def __init__(
+        self, folder: Path, *, width: int, dtype: torch.dtype, let_go: Callable[[], object] = lambda: None
+    ) -> None:
+        """let_go: has the engine unmap the file, before one takes its place: there may not be memory for both."""
+        self.folder, self.width, self.dtype, self.let_go = folder, width, dtype, let_go
         self.path = folder / "media0"  # the file; this one is not there
         self._whole: Tensor | None = None
         self._pinned, self._files = False, 0
@@ -73,6 +76,8 @@ class MediaRoom:
         Raises RolloutEngineError when there is no room for more, or the GPU's driver cannot pin it.
         """
         if len(self) < count:
+            if len(self):
+                self.let_go()
             self.close()
             self._files += 1
             self.path = self.folder / f"media{self._files}"  # never a name that the engine has mapped

@@ -90,7 +90,9 @@ class VllmEngine:
         self._answers: list[Any] = []  # results that came while a collective was under way
         self._folder = Path(tempfile.mkdtemp(prefix="megalong-engine-", dir=memory_folder()))
         self._room = BucketRoom(settings.transport, self._folder)
-        self.media = MediaRoom(self._folder, width=self.width, dtype=self.dtype)
+        self.media = MediaRoom(
+            self._folder, width=self.width, dtype=self.dtype, let_go=lambda: self._call("close_media")
+        )
         write_config(model, self._folder, max_tokens=settings.max_tokens, eos_id=eos_id)
         self._connection = self._start()
         try:
@@ -155,6 +157,7 @@ class VllmEngine:
 
     def begin(self, requests: Sequence[Request], *, sampling: Sampling) -> None:
         """See RolloutEngine. Embeddings are handed over once per prompt, and its keys and values computed once."""
+        self._require_idle("generate")
         self.weights.require()
         for request in requests:
             self._check(request, group_size=sampling.group_size)
@@ -163,10 +166,7 @@ class VllmEngine:
             self._call("wake")
             self._asleep = False
         started = time.perf_counter()
-        embeds = [request.embeds_ND for request in requests if request.embeds_ND is not None]
-        if embeds:
-            self.embeds_room(sum(map(len, embeds)))
-        media = self.media.write(embeds)
+        media = self.media.write([request.embeds_ND for request in requests if request.embeds_ND is not None])
         self.handover_seconds += time.perf_counter() - started
         stripped = [replace(request, embeds_ND=None) for request in requests]
         self._send("generate", stripped, sampling=sampling, media=media)
@@ -303,8 +303,6 @@ class VllmEngine:
     def embeds_room(self, rows: int) -> Tensor:
         """See RolloutEngine. What was written there for the last requests is overwritten."""
         self._require_idle("embeds_room")
-        if 0 < len(self.media) < rows:
-            self._call("close_media")  # there may not be memory for both files
         return self.media.rows(rows)
 
     def _start(self) -> Connection:
