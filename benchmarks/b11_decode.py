@@ -8,10 +8,10 @@ to b11_decode.json in FOLDER, as they come; the videos stay there for the next r
 
 --decoders, in the order given (all of them by default):
 nvcodec and dali: ours with N decoding streams, nvcodec_N and dali_N. trainer: what video.decoder=auto gives a training
-run, in its process. pyav: pyav16, 16 threads, each a segment of the
-hour, and pyav1, one thread. dali_file: DALI on the whole file, one stream, as its documentation shows it, at the hour's
-start and at its end (does it slow down?). small: milliseconds for one short video after the other, of one size and of
-changing sizes, where a stream's fixed costs count; the rule of video.decoder=auto stands on it.
+run, in its process. pyav: pyav16, 16 threads, each a segment of the hour, and pyav1, one thread. dali_file: DALI on the
+whole file, one stream, as its documentation shows it, at the hour's start and at its end (does it slow down?). small:
+milliseconds for one short video after the other, of one size and of changing sizes, where a stream's fixed costs count;
+the rule of video.decoder=auto stands on it.
 One stream and one thread are timed on --part seconds of the hour, the others on --limit; what is timed on a part is
 scaled to the hour, and says so.
 """

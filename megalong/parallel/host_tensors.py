@@ -19,8 +19,7 @@ from megalong.config.costs import STATE_BUFFERS, STATE_PIECE_BYTES
 
 PIECE_BYTES = STATE_PIECE_BYTES
 """Most of a tensor that is on the device in one piece."""
-PORTABLE = 1
-"""cudaHostRegisterPortable: pinned for every CUDA context of the process."""
+_PORTABLE = 1  # cudaHostRegisterPortable
 
 
 class HostCopies(Protocol):
@@ -53,7 +52,7 @@ class CudaHostCopies:
         self.there, self.back = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self._pinned: list[Tensor] = []
         # The list keeps the memory until it is no longer pinned; at exit the driver does that.
-        weakref.finalize(self, _unpin, self._pinned).atexit = False
+        weakref.finalize(self, _unpin_all, self._pinned).atexit = False
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Raises MemoryError when the host refuses it (a container at its limit is ended by its system instead).
@@ -68,7 +67,7 @@ class CudaHostCopies:
             tensor = torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=dtype, count=count).view(*shape)
         except OSError as error:
             raise MemoryError(f"{num_bytes:,} bytes of host memory for a tensor {tuple(shape)}: {error}") from error
-        code = int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), num_bytes, PORTABLE))
+        code = pin(tensor)
         if code:
             held = sum(other.nbytes for other in self._pinned)
             raise MemoryError(
@@ -108,9 +107,18 @@ def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor], stream: torch.cu
     return stream.record_event()
 
 
-def _unpin(tensors: list[Tensor]) -> None:
+def pin(tensor: Tensor) -> int:
+    """Page-lock the memory of a tensor for every CUDA context of the process; returns CUDA's error code, 0 if done."""
+    return int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, _PORTABLE))
+
+
+def unpin(tensor: Tensor) -> None:
+    torch.cuda.cudart().cudaHostUnregister(tensor.data_ptr())
+
+
+def _unpin_all(tensors: list[Tensor]) -> None:
     for tensor in tensors:
-        torch.cuda.cudart().cudaHostUnregister(tensor.data_ptr())
+        unpin(tensor)
 
 
 def compute_on_device(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 
-from megalong.parallel.host_tensors import PORTABLE
+from megalong.parallel.host_tensors import pin, unpin
 from megalong.rollout.engine import RolloutEngineError
 from megalong.rollout.transfer import Transport
 
@@ -83,8 +83,7 @@ class MediaRoom:
             self.path = self.folder / f"media{self._files}"  # never a name that the engine has mapped
             self._whole = shared_tensor(self.path, (count, self.width), self.dtype)
             if torch.cuda.is_available():
-                pointer, num_bytes = self._whole.data_ptr(), self._whole.nbytes
-                code = int(torch.cuda.cudart().cudaHostRegister(pointer, num_bytes, PORTABLE))
+                num_bytes, code = self._whole.nbytes, pin(self._whole)
                 if code:
                     self.close()
                     raise RolloutEngineError(
@@ -114,7 +113,7 @@ class MediaRoom:
     def close(self) -> None:
         """Let go of the memory and its file."""
         if self._pinned:
-            torch.cuda.cudart().cudaHostUnregister(self._whole.data_ptr())
+            unpin(self._whole)
         self._pinned, self._whole = False, None
         self.path.unlink(missing_ok=True)
 
