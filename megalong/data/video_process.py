@@ -6,35 +6,28 @@ torch of the process that trains waits for it: with them it made a thirtieth of 
 
 from __future__ import annotations
 
-import faulthandler
 import itertools
 import logging
 import os
 import pickle
-import signal
 import subprocess
 import sys
 import threading
-import time
-import traceback
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
-from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from megalong.data.video_index import DecodeError, VideoIndex, probe
+from megalong.data.video_index import DecodeError, VideoIndex
 from megalong.records import Clip, FrameSelection
 
 logger = logging.getLogger(__name__)
 
-SERVER = "megalong.data.video_process"
-"""Module that the decoding process runs."""
-_CALLS = 16  # that the process answers at a time; the trainer makes data.decode_workers at a time
+SERVER = "megalong.data.video_server"
+"""Module that the decoding process runs: another one than this, whose classes would have other names there."""
 _END_SECONDS = 5
 
 
@@ -42,17 +35,8 @@ class DecoderProcessError(Exception):
     """The decoding process ended, or failed."""
 
 
-class Decoder(Protocol):
-    """What the process holds: thread-safe. device: of its work, set in every thread."""
-
-    device: torch.device
-    fallbacks: dict[str, str]
-
-    def decode(self, selection: FrameSelection, *, first: int, last: int) -> Clip: ...
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Reply:
+class Reply:
     """What the process answers; the bytes of the frames follow it."""
 
     number: int  # of the call
@@ -75,7 +59,7 @@ class ProcessFrameDecoder:
         self.settings = settings
         self.fallbacks: dict[str, str] = {}
         self._numbers = itertools.count()
-        self._waiting: dict[int, Future[tuple[_Reply, np.ndarray | None]]] = {}
+        self._waiting: dict[int, Future[tuple[Reply, np.ndarray | None]]] = {}
         self._lock = threading.Lock()  # of what is sent, and of _waiting
         self._ended = ""  # how, once it is known
         self._connection, theirs = Pipe()
@@ -106,8 +90,8 @@ class ProcessFrameDecoder:
         self._reader.join()
         self._connection.close()
 
-    def _call(self, method: str, path: str, *args: object) -> tuple[_Reply, np.ndarray | None]:
-        number, answer = next(self._numbers), Future[tuple[_Reply, np.ndarray | None]]()
+    def _call(self, method: str, path: str, *args: object) -> tuple[Reply, np.ndarray | None]:
+        number, answer = next(self._numbers), Future[tuple[Reply, np.ndarray | None]]()
         request = pickle.dumps((number, method, args))
         with self._lock:
             if not self._ended:
@@ -115,7 +99,7 @@ class ProcessFrameDecoder:
                 with suppress(OSError):  # it is gone: the reader says how
                     self._connection.send_bytes(request)
             else:
-                answer.set_result((_Reply(number=number, failure=self._ended), None))
+                answer.set_result((Reply(number=number, failure=self._ended), None))
         reply, frames_FHWC = answer.result()
         if reply.refusal and self.fallbacks.setdefault(path, reply.refusal) is reply.refusal:
             logger.warning("%s: decoded on the CPU, the GPU does not take it: %s", path, reply.refusal)
@@ -129,7 +113,7 @@ class ProcessFrameDecoder:
         """On a thread: give answers to those who wait, until the process ends."""
         try:
             while True:
-                reply: _Reply = pickle.loads(self._connection.recv_bytes())
+                reply: Reply = pickle.loads(self._connection.recv_bytes())
                 frames_FHWC = None
                 if reply.frames_shape is not None:
                     pin = torch.cuda.is_available()
@@ -155,7 +139,7 @@ class ProcessFrameDecoder:
             )
             lost, self._waiting = self._waiting, {}
         for number, answer in lost.items():
-            answer.set_result((_Reply(number=number, failure=self._ended), None))
+            answer.set_result((Reply(number=number, failure=self._ended), None))
 
 
 def _receive(connection: Connection, frames: np.ndarray) -> None:
@@ -166,111 +150,3 @@ def _receive(connection: Connection, frames: np.ndarray) -> None:
         if not count:
             raise EOFError
         left = left[count:]
-
-
-def _send(connection: Connection, frames: np.ndarray) -> None:
-    left = memoryview(np.ascontiguousarray(frames).reshape(-1))
-    while left:
-        left = left[os.write(connection.fileno(), left) :]
-
-
-class _Server:
-    """The decoding process's side of the connection."""
-
-    def __init__(self, connection: Connection, decoder: Decoder) -> None:
-        self.connection, self.decoder = connection, decoder
-        self._pool = ThreadPoolExecutor(max_workers=_CALLS, thread_name_prefix="call")
-        self._sending, self._counting = threading.Lock(), threading.Lock()
-        self._decoding = 0
-
-    def run(self) -> None:
-        """Until the trainer hangs up."""
-        while True:
-            try:
-                number, method, args = pickle.loads(self.connection.recv_bytes())
-            except (EOFError, OSError):  # an OSError, when it did not read all that it was sent
-                return
-            self._pool.submit(self._answer, number, method, args)
-
-    def _answer(self, number: int, method: str, args: tuple[Any, ...]) -> None:
-        frames_FHWC = None
-        try:
-            if method == "probe":
-                reply = _Reply(number=number, index=probe(*args))
-            else:
-                frames_FHWC = self._decode(*args)
-                refusal = self.decoder.fallbacks.get(args[0].path)
-                reply = _Reply(number=number, frames_shape=frames_FHWC.shape, refusal=refusal)
-        except DecodeError as error:
-            reply = _Reply(number=number, broken=error, refusal=self.decoder.fallbacks.get(error.path))
-        except torch.OutOfMemoryError as error:
-            reply = _Reply(
-                number=number,
-                failure=f"the decoding process {os.getpid()} found no memory on its GPU beside the trainer ({error}); "
-                "lower rollout.memory_share or what the trainer takes (docs/memory.md)",
-            )
-        except Exception:  # noqa: BLE001 - the trainer gets it and ends the run
-            text = traceback.format_exc()
-            reply = _Reply(number=number, failure=f"the decoding process {os.getpid()} failed:\n{text}")
-        try:
-            with self._sending:
-                self.connection.send_bytes(pickle.dumps(reply))
-                if frames_FHWC is not None:
-                    _send(self.connection, frames_FHWC)
-        except BaseException:  # noqa: BLE001 - the trainer would wait for it for ever
-            traceback.print_exc()
-            os._exit(1)
-
-    def _decode(self, selection: FrameSelection, first: int, last: int) -> np.ndarray:
-        on_gpu = self.decoder.device.type == "cuda"
-        if on_gpu:
-            torch.cuda.set_device(self.decoder.device)  # of this thread
-        with self._counting:
-            self._decoding += 1
-        try:
-            return self.decoder.decode(selection, first=first, last=last).frames_FHWC
-        finally:
-            with self._counting:
-                self._decoding -= 1
-                if on_gpu and not self._decoding:
-                    _release_memory()
-
-
-def _release_memory() -> None:
-    """Pictures at full size: the trainer needs the memory."""
-    try:
-        torch.cuda.empty_cache()
-    except RuntimeError as error:  # of a device that failed, which is what decoding has reported
-        logger.warning("the decoding process could not release its memory: %s", error)
-
-
-def serve(make: Callable[[list[str]], Decoder]) -> None:
-    """The decoding process: its arguments are a connection, the trainer's process and what `make` takes."""
-    faulthandler.enable()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)  # the trainer ends this process (Slurm tells every process)
-    file, trainer, *arguments = sys.argv[1:]
-    threading.Thread(target=_end_with, args=(int(trainer),), daemon=True).start()
-    try:
-        _Server(Connection(int(file)), make(arguments)).run()
-    except BaseException:  # noqa: BLE001 - its threads would keep it alive
-        traceback.print_exc()
-        os._exit(1)
-    os._exit(0)
-
-
-def _end_with(trainer: int) -> None:
-    """A trainer that is killed may leave its end of the connection to a child of its own."""
-    while os.getppid() == trainer:
-        time.sleep(1)
-    os._exit(0)
-
-
-def main() -> None:
-    from megalong.data.video_decoder import make_gpu_decoder
-
-    serve(make_gpu_decoder)
-
-
-if __name__ == "__main__":
-    main()

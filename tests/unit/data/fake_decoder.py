@@ -1,4 +1,4 @@
-"""In the place of megalong.data.video_process: the decoding process, with FFmpeg in the place of the hardware."""
+"""In the place of megalong.data.video_server: the decoding process, with FFmpeg in the place of the hardware."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from test_video_decoder import PacketDecoder, Refusing
 
-from megalong.data import video_process
+from megalong.data import video_server
 from megalong.data.video_decoder import GpuFrameDecoder
 from megalong.data.video_segments import RefusedError
 from megalong.records import Clip, FrameSelection
@@ -54,7 +54,7 @@ class DyingLater:
         return Clip(selection=selection, first=first, frames_FHWC=np.zeros((1 << 16, 64, 64, 3), np.uint8))
 
 
-def make(arguments: list[str]) -> video_process.Decoder:
+def make(arguments: list[str]) -> video_server.Decoder:
     (name,) = arguments
     if name == "dying later":
         return DyingLater()
@@ -64,4 +64,4 @@ def make(arguments: list[str]) -> video_process.Decoder:
 
 
 if __name__ == "__main__":
-    video_process.serve(make)
+    video_server.serve(make)

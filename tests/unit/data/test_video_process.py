@@ -26,6 +26,8 @@ from megalong.data.video import DecodeError, decode_frames, probe
 from megalong.data.video_process import DecoderProcessError, ProcessFrameDecoder
 
 Make = Callable[[str], ProcessFrameDecoder]
+SERVER = video_process.SERVER
+"""What a training run starts."""
 
 TRAINER = """
 import sys, time
@@ -70,6 +72,23 @@ def test_files_are_indexed_and_decoded_side_by_side(make: Make, tmp_path: Path) 
             expected = decode_frames(selection, first=7, last=60).frames_FHWC
             assert np.abs(clip.frames_FHWC.astype(int) - expected).max() <= 1
     assert decoder.fallbacks == {}
+
+
+def test_what_a_training_run_starts_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process itself, which has no GPU's package here, and finds that out when it decodes."""
+    (tmp_path / "PyNvVideoCodec.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(video_process, "SERVER", SERVER)
+    path = write_video(tmp_path / "a.mp4", 60, gop=12)
+    decoder = ProcessFrameDecoder("nvcodec", "0", "0", settings="nvcodec")
+    try:
+        assert decoder.probe(str(path)).ticks_F.tolist() == probe(path).ticks_F.tolist()
+        with pytest.raises(DecodeError, match="no such file"):
+            decoder.probe(str(tmp_path / "b.mp4"))
+        with pytest.raises(DecoderProcessError, match=r"failed:\nTraceback(.|\n)*video_server.py"):
+            decoder.decode(pick(path, [3]), first=0, last=1)
+    finally:
+        decoder.close()
 
 
 def test_a_refused_file_is_counted_and_named_once(make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
