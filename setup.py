@@ -33,7 +33,7 @@ setup(
         "gpu": [
             "transformer-engine[pytorch]",
             "vllm>=0.25,<0.26",
-            "PyNvVideoCodec>=2",
+            "PyNvVideoCodec>=2.2",
             "flash-attn-4[cu13]>=4.0.0b16,<4.0.0b20",  # later ones need other CuTe packages than vLLM 0.25 pins
         ],
         "wandb": ["wandb"],

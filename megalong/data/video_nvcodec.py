@@ -32,9 +32,9 @@ class NvCodecDecoder:
         packets = read_segment(index, segment, as_byte_stream)
         place_of = {int(index.ticks_F[frame]): place for place, frame in enumerate(segment.frames)}
         try:
-            for frame in self._decoded(packets, coding):
+            for frame in self._decoded(packets, coding, wanted=frozenset(place_of)):
                 place = place_of.pop(frame.getPTS(), None)
-                if place is not None:
+                if place is not None:  # as a picture that is shown twice is the second time
                     yield place, _rgb(torch.from_dlpack(frame), coding)
         except (nvc.PyNvVCException, nvc.PyNvVCExceptionUnsupported) as error:
             raise RefusedError(f"PyNvVideoCodec: {' '.join(str(error).split())[:300]}") from error
@@ -42,7 +42,9 @@ class NvCodecDecoder:
             missing = segment.frames[min(place_of.values())]
             raise RefusedError(f"PyNvVideoCodec did not return {len(place_of)} frames, the first is {missing}")
 
-    def _decoded(self, packets: Sequence[CodedFrame], coding: Coding) -> Iterator[object]:
+    def _decoded(self, packets: Sequence[CodedFrame], coding: Coding, *, wanted: frozenset[int]) -> Iterator[object]:
+        """The pictures of the `wanted` ticks. The others stay in the decoder, which would copy each of them, and wait
+        for it, before the next one."""
         if coding != self._coding:
             self._decoder = nvc.CreateDecoder(
                 gpuid=self.device,
@@ -56,6 +58,7 @@ class NvCodecDecoder:
             data = np.frombuffer(packet.data, np.uint8)
             source = nvc.PacketData()
             source.bsl_data, source.bsl, source.pts = data.ctypes.data, len(data), packet.tick
+            source.discardable = packet.tick not in wanted
             yield from self._decoder.Decode(source)
         yield from self._decoder.Decode(nvc.PacketData())  # the end: what is left comes out
 
