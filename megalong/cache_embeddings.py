@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -67,12 +68,11 @@ def cache_embeddings(config: RunConfig, timer: PhaseTimer | None = None) -> Fill
     if config.model.init_from:
         load_encoder_weights(newest_checkpoint(Path(config.model.init_from)), encoder)
     tokens = family_of(config.model).read_tokens(Path(config.model.path))
-    vision = open_vision(config, layout, encoder, spec=spec, tokens=tokens)
-    vision.embeds.disk.keep_since = since
-    if layout.is_main:
-        vision.embeds.disk.sweep()
-    total = fill(vision, config, samples, layout, timer or PhaseTimer())
-    vision.close()
+    with closing(open_vision(config, layout, encoder, spec=spec, tokens=tokens)) as vision:
+        vision.embeds.disk.keep_since = since
+        if layout.is_main:
+            vision.embeds.disk.sweep()
+        total = fill(vision, config, samples, layout, timer or PhaseTimer())
     if layout.is_main:
         write_dropped(Path(config.video.cache_dir), total.dropped)
         tqdm.write(summary(total, config.video.cache_dir, seconds=time.perf_counter() - started))

@@ -99,11 +99,8 @@ def check_sync(config: RunConfig, timer: PhaseTimer | None = None) -> SyncReport
     are compared by each update itself (WeightSyncError). Raises OutOfSyncError after the table was shown.
     """
     samples = _samples(config)
-    run = open_run(config, task="check-sync", timer=timer or PhaseTimer())
-    try:
+    with open_run(config, task="check-sync", timer=timer or PhaseTimer()) as run:
         report = compare(run, samples)
-    finally:
-        run.close()
     if run.layout.is_main:
         tqdm.write(report.table())
     if report.problems():

@@ -31,10 +31,8 @@ def evaluate(config: RunConfig, timer: PhaseTimer | None = None) -> EvalReport:
     samples = eval_samples(config)
     run_dir = Path(config.logger.run_dir) / "eval" / Path(str(config.eval.manifest)).stem
     config = with_run_dir(config, run_dir)
-    run = open_run(config, task="eval", timer=timer or PhaseTimer())
-    report = evaluate_policy(run, samples, name="eval", step=0)
-    run.close()
-    return report
+    with open_run(config, task="eval", timer=timer or PhaseTimer()) as run:
+        return evaluate_policy(run, samples, name="eval", step=0)
 
 
 def eval_samples(config: RunConfig) -> list[Sample]:

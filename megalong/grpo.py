@@ -32,38 +32,37 @@ def train_grpo(config: RunConfig, timer: PhaseTimer | None = None) -> None:
     check_weights(config.reward.weights)
     samples = read_samples(config, manifest=config.data.train, video_dir=config.data.video_dir, thinking_targets=False)
     held_out = eval_samples(config) if config.eval.manifest else []
-    run = open_run(config, task="grpo", timer=timer or PhaseTimer())
-    settings = loss_settings(config)  # of a validated config
-    batches = PromptBatches(run, samples, batch_size=config.grpo.batch_size)
-    total = config.grpo.steps * config.grpo.updates_per_batch
-    ahead = RolloutsAhead(run, batches, total=total) if config.rollout.steps_off_policy else None
-    if held_out:
-        evaluate_if_due(run, held_out, step=run.trainer.step, total=total)
-    for step in run.steps(total):
-        started = time.perf_counter()
-        if ahead is not None:
-            groups, dropped = ahead.take(step)
-            scored = score(run, groups)
-        else:
-            scored, dropped = sample_groups(run, batches, step=step)
-        with run.timer("logprob"):
-            updates = add_logprobs(run, pack_updates(run, scored))
-        with run.timer("train"):
-            stats = [run.trainer.train_step(tokens_of(b), grpo_loss(run, b, settings), temperature=temperature(run))
-                     for b in updates]  # fmt: skip
-        log_rollouts(run, step, scored, stats, dropped, seconds=time.perf_counter() - started)
-        run.save_if_due(ahead or batches)
-        if held_out and run.trainer.step < total:
-            evaluate_if_due(run, held_out, step=run.trainer.step, total=total)
-    run.save(ahead or batches)
-    if run.trainer.step == total:
+    with open_run(config, task="grpo", timer=timer or PhaseTimer()) as run:
+        settings = loss_settings(config)  # of a validated config
+        batches = PromptBatches(run, samples, batch_size=config.grpo.batch_size)
+        total = config.grpo.steps * config.grpo.updates_per_batch
+        ahead = RolloutsAhead(run, batches, total=total) if config.rollout.steps_off_policy else None
         if held_out:
-            evaluate_if_due(run, held_out, step=total, total=total)
-        if run.layout.is_main:
-            plot_rewards(config.logger.run_dir)
-            plot_timeline(config.logger.run_dir)
-            tqdm.write(end_table(config.logger.run_dir))
-    run.close()
+            evaluate_if_due(run, held_out, step=run.trainer.step, total=total)
+        for step in run.steps(total):
+            started = time.perf_counter()
+            if ahead is not None:
+                groups, dropped = ahead.take(step)
+                scored = score(run, groups)
+            else:
+                scored, dropped = sample_groups(run, batches, step=step)
+            with run.timer("logprob"):
+                updates = add_logprobs(run, pack_updates(run, scored))
+            with run.timer("train"):
+                stats = [run.trainer.train_step(tokens_of(b), grpo_loss(run, b, settings), temperature=temperature(run))
+                         for b in updates]  # fmt: skip
+            log_rollouts(run, step, scored, stats, dropped, seconds=time.perf_counter() - started)
+            run.save_if_due(ahead or batches)
+            if held_out and run.trainer.step < total:
+                evaluate_if_due(run, held_out, step=run.trainer.step, total=total)
+        run.save(ahead or batches)
+        if run.trainer.step == total:
+            if held_out:
+                evaluate_if_due(run, held_out, step=total, total=total)
+            if run.layout.is_main:
+                plot_rewards(config.logger.run_dir)
+                plot_timeline(config.logger.run_dir)
+                tqdm.write(end_table(config.logger.run_dir))
 
 
 def temperature(run: Run) -> float:

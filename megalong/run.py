@@ -42,7 +42,7 @@ from megalong.vision.encode import VisionStage
 
 @dataclass(kw_only=True)
 class Run:
-    """Everything a loop works with; built once by open_run."""
+    """Everything a loop works with; built once by open_run, for one `with`."""
 
     config: RunConfig
     layout: ParallelLayout
@@ -128,6 +128,15 @@ class Run:
             return {}
         counts = {"refused_embeddings": float(len(disk.refused)), "evicted_embeddings": float(disk.num_evicted)}
         return sum_over(counts, group=self.layout.world, device=self.layout.device)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+        else:  # other ranks may be gone, so that only what waits for nobody is ended
+            self.vision.close(wait=False)
 
     def close(self) -> None:
         self.vision.close()

@@ -24,31 +24,30 @@ def train_sft(config: RunConfig, timer: PhaseTimer | None = None) -> None:
     """`megalong sft`: learn the assistant turns of data.train."""
     samples = read_samples(config, manifest=config.data.train, video_dir=config.data.video_dir, thinking_targets=True)
     held_out = eval_samples(config) if config.eval.manifest else []
-    run = open_run(config, task="sft", timer=timer or PhaseTimer())
-    batches = PromptBatches(run, samples, batch_size=config.sft.batch_size)
-    total = config.sft.steps
-    if held_out:
-        evaluate_if_due(run, held_out, step=run.trainer.step, total=total)
-    for step in run.steps(total):
-        started = time.perf_counter()
-        with run.timer("data"):
-            prompts, dropped = next(batches)
-            batches.decode_ahead()
-            packs, too_long = pack_targets(run, prompts)
-        with run.timer("train"):
-            stats = run.trainer.train_step(packs, token_mean_loss(run, packs), temperature=1.0)
-        log_step(run, step, stats, [*dropped, *too_long], seconds=time.perf_counter() - started)
-        run.save_if_due(batches)
-        if held_out and step < total:
-            evaluate_if_due(run, held_out, step=step, total=total)
-    run.save(batches)
-    if run.trainer.step == total:
+    with open_run(config, task="sft", timer=timer or PhaseTimer()) as run:
+        batches = PromptBatches(run, samples, batch_size=config.sft.batch_size)
+        total = config.sft.steps
         if held_out:
-            evaluate_if_due(run, held_out, step=total, total=total)
-        if run.layout.is_main:
-            plot_timeline(config.logger.run_dir)
-            tqdm.write(end_table(config.logger.run_dir))
-    run.close()
+            evaluate_if_due(run, held_out, step=run.trainer.step, total=total)
+        for step in run.steps(total):
+            started = time.perf_counter()
+            with run.timer("data"):
+                prompts, dropped = next(batches)
+                batches.decode_ahead()
+                packs, too_long = pack_targets(run, prompts)
+            with run.timer("train"):
+                stats = run.trainer.train_step(packs, token_mean_loss(run, packs), temperature=1.0)
+            log_step(run, step, stats, [*dropped, *too_long], seconds=time.perf_counter() - started)
+            run.save_if_due(batches)
+            if held_out and step < total:
+                evaluate_if_due(run, held_out, step=step, total=total)
+        run.save(batches)
+        if run.trainer.step == total:
+            if held_out:
+                evaluate_if_due(run, held_out, step=total, total=total)
+            if run.layout.is_main:
+                plot_timeline(config.logger.run_dir)
+                tqdm.write(end_table(config.logger.run_dir))
 
 
 def pack_targets(run: Run, prompts: Sequence[Prompt]) -> tuple[list[TokenBatch], list[Dropped]]:

@@ -225,11 +225,11 @@ class VisionStage:
             return
         self._weights_digest = _encoder_digest(self.encoder)
 
-    def close(self) -> None:
-        """Stop decoding: what is under way is for nobody."""
+    def close(self, *, wait: bool = True) -> None:
+        """Stop decoding: what is under way is for nobody. wait: until PyAV, which nothing can stop, has ended."""
         self._pool.shutdown(wait=False, cancel_futures=True)
         self.decoder.close()
-        self._pool.shutdown(wait=True)
+        self._pool.shutdown(wait=wait)
 
     def key(self, selection: FrameSelection) -> str:
         """Key of decoded frames: file, frames, resolution."""

@@ -7,7 +7,8 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -235,6 +236,19 @@ def sample_groups(
 ) -> tuple[list[ScoredGroup], list[Dropped], Sampler, Batches]:
     sampler, batches = Sampler(mixed), Batches()
     return *grpo.sample_groups(sampling_run(layout, sampler, **settings), batches, step=4), sampler, batches
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_run_that_fails_ends_its_decoding_and_waits_for_nobody(fails: bool) -> None:
+    parts = mock.Mock()
+    settings = {item.name: None for item in fields(run_module.Run)}
+    run = run_module.Run(**(settings | {name: getattr(parts, name) for name in ("vision", "sampler", "logger")}))
+    with pytest.raises(RuntimeError, match="lost") if fails else nullcontext(), run as same:
+        assert same is run
+        if fails:
+            raise RuntimeError("lost")
+    everything = [mock.call.vision.close(), mock.call.sampler.close(), mock.call.logger.close()]
+    assert parts.mock_calls == ([mock.call.vision.close(wait=False)] if fails else everything)
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])

@@ -545,6 +545,26 @@ def test_videos_of_different_sizes_are_encoded_apart_and_in_whole_steps(
     stage.close()
 
 
+def test_a_stage_that_does_not_wait_decodes_nothing_more(
+    make: object, videos: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on = [], threading.Event()
+
+    def slow(selection: FrameSelection, **arguments: int) -> object:
+        begun.append(Path(selection.path).stem)
+        go_on.wait(60)
+        return decode_frames(selection, **arguments)
+
+    monkeypatch.setattr(video_decoder, "decode_frames", slow)
+    stage = make(decode_workers=1)
+    selections, _ = stage.select([sample("1", *(videos[name] for name in "abc"))], CHOOSE)
+    stage.prefetch(list(selections.values()))
+    stage.close(wait=False)
+    go_on.set()
+    stage.close()
+    assert len(begun) == 1
+
+
 def test_a_family_without_vision_takes_samples_without_videos(layout: object, videos: dict[str, str]) -> None:
     stage = VisionStage(None, layout, SETTINGS, videos=None)
     assert stage.select([sample("1")], CHOOSE) == ({}, [])
