@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megalong.data.video_index import VideoIndex
 from megalong.data.video_pixels import recolour
-from megalong.data.video_segments import Coding, RefusedError, Segment, as_matroska, read_segment
+from megalong.data.video_segments import Coding, RefusedError, Segment, as_matroska, read_segment, refusal
 
 _BLOCK = 64  # pixels; the largest that codecs round sizes up to
 _BLACK, _GREY = 255 / 16, 255 / 2  # what DALI takes for 16 and 128: a sixteenth and a half of the whole range
@@ -34,8 +34,8 @@ class DaliDecoder:
     def decode(self, index: VideoIndex, segment: Segment, coding: Coding) -> Iterator[tuple[int, Tensor]]:
         """Yield (place in the segment, [F, 3, H, W] float32 RGB in 0..255), all frames of the segment, in order.
 
-        Raises RefusedError when DALI does, and when what it returns is not what was asked for. The decoder must not be
-        used again then.
+        Raises RefusedError or torch.OutOfMemoryError when DALI does, and the former when what it returns is not what
+        was asked for. The decoder must not be used again then.
         """
         _one_size_per_block(self._size_of, coding)
         file, ticks = read_segment(index, segment, as_matroska)
@@ -47,7 +47,7 @@ class DaliDecoder:
             (output,) = self._pipeline.run()
             frames_FHWC = torch.from_dlpack(output[0])
         except RuntimeError as error:
-            raise RefusedError(f"DALI: {_cause(error)}") from error
+            raise refusal("DALI", _cause(error)) from error
         expected = (len(wanted), coding.height, coding.width, 3)
         if tuple(frames_FHWC.shape) != expected:
             raise RefusedError(f"DALI returned pictures of shape {tuple(frames_FHWC.shape)}, expected {expected}")

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from megalong.data.video_index import VideoIndex
 from megalong.data.video_pixels import rgb_of_nv12
-from megalong.data.video_segments import CodedFrame, Coding, RefusedError, Segment, as_byte_stream, read_segment
+from megalong.data.video_segments import (
+    CodedFrame,
+    Coding,
+    RefusedError,
+    Segment,
+    as_byte_stream,
+    read_segment,
+    refusal,
+)
 
 _CODECS = {"h264": "H264", "hevc": "HEVC", "vp9": "VP9", "av1": "AV1"}
 
@@ -26,8 +34,8 @@ class NvCodecDecoder:
     def decode(self, index: VideoIndex, segment: Segment, coding: Coding) -> Iterator[tuple[int, Tensor]]:
         """Yield (place in the segment, [1, 3, H, W] float32 RGB in 0..255), each frame of the segment once.
 
-        Raises RefusedError when the library does, and when a frame does not come out. The decoder must not be used
-        again then.
+        Raises RefusedError or torch.OutOfMemoryError when the library does, and the former when a frame does not come
+        out. The decoder must not be used again then.
         """
         packets = read_segment(index, segment, as_byte_stream)
         place_of = {int(index.ticks_F[frame]): place for place, frame in enumerate(segment.frames)}
@@ -37,7 +45,7 @@ class NvCodecDecoder:
                 if place is not None:  # as a picture that is shown twice is the second time
                     yield place, _rgb(torch.from_dlpack(frame), coding)
         except (nvc.PyNvVCException, nvc.PyNvVCExceptionUnsupported) as error:
-            raise RefusedError(f"PyNvVideoCodec: {' '.join(str(error).split())[:300]}") from error
+            raise refusal("PyNvVideoCodec", " ".join(str(error).split())[:300]) from error
         if place_of:
             missing = segment.frames[min(place_of.values())]
             raise RefusedError(f"PyNvVideoCodec did not return {len(place_of)} frames, the first is {missing}")

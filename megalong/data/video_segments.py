@@ -17,6 +17,7 @@ from typing import TypeVar
 
 import av
 import numpy as np
+import torch
 from av.bitstream import BitStreamFilterContext
 from av.packet import Packet
 from av.video.stream import VideoStream
@@ -34,6 +35,12 @@ Converted = TypeVar("Converted")
 
 class RefusedError(Exception):
     """A file that the GPU path does not take; PyAV decodes it instead."""
+
+
+def refusal(library: str, reason: str) -> RefusedError | torch.OutOfMemoryError:
+    """What to raise for a library's error: a GPU without memory says nothing about the file."""
+    full = "out of memory" in reason.lower().replace("_", " ") or "MemoryAllocation" in reason
+    return (torch.OutOfMemoryError if full else RefusedError)(f"{library}: {reason}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -53,11 +53,14 @@ class Decoder:
     returned: ClassVar[list[int]] = []
     swallowed: ClassVar[list[int]] = []
     loses: ClassVar[set[int]] = set()
+    error: ClassVar[str] = ""
 
     def __init__(self, codec: Codecs) -> None:
         self.codec, self.discarded, self.context = codec, set(), av.CodecContext.create(codec.value, "r")
 
     def Decode(self, source: PacketData) -> Iterator[Picture]:  # noqa: N802 - the library's name
+        if self.error:
+            raise sys.modules["PyNvVideoCodec"].PyNvVCException(self.error)
         packet = None
         if source.bsl:
             packet = av.Packet(ctypes.string_at(source.bsl_data, source.bsl))
@@ -114,3 +117,16 @@ def test_a_wanted_picture_that_does_not_come_out_is_a_refusal(decoder: GpuFrameD
     Decoder.loses.add(ticks[30])
     assert numbers(decoder.decode(chosen, first=0, last=2)) == [3, 30]
     assert decoder.fallbacks == {str(path): "PyNvVideoCodec did not return 1 frames, the first is 30"}
+
+
+@pytest.mark.parametrize("text", ["cuMemAlloc returned error CUDA_ERROR_OUT_OF_MEMORY", "CUDA error:\n out of memory"])
+def test_a_gpu_without_memory_is_no_refusal(
+    decoder: GpuFrameDecoder, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = pick(write_video(tmp_path / "a.mp4", 60), [3])
+    monkeypatch.setattr(Decoder, "error", text)
+    with pytest.raises(torch.OutOfMemoryError, match="^PyNvVideoCodec: .*(?i:memory)"):
+        decoder.decode(chosen, first=0, last=1)
+    monkeypatch.setattr(Decoder, "error", "no such codec")
+    assert numbers(decoder.decode(chosen, first=0, last=1)) == [3]
+    assert decoder.fallbacks == {chosen.path: "PyNvVideoCodec: no such codec"}
