@@ -181,7 +181,7 @@ def _memory(
     memory = _standing_memory(config, task, shape, layout=layout, stage=stage)
     if shape.vision:
         of_video = _video_embeddings(config, shape, lengths=lengths)
-        of_pack = lengths.on_rank(lengths.copies_per_pack * of_video, cp=layout.cp)
+        of_pack = lengths.on_rank(of_video * lengths.pack // lengths.longest, cp=layout.cp)
         if task == "eval":
             memory["vision embeddings of a prompt, for its engine"] = of_video
         elif layout.pp == 1:

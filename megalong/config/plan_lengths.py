@@ -20,7 +20,8 @@ class Lengths:
     response: int
     group: int  # responses of a prompt; 1 for sft
     responses: int  # behind each copy of a prompt in a pack: the group, or 1 where every response repeats its prompt
-    copies_per_pack: int
+    copies_per_pack: int  # of the longest
+    pack: int  # tokens at most: shorter prompts and responses fill a pack up to data.pack_tokens
     packs: int  # of one optimizer step, on one replica, or on each of its context-parallel ranks when not sharded
     sharded: bool
 
@@ -34,13 +35,14 @@ class Lengths:
         return costs.repeated_tokens(self.prompt, self.response, self.group)
 
     @property
+    def longest(self) -> int:
+        """What a pack has of one copy of a prompt."""
+        return costs.shared_tokens(self.prompt, self.response, self.responses)
+
+    @property
     def repeats(self) -> bool:
         """Whether every response carries its own prompt."""
         return self.responses < self.group
-
-    @property
-    def pack(self) -> int:
-        return self.copies_per_pack * costs.shared_tokens(self.prompt, self.response, self.responses)
 
     def on_rank(self, count: int, *, cp: int) -> int:
         """What a context-parallel rank has of so many tokens (or bytes) of a pack."""
@@ -61,8 +63,8 @@ def lengths_of(config: RunConfig, task: Task, shape: ModelShape, *, dp: int, cp:
     copies = per_update // dp * (group // responses)
     sharded = mode in SHARDED
     # What is longer than pack_tokens gets a pack of its own.
-    fitting = config.data.pack_tokens // costs.shared_tokens(prompt, response, responses)
-    per_pack = max(1, min(fitting, copies))
+    longest = costs.shared_tokens(prompt, response, responses)
+    per_pack = max(1, min(config.data.pack_tokens // longest, copies))
     return Lengths(
         frames=frames_per_video(config) if shape.vision else 0,
         tokens_per_frame=shape.vision.tokens_per_frame if shape.vision else 0,
@@ -71,6 +73,7 @@ def lengths_of(config: RunConfig, task: Task, shape: ModelShape, *, dp: int, cp:
         group=group,
         responses=responses,
         copies_per_pack=per_pack,
+        pack=max(longest, min(config.data.pack_tokens, copies * longest)),
         packs=max(1, -(-copies // (per_pack if sharded else per_pack * cp))),
         sharded=sharded,
     )

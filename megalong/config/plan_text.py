@@ -57,7 +57,7 @@ def _lengths_text(plan: Plan) -> str:
             ("repeating would cost", f"{lengths.repeated / lengths.shared:.2f} x the tokens"),
         ]
     what = "sequence(s)" if lengths.repeats else "group(s)"
-    rows.append((f"tokens per pack of {lengths.copies_per_pack} {what}", f"{lengths.pack:,}"))
+    rows.append((f"tokens per pack, at most ({lengths.copies_per_pack} of the longest {what})", f"{lengths.pack:,}"))
     if not lengths.sharded and plan.layout.cp > 1:
         rows.append(("which one context-parallel rank has", "whole"))
     return _table("lengths", rows)

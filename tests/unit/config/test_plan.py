@@ -177,6 +177,20 @@ def test_short_groups_share_a_pack_up_to_the_replica_s_share(recipe: Path, shape
     assert planned(recipe, shape, overrides=(*short, "grpo.batch_size=64")).lengths.copies_per_pack == 7
 
 
+def test_shorter_groups_fill_a_pack_beyond_the_longest_ones_in_it(recipe: Path, shape: ModelShape) -> None:
+    """Seven groups of 5,380 tokens leave room for a shorter eighth, whose memory counts, too."""
+    short = ("video.num_frames=4", "data.max_response_tokens=512", "grpo.batch_size=64")
+    full, filled = (
+        planned(recipe, shape, overrides=(*short, f"data.pack_tokens={size}")) for size in (7 * 5380, 40000)
+    )
+    assert (full.lengths.pack, filled.lengths.pack) == (7 * 5380, 40000)
+    for name in ("kept activations (recompute keep_attention)", "vision embeddings of a pack"):
+        assert filled.memory[name] / full.memory[name] == pytest.approx(40000 / (7 * 5380), rel=1e-3)
+    one = planned(recipe, shape, overrides=(*short[:2], "data.pack_tokens=40000", "grpo.updates_per_batch=4"))
+    assert one.lengths.pack == 5380, "there is no other group to share a pack with"
+    assert filled.flops == full.flops
+
+
 def test_sft_and_eval_leave_out_what_they_do_not_do(recipe: Path, shape: ModelShape) -> None:
     sft = planned(recipe, shape, task="sft")
     assert set(sft.flops) == {"vision: encode every frame once", "forward and backward"}
@@ -265,9 +279,9 @@ def test_the_embedding_store_per_video_and_rank(recipe: Path, shape: ModelShape)
 
 def test_modes_that_share_less_have_their_own_packs_and_work(recipe: Path, shape: ModelShape) -> None:
     modes = ("shared_prefix", "stage1+2", "stage1", "none")
-    layout = ("parallel.tp=2", "parallel.cp=2", "gpus=4", "grpo.batch_size=2")
-    plans = {mode: planned(recipe, shape, overrides=(f"mr_sp.mode={mode}", *layout)) for mode in modes}
     one = 925_456 + 1024  # a prompt and a response
+    layout = ("parallel.tp=2", "parallel.cp=2", "gpus=4", "grpo.batch_size=2", f"data.pack_tokens={one}")
+    plans = {mode: planned(recipe, shape, overrides=(f"mr_sp.mode={mode}", *layout)) for mode in modes}
     shared, *repeated = (plan.lengths for plan in plans.values())
     assert (shared.pack, shared.copies_per_pack, shared.packs, shared.repeats) == (925_456 + 8 * 1024, 1, 2, False)
     for lengths in repeated:
@@ -287,7 +301,7 @@ def test_modes_that_share_less_have_their_own_packs_and_work(recipe: Path, shape
         assert plans[mode].flops["forward and backward"] > 6 * plans["shared_prefix"].flops["forward and backward"]
         assert plans["shared_prefix"].flops_repeated == pytest.approx(plans["stage1"].flops_total)
     text = " ".join(render(plans["stage1"]).split())
-    assert f"tokens per pack of 1 sequence(s) {one:,} which one context-parallel rank has whole" in text
+    assert f"tokens per pack, at most (1 of the longest sequence(s)) {one:,} which one context-parallel rank has whole" in text
     assert "with repeated prompts" not in text
 
 
