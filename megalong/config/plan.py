@@ -175,23 +175,24 @@ def _memory(
     live layer for S.
     The buffer for a colocated engine's weights is counted where the run may have one (bucket_memory).
     Embeddings lie on the first stage, and with pp > 1 those of all packs of a step; those of an evaluation, prompt by
-    prompt, on the ranks that drive engines.
+    prompt, on the ranks that drive engines. An evaluation computes a forward only with eval.likelihood.
     """
     element = _element(config)
     memory = _standing_memory(config, task, shape, layout=layout, stage=stage)
+    forwards = task != "eval" or config.eval.likelihood
     if shape.vision:
         of_video = _video_embeddings(config, shape, lengths=lengths)
         of_pack = lengths.on_rank(of_video * lengths.pack // lengths.longest, cp=layout.cp)
         if task == "eval":
             memory["vision embeddings of a prompt, for its engine"] = of_video
-        elif layout.pp == 1:
+        if forwards and layout.pp == 1:
             memory["vision embeddings of a pack"] = of_pack
-        elif stage == 0:
+        elif forwards and stage == 0:
             memory["vision embeddings of all packs"] = lengths.packs * of_pack
         frames = min(config.video.tower_batch_frames, lengths.frames)
         memory["tower on one batch of frames"] = frames * shape.vision.frame_elements * element
-    if task != "eval":
-        memory |= _activation_memory(config, shape, layout=layout, lengths=lengths, stage=stage, element=element)
+    if forwards:
+        memory |= _activation_memory(config, task, shape, layout=layout, lengths=lengths, stage=stage)
     if samples_embedded(config, task):
         kv = costs.kv_bytes_per_token(shape, element=element)
         prompts = 1 if task == "eval" else min(config.rollout.batch_prompts, config.grpo.batch_size // layout.dp)
@@ -263,35 +264,37 @@ def _host_states(config: RunConfig, shape: ModelShape, *, layout: Layout) -> int
 
 
 def _activation_memory(
-    config: RunConfig, shape: ModelShape, *, layout: Layout, lengths: Lengths, stage: int, element: int
+    config: RunConfig, task: Task, shape: ModelShape, *, layout: Layout, lengths: Lengths, stage: int
 ) -> dict[str, int]:
-    tokens = lengths.on_rank(lengths.pack, cp=layout.cp)
-    model = config.model
-    of_layer, layers = _kept_activations(config, shape, layout=layout, lengths=lengths, stage=stage, element=element)
-    if model.offload_activations:
-        layers = min(layers, costs.OFFLOAD_DEVICE_LAYERS)
+    """Of a forward and backward; of eval.likelihood a forward, which holds half of a layer and keeps nothing."""
+    tokens, element, model = lengths.on_rank(lengths.pack, cp=layout.cp), _element(config), config.model
     live = costs.live_bytes_per_token(shape, element=element, tp=layout.tp, sequence_parallel=layout.sequence_parallel)
+    mlp = costs.mlp_bytes_per_row(shape, element=element, tp=layout.tp)
     slices = costs.mlp_slices(tokens, chunks=model.mlp_chunks, recompute=model.recompute is not Recompute.none)
-    memory = {
-        f"kept activations (recompute {model.recompute.name})": of_layer * layers,
-        "one layer in backward, without its MLP": live * tokens,
-        f"its MLP in {slices} slice(s)": costs.mlp_bytes_per_row(shape, element=element, tp=layout.tp)
-        * -(-tokens // slices),
-    }
+    if task == "eval":
+        live, mlp = live // 2, mlp // 2
+        memory = {"one layer of eval.likelihood, without its MLP": live * tokens}
+    else:
+        of_layer, layers = _kept_activations(config, shape, layout=layout, lengths=lengths, stage=stage)
+        layers = min(layers, costs.OFFLOAD_DEVICE_LAYERS) if model.offload_activations else layers
+        memory = {
+            f"kept activations (recompute {model.recompute.name})": of_layer * layers,
+            "one layer in backward, without its MLP": live * tokens,
+        }
+    memory[f"its MLP in {slices} slice(s)"] = mlp * -(-tokens // slices)
     if stage == layout.pp - 1:
         rows = lengths.copies_per_pack * lengths.responses * lengths.response
-        memory["logits of a chunk of rows"] = costs.logits_bytes(
-            shape, tp=layout.tp, rows=rows, train=config.model.train_llm
-        )
+        trains = task != "eval" and model.train_llm
+        memory["logits of a chunk of rows"] = costs.logits_bytes(shape, tp=layout.tp, rows=rows, train=trains)
     return memory
 
 
 def _kept_activations(
-    config: RunConfig, shape: ModelShape, *, layout: Layout, lengths: Lengths, stage: int, element: int
+    config: RunConfig, shape: ModelShape, *, layout: Layout, lengths: Lengths, stage: int
 ) -> tuple[int, int]:
     """Bytes that a layer keeps of a pack on a process of the stage, and how many layers and packs of it do."""
     kept = costs.kept_bytes_per_token(
-        shape, element=element, tp=layout.tp, sequence_parallel=layout.sequence_parallel,
+        shape, element=_element(config), tp=layout.tp, sequence_parallel=layout.sequence_parallel,
         recompute=config.model.recompute, sliced_mlp=config.model.mlp_chunks > 1,
     )  # fmt: skip
     under_way = min(layout.pp - stage, lengths.packs)
@@ -302,9 +305,7 @@ def _host_activations(config: RunConfig, shape: ModelShape, *, layout: Layout, l
     """Bytes of kept activations in the host memory of a process of the first stage, which keeps most."""
     if not config.model.offload_activations:
         return 0
-    of_layer, layers = _kept_activations(
-        config, shape, layout=layout, lengths=lengths, stage=0, element=_element(config)
-    )
+    of_layer, layers = _kept_activations(config, shape, layout=layout, lengths=lengths, stage=0)
     return of_layer * layers
 
 

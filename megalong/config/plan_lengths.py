@@ -53,14 +53,14 @@ def lengths_of(config: RunConfig, task: Task, shape: ModelShape, *, dp: int, cp:
     """Of a configuration that `validate` accepts."""
     prompt, response = prompt_tokens(config, shape), config.data.max_response_tokens
     group = {"sft": 1, "grpo": config.rollout.group_size, "eval": config.eval.num_samples}[task]
-    per_update = {
-        "sft": config.sft.batch_size,
-        "grpo": config.grpo.batch_size // config.grpo.updates_per_batch,
-        "eval": 1,
+    prompts = {
+        "sft": config.sft.batch_size // dp,
+        "grpo": config.grpo.batch_size // config.grpo.updates_per_batch // dp,
+        "eval": config.eval.batch_prompts,
     }[task]
     mode = config.mr_sp.mode.name
     responses = group if mode == "shared_prefix" or task == "eval" else 1
-    copies = per_update // dp * (group // responses)
+    copies = prompts * (group // responses)
     sharded = mode in SHARDED
     # What is longer than pack_tokens gets a pack of its own.
     longest = costs.shared_tokens(prompt, response, responses)

@@ -199,6 +199,26 @@ def test_sft_and_eval_leave_out_what_they_do_not_do(recipe: Path, shape: ModelSh
     evaluation = planned(recipe, shape, task="eval", overrides=("eval.manifest=e.jsonl",))
     assert "gradients (float32)" not in evaluation.memory
     assert "forward and backward" not in evaluation.flops
+    assert not any("layer" in name or "of a pack" in name for name in evaluation.memory)
+
+
+def test_the_forward_of_an_evaluation_s_likelihood_is_planned(recipe: Path, shape: ModelShape) -> None:
+    layout = ("parallel.cp=1", "gpus=4", "data.pack_tokens=3000000")
+    manifest = ("eval.manifest=e.jsonl", "eval.likelihood=true", "eval.num_samples=2", "eval.temperature=1")
+    training = planned(recipe, shape, task="grpo", overrides=(*layout, "grpo.batch_size=2")).memory
+    one, two = (
+        planned(recipe, shape, task="eval", overrides=(*layout, *manifest, f"eval.batch_prompts={prompts}"))
+        for prompts in (1, 2)
+    )
+    assert one.lengths.pack == 925_456 + 2 * 1024
+    assert two.lengths.pack == 2 * one.lengths.pack, "questions that are asked together share a pack"
+    layer = "one layer of eval.likelihood, without its MLP"
+    backward = training["one layer in backward, without its MLP"] / (2 * (925_456 + 8 * 1024))
+    assert two.memory[layer] == 2 * one.memory[layer]
+    assert one.memory[layer] / one.lengths.pack == pytest.approx(backward / 2, rel=1e-6)
+    assert two.memory["vision embeddings of a pack"] == 2 * one.memory["vision embeddings of a pack"]
+    assert not any("kept" in name or "gradients" in name for name in one.memory)
+    assert one.memory["logits of a chunk of rows"] < training["logits of a chunk of rows"], "the head has no gradient"
 
 
 def test_trained_vision_parts_add_gradients_and_states(recipe: Path, shape: ModelShape) -> None:
@@ -301,7 +321,10 @@ def test_modes_that_share_less_have_their_own_packs_and_work(recipe: Path, shape
         assert plans[mode].flops["forward and backward"] > 6 * plans["shared_prefix"].flops["forward and backward"]
         assert plans["shared_prefix"].flops_repeated == pytest.approx(plans["stage1"].flops_total)
     text = " ".join(render(plans["stage1"]).split())
-    assert f"tokens per pack, at most (1 of the longest sequence(s)) {one:,} which one context-parallel rank has whole" in text
+    assert (
+        f"tokens per pack, at most (1 of the longest sequence(s)) {one:,} which one context-parallel rank has whole"
+        in text
+    )
     assert "with repeated prompts" not in text
 
 
