@@ -11,14 +11,15 @@ import torch
 from torch import nn
 
 from megalong.config.errors import ConfigError
-from megalong.config.tree import RunConfig, keeps_embeddings
+from megalong.config.tree import Recompute, RunConfig, keeps_embeddings
 from megalong.data.video import VideoIndex, select_frames
 from megalong.data.video_layout import VideoLayout
 from megalong.engine.build import family_of
 from megalong.models.chat import ChatTokens
 from megalong.parallel.layout import ParallelLayout
 from megalong.records import FrameSelection
-from megalong.vision.encode import VisionSettings, VisionStage
+from megalong.vision.encode import VisionStage
+from megalong.vision.settings import VisionSettings
 
 GIB = 1 << 30
 
@@ -49,6 +50,7 @@ def vision_settings(config: RunConfig) -> VisionSettings:
     return VisionSettings(
         tower_batch_frames=video.tower_batch_frames,
         frozen=keeps_embeddings(config),
+        recompute=config.model.train_tower and config.model.recompute is not Recompute.none,
         share_frames=config.mr_sp.mode.name != "none",
         embed_gpu_bytes=int(video.cache_gpu_gib * GIB),
         embed_host_bytes=int(video.cache_gib * GIB),

@@ -106,6 +106,7 @@ def vision_shape(shape: SiglipShape) -> VisionShape:
         frame_flops=frame_flops(shape),
         # 8 width-sized and 2 ffn-sized per patch.
         frame_elements=shape.patches_per_side**2 * (8 * shape.hidden + 2 * shape.ffn),
+        tower_layers=shape.layers_run,
     )
 
 

@@ -27,7 +27,9 @@ class VisionShape:
     frame_flops: int
     """Forward of the tower and the projector."""
     frame_elements: int
-    """Activations of the frozen tower's forward alive at once."""
+    """Activations of the frozen tower's forward alive at once: those of one layer."""
+    tower_layers: int
+    """Layers that run; a trained tower keeps frame_elements of each."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

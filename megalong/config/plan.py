@@ -8,11 +8,11 @@ from pathlib import Path
 from megalong.config import costs
 from megalong.config.errors import ConfigError
 from megalong.config.load import config_yaml
-from megalong.config.model_shape import ModelShape
+from megalong.config.model_shape import ModelShape, VisionShape
 from megalong.config.plan_engine import EnginePlan, bucket_memory, plan_engine, samples_by_vllm, samples_embedded
 from megalong.config.plan_lengths import Lengths, lengths_of
 from megalong.config.shapes import SHIPPED_SHAPES, read_model_shape
-from megalong.config.tree import Dtype, Recompute, RunConfig, keeps_embeddings
+from megalong.config.tree import Dtype, MrSpMode, Recompute, RunConfig, keeps_embeddings
 from megalong.config.validate import Task
 from megalong.config.validate_rollout import vllm_problems
 
@@ -189,8 +189,7 @@ def _memory(
             memory["vision embeddings of a pack"] = of_pack
         elif forwards and stage == 0:
             memory["vision embeddings of all packs"] = lengths.packs * of_pack
-        frames = min(config.video.tower_batch_frames, lengths.frames)
-        memory["tower on one batch of frames"] = frames * shape.vision.frame_elements * element
+        memory |= _tower_memory(config, task, shape.vision, layout=layout, lengths=lengths)
     if forwards:
         memory |= _activation_memory(config, task, shape, layout=layout, lengths=lengths, stage=stage)
     if samples_embedded(config, task):
@@ -261,6 +260,22 @@ def _host_states(config: RunConfig, shape: ModelShape, *, layout: Layout) -> int
     if not config.optimizer.offload:
         return 0
     return max(_state_bytes(config, shape, layout=layout, stage=stage) for stage in range(layout.pp))
+
+
+def _tower_memory(
+    config: RunConfig, task: Task, vision: VisionShape, *, layout: Layout, lengths: Lengths
+) -> dict[str, int]:
+    """What a layer of the tower holds of a batch of frames; trained, what all of them do; and when nothing is computed
+    again, of all frames of a pack that the rank encodes."""
+    of_layer = vision.frame_elements * _element(config)
+    batch = min(config.video.tower_batch_frames, lengths.frames)
+    if task == "eval" or not config.model.train_tower:
+        return {"tower on one batch of frames": batch * of_layer}
+    if config.model.recompute is not Recompute.none:
+        return {"trained tower on one batch of frames": batch * of_layer * vision.tower_layers}
+    frames = lengths.copies_per_pack * lengths.frames * (lengths.packs if layout.pp > 1 else 1)
+    frames = frames if config.mr_sp.mode is MrSpMode.none else -(-frames // layout.replica)
+    return {"trained tower on a pack's frames": frames * of_layer * vision.tower_layers}
 
 
 def _activation_memory(

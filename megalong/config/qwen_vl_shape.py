@@ -209,6 +209,7 @@ def vision_shape(tower: TowerShape, *, frame_pixels: int, text_per_step: int) ->
         ) // per_step,
         # 8 width-sized and 3 ffn-sized per patch.
         frame_elements=patches * (8 * tower.hidden + 3 * tower.ffn) // per_step,
+        tower_layers=tower.layers,
     )  # fmt: skip
 
 

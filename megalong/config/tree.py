@@ -132,6 +132,7 @@ class ModelConfig:
     train_llm: bool = True
     train_projector: bool = False
     train_tower: bool = False
+    """Unless recompute=none, the backward runs the tower again, video.tower_batch_frames at a time."""
 
 
 @dataclass

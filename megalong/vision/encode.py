@@ -8,12 +8,13 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from megalong.config.tree import VideoDecoder
 from megalong.data.video import DecodeError, VideoIndex
@@ -25,24 +26,9 @@ from megalong.parallel.layout import ParallelLayout
 from megalong.parallel.split import shard_range
 from megalong.records import Dropped, FrameSelection, Prompt, Sample
 from megalong.vision.disk import DiskStore
+from megalong.vision.settings import VisionSettings
 from megalong.vision.store import ByteStore, selection_key
 from megalong.vision.tiers import EmbeddingPart, EmbeddingStore
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class VisionSettings:
-    """Plain values of the stage."""
-
-    tower_batch_frames: int  # frames per forward of the tower
-    frozen: bool  # embeddings may be kept from step to step
-    share_frames: bool  # Stage 1: each rank of a replica encodes its share of the frames; False: every rank all of them
-    embed_gpu_bytes: int
-    embed_host_bytes: int
-    embed_folder: str | None  # of the disk store
-    embed_folder_bytes: int
-    frame_store_bytes: int
-    decode_workers: int
-    decoder: VideoDecoder = VideoDecoder.auto
 
 
 class VisionStage:
@@ -345,10 +331,15 @@ class VisionStage:
         return self.encoder(blank_FHWC).flatten(0, 1)[:0]
 
     def _run_tower(self, frames_FHWC: Tensor) -> Tensor:
-        """[F / frames_per_step, tokens per step, D'] of frames of one size, a few at a time."""
+        """[F / frames_per_step, tokens per step, D'] of frames of one size, a few at a time.
+
+        settings.recompute: what a batch computes is computed again in its backward.
+        """
         step = self.videos.frames_per_step
         batch = max(step, self.settings.tower_batch_frames // step * step)
-        return torch.cat([self.encoder(part) for part in frames_FHWC.split(batch)])
+        again = self.settings.recompute and torch.is_grad_enabled()
+        run = partial(checkpoint, self.encoder, use_reentrant=False) if again else self.encoder
+        return torch.cat([run(part) for part in frames_FHWC.split(batch)])
 
     def _rows(self, selection: FrameSelection, frames: tuple[int, int]) -> int:
         """Embeddings of frames [first, last) of the selection."""

@@ -230,6 +230,21 @@ def test_trained_vision_parts_add_gradients_and_states(recipe: Path, shape: Mode
     assert trained.host_store == 0
 
 
+def test_a_trained_tower_holds_all_its_layers(recipe: Path, shape: ModelShape) -> None:
+    """SigLIP at 448 px of a LongVILA: 26 of its 27 layers run."""
+    with_tower = ("model.train_tower=true", "video.cache_embeddings=false", "video.num_frames=256")
+    frozen = planned(recipe, shape, task="sft", overrides=("video.num_frames=256",)).memory
+    batch = frozen["tower on one batch of frames"]
+    assert batch == 2 * 64 * shape.vision.frame_elements
+    again = planned(recipe, shape, task="sft", overrides=with_tower).memory
+    assert again["trained tower on one batch of frames"] == 26 * batch
+    pack = ("data.pack_tokens=67072", "model.recompute=none")
+    kept = planned(recipe, shape, task="sft", overrides=(*with_tower, *pack)).memory
+    assert kept["trained tower on a pack's frames"] == 26 * batch // 2, "256 frames over the 8 ranks of a replica"
+    none = planned(recipe, shape, task="sft", overrides=(*with_tower, *pack, "mr_sp.mode=none")).memory
+    assert none["trained tower on a pack's frames"] == 26 * batch * 4, "every rank encodes all of them"
+
+
 def test_float32_weights_are_their_own_master(recipe: Path, shape: ModelShape) -> None:
     full = planned(recipe, shape, overrides=("model.dtype=float32",)).memory
     half = planned(recipe, shape).memory

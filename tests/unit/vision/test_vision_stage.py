@@ -22,11 +22,12 @@ from megalong.data import video_decoder
 from megalong.data.video import DecodeError, decode_frames, probe, select_frames
 from megalong.models.longvila.layout import SquareFrames
 from megalong.records import Dropped, FrameSelection, Sample
-from megalong.vision.encode import VisionSettings, VisionStage
+from megalong.vision.encode import VisionStage
+from megalong.vision.settings import VisionSettings
 
 SIZE, TOKENS, WIDTH = 8, 2, 5
 SETTINGS = VisionSettings(
-    tower_batch_frames=3, frozen=True, share_frames=True, embed_gpu_bytes=0, embed_host_bytes=1 << 20,
+    tower_batch_frames=3, frozen=True, recompute=False, share_frames=True, embed_gpu_bytes=0, embed_host_bytes=1 << 20,
     embed_folder=None, embed_folder_bytes=1 << 20, frame_store_bytes=1 << 20, decode_workers=2,
 )  # fmt: skip
 LAYOUT = SquareFrames(size=SIZE, tokens_per_frame=TOKENS, newline_id=1)
@@ -205,8 +206,9 @@ def test_cached_and_fresh_embeddings_are_bit_equal(make: object, videos: dict[st
     torch.testing.assert_close(results[4], results[0], rtol=1e-6, atol=1e-6)
 
 
-def test_a_trained_tower_gets_its_gradient(make: object, videos: dict[str, str]) -> None:
-    stage = make(frozen=False)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_trained_tower_gets_its_gradient(make: object, videos: dict[str, str], recompute: bool) -> None:
+    stage = make(frozen=False, recompute=recompute)
     selections, _ = ready(stage, [sample("1", videos["a"])])
     chosen = selections[videos["a"]]
     stage.embeddings([chosen]).square().sum().backward()
@@ -215,6 +217,26 @@ def test_a_trained_tower_gets_its_gradient(make: object, videos: dict[str, str])
     frames = torch.from_numpy(decode_frames(chosen).frames_FHWC)
     stage.encoder(frames).square().sum().backward()
     torch.testing.assert_close(got, stage.encoder.linear.weight.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_a_recomputed_tower_keeps_frames_alone_and_gives_the_same_bits(make: object, videos: dict[str, str]) -> None:
+    gradients, kept = [], []
+    for recompute in (False, True):
+        stage = make(frozen=False, recompute=recompute)
+        selections, _ = ready(stage, [sample("1", videos["a"])])
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.nbytes) or x, lambda x: x):
+            embeds = stage.embeddings([selections[videos["a"]]])
+        forwards = list(stage.encoder.batches)
+        embeds.square().sum().backward()
+        again = stage.encoder.batches[len(forwards) :]
+        assert again == ([1, 3, 3] if recompute else []), "batch by batch, the last one first"
+        gradients.append(stage.encoder.linear.weight.grad)
+        kept.append(sum(sizes))
+    assert torch.equal(*gradients)
+    assert 7 * SIZE * SIZE * 3 <= kept[1] < kept[0] / 3
+    with torch.no_grad():
+        stage.embeddings([selections[videos["a"]]])
 
 
 def test_a_frozen_tower_decodes_and_encodes_each_video_once(
@@ -548,10 +570,11 @@ def test_videos_of_different_sizes_are_encoded_apart_and_in_whole_steps(
 def test_a_stage_that_does_not_wait_decodes_nothing_more(
     make: object, videos: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun, go_on = [], threading.Event()
+    begun, started, go_on = [], threading.Event(), threading.Event()
 
     def slow(selection: FrameSelection, **arguments: int) -> object:
         begun.append(Path(selection.path).stem)
+        started.set()
         go_on.wait(60)
         return decode_frames(selection, **arguments)
 
@@ -559,6 +582,7 @@ def test_a_stage_that_does_not_wait_decodes_nothing_more(
     stage = make(decode_workers=1)
     selections, _ = stage.select([sample("1", *(videos[name] for name in "abc"))], CHOOSE)
     stage.prefetch(list(selections.values()))
+    started.wait(60)
     stage.close(wait=False)
     go_on.set()
     stage.close()
