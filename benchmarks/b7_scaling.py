@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from sessions import drive, work
-from steps import PEAK, parallel_overrides, parser_of, save
+from steps import PEAK, parallel_overrides, parser_of
 
 FORMS = {
     "shared": ("shared_prefix", "keep_attention"),
@@ -132,8 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.worker:
         work(json.loads(Path(args.worker).read_text()), line)
         return
-    rows = drive(sessions(args), script=__file__, line=line, seconds=args.seconds)
-    save(args.json, rows)
+    rows = drive(sessions(args), args, script=__file__, line=line)
     print("\n".join(compare(rows)), flush=True)
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from sessions import drive, video_session, work
-from steps import parser_of, save
+from steps import machine, parser_of
 
 MODES = ("shared_prefix", "stage1+2", "stage1", "none")
 RATE = 400e12
@@ -115,8 +115,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows = list({row["name"]: row for part in found for row in part["rows"]}.values())
         device = found[0]["device"]
     else:
-        rows = drive([session_of(args)], script=__file__, line=line, seconds=args.seconds)
-        device = save(args.json, rows)["device"]
+        rows = drive([session_of(args)], args, script=__file__, line=line)
+        device = machine()["device"]
     print(table(rows), flush=True)
     if args.plot:
         group, response = rows[0]["case"]["group"], rows[0]["case"]["response"]

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from figure1 import MODES
 from sessions import drive, video_session, work
-from steps import PEAK, parser_of, save
+from steps import PEAK, parser_of
 from torch import Tensor
 
 from megalong.attention.kernels import KERNELS, KernelEntry
@@ -101,8 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     session = session_of(args)
     use_kernels_of(session)  # a lone process works here
-    rows = drive([session], script=__file__, line=line, seconds=args.seconds)
-    save(args.json, rows)
+    drive([session], args, script=__file__, line=line)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from steps import Bench, Case, free, is_out_of_memory, make_folder, parallel_overrides
+from steps import Bench, Case, free, is_out_of_memory, make_folder, parallel_overrides, save
 
 from megalong.parallel.collectives import broadcast_object
 from megalong.parallel.layout import destroy_layout
@@ -97,10 +97,10 @@ def work(session: dict[str, Any], line: Callable[[dict[str, Any]], str]) -> None
                     raise
                 row |= {"status": "out of memory"}
                 if bench.layout.world_size > 1:
-                    _report(row, results, line)
+                    _report(row, session, line)
                     os._exit(OUT_OF_MEMORY)
             if bench.layout.is_main:
-                _report(row, results, line)
+                _report(row, session, line)
             free(bench.layout.device)
             dist.barrier()
     finally:
@@ -128,10 +128,13 @@ def _decision(row: dict[str, Any], rows: list[dict[str, Any]], session: dict[str
     return expected, why_not(row, rows, expected=expected, deadline=session["deadline"])
 
 
-def _report(row: dict[str, Any], results: Path, line: Callable[[dict[str, Any]], str]) -> None:
+def _report(row: dict[str, Any], session: dict[str, Any], line: Callable[[dict[str, Any]], str]) -> None:
+    """Print the row and write all so far where --json says: of a session that is cut off, these are there."""
     print(line(row), flush=True)
+    results = Path(session["results"])
     with results.open("a") as file:
         file.write(json.dumps(row) + "\n")
+    save(session["json"], read_rows(results))
 
 
 def read_rows(results: Path) -> list[dict[str, Any]]:
@@ -159,21 +162,22 @@ def video_session(args: Any, points: Sequence[dict[str, Any]], *, rate: float) -
 
 
 def drive(
-    sessions: Sequence[dict[str, Any]], *, script: str, line: Callable[[dict[str, Any]], str], seconds: float
+    sessions: Sequence[dict[str, Any]], args: Any, *, script: str, line: Callable[[dict[str, Any]], str]
 ) -> list[dict[str, Any]]:
-    """Run the sessions one after another, each in processes of its own; returns the rows of all points.
+    """Run the sessions one after another, each in processes of its own, for --seconds; returns the rows of all points,
+    which --json has as they come.
 
     A session is {gpus, layers, tiny, vision, overrides, rate (FLOP/s of a GPU, before one is known), points}; a point
     {name, series, size, case, mode, recompute or memory_gb, max_seconds, and maybe rehearsal}. After out of memory the
     session is started again for the points that are left. A lone session of one process runs in this one.
     """
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    deadline = time.time() + seconds
+    deadline = time.time() + args.seconds
     with tempfile.TemporaryDirectory() as scratch:
         results = Path(scratch) / "rows.jsonl"
         for number, given in enumerate(sessions):
             folder = make_folder(Path(scratch) / str(number), layers=given["layers"], tiny=given["tiny"])
-            session = {**given, "folder": str(folder), "results": str(results), "deadline": deadline}
+            session = {**given, "folder": str(folder), "results": str(results), "json": args.json, "deadline": deadline}
             if len(sessions) == 1 and given["gpus"] == 1:
                 work(session, line)
             else:
@@ -204,11 +208,11 @@ def _run_in_processes(
             for point in left:
                 row = {**point, "world": session["gpus"]}
                 if row["name"] not in {r["name"] for r in found} and (reason := beyond_memory(row, found)):
-                    _report({**row, "status": reason}, results, line)
+                    _report({**row, "status": reason}, session, line)
             continue
         for point in left:
             if point["name"] not in {row["name"] for row in found}:
-                _report({**point, "status": f"failed: {code}", "world": session["gpus"]}, results, line)
+                _report({**point, "status": f"failed: {code}", "world": session["gpus"]}, session, line)
         return
 
 

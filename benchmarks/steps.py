@@ -365,10 +365,15 @@ def parallel_overrides(*, gpus: int, tp: int = 1, cp_a2a: int = 0) -> list[str]:
     return [f"parallel.{name}={value}" for name, value in parts.items()]
 
 
-def save(path: str | None, rows: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """Write the rows as JSON where --json says; returns what they were measured with."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    known = {"device": gpu, "torch": torch.__version__}
+def machine() -> dict[str, str]:
+    """What rows are measured with."""
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "torch": torch.__version__,
+    }
+
+
+def save(path: str | None, rows: Sequence[dict[str, Any]]) -> None:
+    """Write the rows as JSON where --json says."""
     if path:
-        Path(path).write_text(json.dumps({**known, "rows": list(rows)}, indent=1))
-    return known
+        Path(path).write_text(json.dumps({**machine(), "rows": list(rows)}, indent=1))
