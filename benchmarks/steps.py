@@ -36,6 +36,7 @@ from megalong.models.longvila.layout import SquareFrames
 from megalong.models.policy import PolicyModel
 from megalong.parallel.collectives import gather_objects
 from megalong.parallel.layout import ParallelLayout
+from megalong.parallel.offload import BLOCK_BYTES
 from megalong.records import FrameSelection, PolicyBatch, Prompt, RolloutGroup, Sample
 from megalong.run import layout_of
 from megalong.videos import vision_settings
@@ -292,17 +293,36 @@ class Bench:
 
     def recompute_for(self, case: Case, *, mode: str, memory_gb: float) -> str:
         """keep_attention when it is estimated to fit into a GPU's memory, else full."""
-        parallel, layout = self.config.parallel, self.layout
-        split = {"tp": layout.tp_size, "sequence_parallel": parallel.sequence_parallel, "element": 2}
+        layout = self.layout
         params = costs.llm_params_per_rank(self.shape, tp=layout.tp_size, pp=layout.pp_size)
         states = 6 * params + 12 * params // (layout.context.size * layout.dp_size)
+        rows = self._rows(case, mode=mode)
+        live = costs.live_bytes_per_token(self.shape, **self._split)
+        mlp = costs.mlp_bytes_per_row(self.shape, element=2, tp=layout.tp_size) * min(rows, costs.MLP_ROWS)
+        total = states + rows * (self._kept_bytes(Recompute.keep_attention) + live) + mlp
+        return "keep_attention" if total < memory_gb * 1e9 else "full"
+
+    def page_lock(self, case: Case, *, mode: str, recompute: str) -> None:
+        """Take the host memory of the case's offloaded activations, as the first step of its length would do: torch
+        keeps it."""
+        if self.config.model.offload_activations:
+            count = self._rows(case, mode=mode) * self._kept_bytes(Recompute[recompute]) // BLOCK_BYTES
+            held = [torch.empty(BLOCK_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(count)]
+            del held  # all at once: one block after the other would be the same one
+
+    @property
+    def _split(self) -> dict[str, Any]:
+        return {"tp": self.layout.tp_size, "sequence_parallel": self.config.parallel.sequence_parallel, "element": 2}
+
+    def _kept_bytes(self, recompute: Recompute) -> int:
+        """Of a token on a rank, by all layers."""
+        return costs.kept_bytes_per_token(self.shape, recompute=recompute, **self._split) * self.shape.layers
+
+    def _rows(self, case: Case, *, mode: str) -> int:
+        """Tokens of a pack on a rank."""
         prompt = case.prompt(self.shape.vision.tokens_per_frame if self.shape.vision else 0)
         rows = prompt + case.response * (1 if mode in REPEATED else case.group)
-        rows //= layout.context.size if mode in SHARDED else 1
-        kept = costs.kept_bytes_per_token(self.shape, recompute=Recompute.keep_attention, **split) * self.shape.layers
-        live = costs.live_bytes_per_token(self.shape, **split)
-        mlp = costs.mlp_bytes_per_row(self.shape, element=2, tp=layout.tp_size) * min(rows, costs.MLP_ROWS)
-        return "keep_attention" if states + rows * (kept + live) + mlp < memory_gb * 1e9 else "full"
+        return rows // (self.layout.context.size if mode in SHARDED else 1)
 
     def close(self) -> None:
         for stage in self.stages.values():
