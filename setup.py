@@ -24,6 +24,7 @@ setup(
         "triton>=3.4; platform_system == 'Linux'",
         "einops",
         "numpy",
+        "packaging",
         "psutil",  # megatron dist_checkpointing hangs in save without it
         "tqdm",
         "matplotlib",

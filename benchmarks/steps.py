@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import shutil
 import time
 import zlib
@@ -394,6 +395,8 @@ def machine() -> dict[str, str]:
 
 
 def save(path: str | None, rows: Sequence[dict[str, Any]]) -> None:
-    """Write the rows as JSON where --json says."""
+    """Write the rows as JSON where --json says, whole or not at all."""
     if path:
-        Path(path).write_text(json.dumps({**machine(), "rows": list(rows)}, indent=1))
+        file = Path(f"{path}.{os.getpid()}")
+        file.write_text(json.dumps({**machine(), "rows": list(rows)}, indent=1))
+        file.replace(path)

@@ -7,7 +7,6 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -68,7 +67,7 @@ def cache_embeddings(config: RunConfig, timer: PhaseTimer | None = None) -> Fill
     if config.model.init_from:
         load_encoder_weights(newest_checkpoint(Path(config.model.init_from)), encoder)
     tokens = family_of(config.model).read_tokens(Path(config.model.path))
-    with closing(open_vision(config, layout, encoder, spec=spec, tokens=tokens)) as vision:
+    with open_vision(config, layout, encoder, spec=spec, tokens=tokens) as vision:
         vision.embeds.disk.keep_since = since
         if layout.is_main:
             vision.embeds.disk.sweep()

@@ -135,7 +135,7 @@ class Run:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.close()
-        else:  # other ranks may be gone, so that only what waits for nobody is ended
+        else:  # other ranks may be gone: what waits for nobody is ended here, engines by the end of this process
             self.vision.close(wait=False)
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from megalong.config.errors import ConfigError
 from megalong.config.load import config_yaml
 from megalong.config.model_shape import ModelShape, VisionShape
 from megalong.config.plan_engine import EnginePlan, bucket_memory, plan_engine, samples_by_vllm, samples_embedded
-from megalong.config.plan_lengths import Lengths, lengths_of
+from megalong.config.plan_lengths import Lengths, lengths_of, options_per_pack
 from megalong.config.shapes import SHIPPED_SHAPES, read_model_shape
 from megalong.config.tree import Dtype, MrSpMode, Recompute, RunConfig, keeps_embeddings
 from megalong.config.validate import Task
@@ -273,8 +273,10 @@ def _tower_memory(
         return {"tower on one batch of frames": batch * of_layer}
     if config.model.recompute is not Recompute.none:
         return {"trained tower on one batch of frames": batch * of_layer * vision.tower_layers}
-    frames = lengths.copies_per_pack * lengths.frames * (lengths.packs if layout.pp > 1 else 1)
-    frames = frames if config.mr_sp.mode is MrSpMode.none else -(-frames // layout.replica)
+    frames = -(-lengths.frames * lengths.pack // lengths.longest) * (lengths.packs if layout.pp > 1 else 1)
+    if config.mr_sp.mode is not MrSpMode.none:
+        # Where sequences are whole, the frames of all context-parallel ranks' packs are shared out together.
+        frames = -(-frames * (1 if lengths.sharded else layout.cp) // layout.replica)
     return {"trained tower on a pack's frames": frames * of_layer * vision.tower_layers}
 
 
@@ -376,6 +378,9 @@ def _flops(
         parts["old log-probabilities"] = one_pass
     if task == "grpo" and config.grpo.kl_coef > 0:
         parts["reference log-probabilities"] = one_pass
+    if task == "eval" and config.eval.likelihood:
+        again = -(-lengths.group // options_per_pack(config, lengths.prompt, lengths.response)) - 1
+        parts["likelihood of the options"] = one_pass + again * parts["rollout: prefill, once per prompt"]
     if task != "eval":
         parts["forward and backward"] = costs.train_flops(
             shape, work, recompute=config.model.recompute, mlp_chunks=config.model.mlp_chunks

@@ -65,6 +65,9 @@ def lengths_of(config: RunConfig, task: Task, shape: ModelShape, *, dp: int, cp:
     # What is longer than pack_tokens gets a pack of its own.
     longest = costs.shared_tokens(prompt, response, responses)
     per_pack = max(1, min(config.data.pack_tokens // longest, copies))
+    packs = -(-copies // (per_pack if sharded else per_pack * cp))
+    if task == "eval":
+        packs = -(-prompts * group // options_per_pack(config, prompt, response))
     return Lengths(
         frames=frames_per_video(config) if shape.vision else 0,
         tokens_per_frame=shape.vision.tokens_per_frame if shape.vision else 0,
@@ -74,6 +77,11 @@ def lengths_of(config: RunConfig, task: Task, shape: ModelShape, *, dp: int, cp:
         responses=responses,
         copies_per_pack=per_pack,
         pack=max(longest, min(config.data.pack_tokens, copies * longest)),
-        packs=max(1, -(-copies // (per_pack if sharded else per_pack * cp))),
+        packs=max(1, packs),
         sharded=sharded,
     )
+
+
+def options_per_pack(config: RunConfig, prompt: int, response: int) -> int:
+    """Responses whose options (eval.likelihood) share a pack: each counts with its prompt, which those in it share."""
+    return max(1, config.data.pack_tokens // (prompt + response))

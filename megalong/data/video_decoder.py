@@ -8,10 +8,12 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib import import_module
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Protocol
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 
 from megalong.config.errors import ConfigError
@@ -29,6 +31,8 @@ STREAMS = 14
 """Decoding streams per GPU: two for each NVDEC engine of an H200."""
 _SEGMENT_BYTES = 128 << 20  # pictures of a segment at full size that may be in memory at once
 _PACKAGES = {VideoDecoder.nvcodec: "PyNvVideoCodec", VideoDecoder.dali: "nvidia.dali"}  # auto takes the first there is
+NVCODEC = Version("2.2")
+"""The first PyNvVideoCodec that keeps pictures to itself when it is told to."""
 CPU_PIXELS = 32_000_000
 """video.decoder=auto: selections for which no more pixels than this must be decoded go to PyAV, by plan. A core takes
 0.06 to 0.2 s for as many (B11, small), and a GPU tens of milliseconds to open a decoder, for segments that are too few
@@ -75,7 +79,7 @@ class CpuFrameDecoder:
 
 
 class GpuFrameDecoder:
-    """What the decoding process of a GPU holds (video_process). Thread-safe.
+    """What the decoding process of a GPU holds (video_server). Thread-safe.
 
     Decodes with `streams` decoders of one GPU, which all calls share. The frames are those of `decode_frames`, in
     page-locked host memory. A file that the GPU path refuses goes to PyAV, which also has the last word on damaged
@@ -187,6 +191,10 @@ def open_decoder(kind: VideoDecoder, device: torch.device) -> FrameDecoder:
     if not _is_installed(_PACKAGES[kind]):
         raise ConfigError(
             [f"video.decoder={kind.name} needs {_PACKAGES[kind]}, which is not installed; install it, or set auto"]
+        )
+    if kind is VideoDecoder.nvcodec and (found := Version(version(_PACKAGES[kind]))) < NVCODEC:
+        raise ConfigError(
+            [f"PyNvVideoCodec {found} is installed; install {NVCODEC} or later, or set video.decoder to dali or pyav"]
         )
     number = torch.cuda.current_device() if device.index is None else device.index
     # Which files are refused is not part of it: the same decoder refuses them again.

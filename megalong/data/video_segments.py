@@ -8,6 +8,7 @@ neither is wanted nor is referred to.
 from __future__ import annotations
 
 import io
+import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,10 @@ _NAL_CODECS = ("h264", "hevc")
 _PIXELS = ("yuv420p", "yuvj420p", "yuv420p10le")
 _BT709, _BT2020 = 1, 9  # AVColorSpace
 _FULL_RANGE = 2  # AVColorRange
+_FULL = re.compile(
+    r"(?i)out.of.memory|(error code : |returned error )2\b|CUDA allocation failed|can't allocate \d+ bytes on device"
+)
+"""How PyNvVideoCodec (2 is the driver's code for it, all that NVDEC's calls give) and DALI say that a GPU is full."""
 _FRAME_MS = 40  # between two frames of a remuxed segment
 
 Converted = TypeVar("Converted")
@@ -39,8 +44,7 @@ class RefusedError(Exception):
 
 def refusal(library: str, reason: str) -> RefusedError | torch.OutOfMemoryError:
     """What to raise for a library's error: a GPU without memory says nothing about the file."""
-    full = "out of memory" in reason.lower().replace("_", " ") or "MemoryAllocation" in reason
-    return (torch.OutOfMemoryError if full else RefusedError)(f"{library}: {reason}")
+    return (torch.OutOfMemoryError if _FULL.search(reason) else RefusedError)(f"{library}: {reason}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -211,6 +211,12 @@ class VisionStage:
             return
         self._weights_digest = _encoder_digest(self.encoder)
 
+    def __enter__(self) -> VisionStage:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(wait=kind is None)
+
     def close(self, *, wait: bool = True) -> None:
         """Stop decoding: what is under way is for nobody. wait: until PyAV, which nothing can stop, has ended."""
         self._pool.shutdown(wait=False, cancel_futures=True)

@@ -219,6 +219,15 @@ def test_the_forward_of_an_evaluation_s_likelihood_is_planned(recipe: Path, shap
     assert two.memory["vision embeddings of a pack"] == 2 * one.memory["vision embeddings of a pack"]
     assert not any("kept" in name or "gradients" in name for name in one.memory)
     assert one.memory["logits of a chunk of rows"] < training["logits of a chunk of rows"], "the head has no gradient"
+    prefill, options = (one.flops[name] for name in ("rollout: prefill, once per prompt", "likelihood of the options"))
+    assert prefill < options < 1.05 * prefill
+    assert one.lengths.packs == 1
+    # Every response counts with its prompt: two do not fit a pack of this size, and each has a copy of the video then.
+    tight = planned(
+        recipe, shape, task="eval", overrides=(*layout[:2], *manifest, "data.pack_tokens=1000000", "parallel.tp=4")
+    )
+    assert tight.lengths.packs == 2 * load_config(recipe, manifest).eval.batch_prompts
+    assert tight.flops["likelihood of the options"] == options + prefill
 
 
 def test_trained_vision_parts_add_gradients_and_states(recipe: Path, shape: ModelShape) -> None:
@@ -243,6 +252,11 @@ def test_a_trained_tower_holds_all_its_layers(recipe: Path, shape: ModelShape) -
     assert kept["trained tower on a pack's frames"] == 26 * batch // 2, "256 frames over the 8 ranks of a replica"
     none = planned(recipe, shape, task="sft", overrides=(*with_tower, *pack, "mr_sp.mode=none")).memory
     assert none["trained tower on a pack's frames"] == 26 * batch * 4, "every rank encodes all of them"
+    whole = planned(recipe, shape, task="sft", overrides=(*with_tower, *pack, "mr_sp.mode=stage1")).memory
+    assert whole["trained tower on a pack's frames"] == 26 * batch, "two packs at a time, one of each context rank"
+    filled = (*pack[1:], f"data.pack_tokens={67072 * 3 // 2}", "grpo.batch_size=8")
+    more = planned(recipe, shape, task="sft", overrides=(*with_tower, *filled)).memory
+    assert more["trained tower on a pack's frames"] / (26 * batch) == pytest.approx(0.75, rel=0.01)
 
 
 def test_float32_weights_are_their_own_master(recipe: Path, shape: ModelShape) -> None:

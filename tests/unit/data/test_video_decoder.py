@@ -127,6 +127,7 @@ def test_auto_takes_nvcodec_before_dali_and_leaves_small_videos_to_pyav(monkeypa
     monkeypatch.setattr(video_decoder, "import_module", lambda name: backend)
     started = mock.Mock(side_effect=lambda *arguments, settings: (video_decoder.make_gpu_decoder(arguments), settings))
     monkeypatch.setattr(video_decoder, "ProcessFrameDecoder", started)
+    monkeypatch.setattr(video_decoder, "version", {"PyNvVideoCodec": "2.2.4"}.__getitem__)
     for installed, expected in (({"PyNvVideoCodec", "nvidia.dali"}, "nvcodec 3"), ({"nvidia.dali"}, "dali")):
         monkeypatch.setattr(video_decoder, "_is_installed", installed.__contains__)
         decoder, settings = open_decoder(VideoDecoder.auto, torch.device("cuda", 3))
@@ -140,6 +141,14 @@ def test_auto_takes_nvcodec_before_dali_and_leaves_small_videos_to_pyav(monkeypa
         dali.close()
     monkeypatch.setattr(video_decoder, "_is_installed", lambda package: False)
     assert isinstance(open_decoder(VideoDecoder.auto, torch.device("cuda", 3)), CpuFrameDecoder)
+
+
+@pytest.mark.parametrize("kind", [VideoDecoder.auto, VideoDecoder.nvcodec])
+def test_a_library_that_is_too_old_is_named(kind: VideoDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(video_decoder, "_is_installed", lambda package: True)
+    monkeypatch.setattr(video_decoder, "version", lambda package: "2.1.0")
+    with pytest.raises(ConfigError, match="^PyNvVideoCodec 2.1.0 is installed; install 2.2 or later"):
+        open_decoder(kind, torch.device("cuda", 0))
 
 
 def test_a_broken_file_is_a_decode_error_and_no_fall_back(decoder: GpuFrameDecoder, tmp_path: Path) -> None:

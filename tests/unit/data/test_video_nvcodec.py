@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import re
 import sys
 from collections.abc import Iterator
 from enum import Enum
@@ -19,6 +20,7 @@ from test_video import numbers, pick
 from video_files import write_video
 
 from megalong.data.video_decoder import GpuFrameDecoder
+from megalong.data.video_segments import RefusedError, refusal
 
 
 class Codecs(Enum):
@@ -119,14 +121,29 @@ def test_a_wanted_picture_that_does_not_come_out_is_a_refusal(decoder: GpuFrameD
     assert decoder.fallbacks == {str(path): "PyNvVideoCodec did not return 1 frames, the first is 30"}
 
 
-@pytest.mark.parametrize("text", ["cuMemAlloc returned error CUDA_ERROR_OUT_OF_MEMORY", "CUDA error:\n out of memory"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "HandleVideoSequence : Error code : 2 Error Type : m_api.cuvidCreateDecoder(&m_hDecoder) returned error 2",
+        "cuMemAlloc returned error CUDA_ERROR_OUT_OF_MEMORY",
+        "CUDA error:\n out of memory",
+    ],
+)
 def test_a_gpu_without_memory_is_no_refusal(
     decoder: GpuFrameDecoder, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = pick(write_video(tmp_path / "a.mp4", 60), [3])
     monkeypatch.setattr(Decoder, "error", text)
-    with pytest.raises(torch.OutOfMemoryError, match="^PyNvVideoCodec: .*(?i:memory)"):
+    with pytest.raises(torch.OutOfMemoryError, match=f"^PyNvVideoCodec: {re.escape(' '.join(text.split()))}"):
         decoder.decode(chosen, first=0, last=1)
-    monkeypatch.setattr(Decoder, "error", "no such codec")
+    monkeypatch.setattr(Decoder, "error", "Error code : 801 returned error 801")
     assert numbers(decoder.decode(chosen, first=0, last=1)) == [3]
-    assert decoder.fallbacks == {chosen.path: "PyNvVideoCodec: no such codec"}
+    assert decoder.fallbacks == {chosen.path: "PyNvVideoCodec: Error code : 801 returned error 801"}
+
+
+@pytest.mark.parametrize(
+    ("text", "full"),
+    [("CUDA allocation failed", True), ("Can't allocate 3145728 bytes on device 0.", True), ("No such codec", False)],
+)
+def test_dali_says_it_otherwise(text: str, full: bool) -> None:
+    assert isinstance(refusal("DALI", text), torch.OutOfMemoryError if full else RefusedError)
