@@ -220,7 +220,7 @@ def test_the_forward_of_an_evaluation_s_likelihood_is_planned(recipe: Path, shap
     assert not any("kept" in name or "gradients" in name for name in one.memory)
     assert one.memory["logits of a chunk of rows"] < training["logits of a chunk of rows"], "the head has no gradient"
     prefill, options = (one.flops[name] for name in ("rollout: prefill, once per prompt", "likelihood of the options"))
-    assert prefill < options < 1.05 * prefill
+    assert 0.95 * prefill < options < prefill, "but for the last layer, which computes the rows of the options alone"
     assert one.lengths.packs == 1
     # Every response counts with its prompt: two do not fit a pack of this size, and each has a copy of the video then.
     tight = planned(
