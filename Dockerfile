@@ -35,7 +35,7 @@ RUN if [ "${INSTALL_VLLM}" = 1 ]; then \
 RUN pip install --no-cache-dir -c /tmp/constraint.txt \
       "megatron-core>=0.16.1,<0.20" "transformers>=5.5,<6" safetensors "omegaconf>=2.3" "av>=17,<20" einops numpy psutil \
       "PyNvVideoCodec>=2.2" "flash-attn-4[cu13]>=4.0.0b16,<4.0.0b20" \
-      tqdm matplotlib tensorboard wandb pytest pytest-timeout hypothesis ruff
+      packaging tqdm matplotlib tensorboard wandb pytest pytest-timeout hypothesis ruff
 
 WORKDIR /workspace/megalong
 COPY . .
