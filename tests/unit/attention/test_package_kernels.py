@@ -6,8 +6,11 @@ On stand-ins with the packages' signatures; tests/gpu runs the packages themselv
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import stand_ins
@@ -144,6 +147,19 @@ def test_two_packages_of_one_name_are_told_apart(there: str, missing: str, monke
     assert isinstance(choose(there), KERNELS[there].make)
     with pytest.raises(ValueError, match=f"model.attention={missing} needs the Python module flash_attn\\."):
         choose(missing)
+
+
+@pytest.mark.parametrize("chosen", [None, "0"])
+def test_flash_attn_4_keeps_what_it_compiles_on_disk_unless_told_not_to(chosen: str | None) -> None:
+    names = [f"FLASH_ATTENTION_CUTE_DSL_CACHE_{name}" for name in ("ENABLED", "DIR")]
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    if chosen is not None:
+        environment[names[0]] = chosen
+    script = f"import megalong, os; print(*(os.environ[name] for name in {names}))"
+    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    enabled, folder = result.stdout.split()
+    assert enabled == (chosen or "1")
+    assert Path(folder).parent.is_dir()
 
 
 @pytest.mark.usefixtures("on_cpu")
