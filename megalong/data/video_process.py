@@ -15,7 +15,7 @@ import sys
 import threading
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, Pipe
 
 import numpy as np
@@ -47,6 +47,12 @@ class Reply:
     failure: str | None = None  # of the process itself: what its error says
 
 
+@dataclass(frozen=True, slots=True)
+class _Call:
+    frames: Future[np.ndarray] = field(default_factory=Future)  # what the answer's frames are written to
+    answer: Future[Reply] = field(default_factory=Future)
+
+
 class ProcessFrameDecoder:
     """See FrameDecoder; calls of several threads are answered side by side. Raises DecoderProcessError, too.
 
@@ -59,7 +65,7 @@ class ProcessFrameDecoder:
         self.settings = settings
         self.fallbacks: dict[str, str] = {}
         self._numbers = itertools.count()
-        self._waiting: dict[int, Future[tuple[Reply, np.ndarray | None]]] = {}
+        self._waiting: dict[int, _Call] = {}
         self._lock = threading.Lock()  # of what is sent, and of _waiting
         self._ended = ""  # how, once it is known
         self._connection, theirs = Pipe()
@@ -76,11 +82,19 @@ class ProcessFrameDecoder:
 
     def probe(self, path: str) -> VideoIndex:
         """See video_index.probe."""
-        return self._call("probe", path, path)[0].index
+        return self._result(self._send("probe", path), path).index
 
     def decode(self, selection: FrameSelection, *, first: int, last: int) -> Clip:
         """See FrameDecoder. The frames are in page-locked memory."""
-        frames_FHWC = self._call("decode", selection.path, selection, first, last)[1]
+        call = self._send("decode", selection, first, last)
+        shape = (last - first, selection.height, selection.width, 3)
+        try:  # meanwhile: page-locking the frames of an hour takes seconds
+            frames_FHWC = torch.empty(shape, dtype=torch.uint8, pin_memory=torch.cuda.is_available()).numpy()
+        except BaseException as error:
+            call.frames.set_exception(error)
+            raise
+        call.frames.set_result(frames_FHWC)
+        self._result(call, selection.path)
         return Clip(selection=selection, first=first, frames_FHWC=frames_FHWC)
 
     def close(self) -> None:
@@ -90,38 +104,41 @@ class ProcessFrameDecoder:
         self._reader.join()
         self._connection.close()
 
-    def _call(self, method: str, path: str, *args: object) -> tuple[Reply, np.ndarray | None]:
-        number, answer = next(self._numbers), Future[tuple[Reply, np.ndarray | None]]()
+    def _send(self, method: str, *args: object) -> _Call:
+        number, call = next(self._numbers), _Call()
         request = pickle.dumps((number, method, args))
         with self._lock:
             if not self._ended:
-                self._waiting[number] = answer
+                self._waiting[number] = call
                 with suppress(OSError):  # it is gone: the reader says how
                     self._connection.send_bytes(request)
             else:
-                answer.set_result((Reply(number=number, failure=self._ended), None))
-        reply, frames_FHWC = answer.result()
+                call.answer.set_result(Reply(number=number, failure=self._ended))
+        return call
+
+    def _result(self, call: _Call, path: str) -> Reply:
+        reply = call.answer.result()
         if reply.refusal and self.fallbacks.setdefault(path, reply.refusal) is reply.refusal:
             logger.warning("%s: decoded on the CPU, the GPU does not take it: %s", path, reply.refusal)
         if reply.broken is not None:
             raise reply.broken
         if reply.failure is not None:
             raise DecoderProcessError(f"{path}: {reply.failure}; video.decoder=pyav decodes without that process")
-        return reply, frames_FHWC
+        return reply
 
     def _read(self) -> None:
         """On a thread: give answers to those who wait, until the process ends."""
         try:
             while True:
                 reply: Reply = pickle.loads(self._connection.recv_bytes())
-                frames_FHWC = None
                 if reply.frames_shape is not None:
-                    pin = torch.cuda.is_available()
-                    frames_FHWC = torch.empty(reply.frames_shape, dtype=torch.uint8, pin_memory=pin).numpy()
+                    frames_FHWC = self._waiting[reply.number].frames.result()
+                    if frames_FHWC.shape != reply.frames_shape:
+                        raise ValueError(f"frames of shape {reply.frames_shape}, expected {frames_FHWC.shape}")
                     _receive(self._connection, frames_FHWC)
                 with self._lock:
-                    answer = self._waiting.pop(reply.number)
-                answer.set_result((reply, frames_FHWC))
+                    call = self._waiting.pop(reply.number)
+                call.answer.set_result(reply)
         except (EOFError, OSError):
             why = ""  # it has hung up
         except Exception as error:  # noqa: BLE001 - told to those who wait
@@ -138,8 +155,8 @@ class ProcessFrameDecoder:
                 "when memory is short); what it said is in this process's output"
             )
             lost, self._waiting = self._waiting, {}
-        for number, answer in lost.items():
-            answer.set_result((Reply(number=number, failure=self._ended), None))
+        for number, call in lost.items():
+            call.answer.set_result(Reply(number=number, failure=self._ended))
 
 
 def _receive(connection: Connection, frames: np.ndarray) -> None:

@@ -51,13 +51,23 @@ class DyingLater:
 
     def decode(self, selection: FrameSelection, *, first: int, last: int) -> Clip:
         threading.Timer(0.2, os.kill, (os.getpid(), 9)).start()
-        return Clip(selection=selection, first=first, frames_FHWC=np.zeros((1 << 16, 64, 64, 3), np.uint8))
+        shape = (last - first, selection.height, selection.width, 3)
+        return Clip(selection=selection, first=first, frames_FHWC=np.zeros(shape, np.uint8))
+
+
+class Miscounting(DyingLater):
+    """Sends frames of another size than it was asked for."""
+
+    def decode(self, selection: FrameSelection, *, first: int, last: int) -> Clip:
+        return Clip(selection=selection, first=first, frames_FHWC=np.zeros((last - first, 2, 2, 3), np.uint8))
 
 
 def make(arguments: list[str]) -> video_server.Decoder:
     (name,) = arguments
     if name == "dying later":
         return DyingLater()
+    if name == "miscounting":
+        return Miscounting()
     if name == "broken":
         sys.exit("no such package")
     return GpuFrameDecoder(torch.device("cpu"), DECODERS[name], streams=3)

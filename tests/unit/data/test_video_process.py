@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from unittest import mock
@@ -131,9 +132,17 @@ def test_a_process_that_is_killed_is_an_error_that_says_where(make: Make, fault:
     path = write_video(tmp_path / "a.mp4", 60)
     decoder = make(fault)
     text = rf"^{path}: the decoding process {decoder._process.pid} has ended \(exit code -9; -9: killed, by the system"
+    large = replace(pick(path, [3]), height=1 << 14, width=1 << 14)  # on its way for a while
     for _ in range(2):
         with pytest.raises(DecoderProcessError, match=text):
-            decoder.decode(pick(path, [3]), first=0, last=1)
+            decoder.decode(large, first=0, last=1)
+
+
+def test_frames_of_another_size_than_asked_for_end_the_process(make: Make, tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", 60)
+    decoder = make("miscounting")
+    with pytest.raises(DecoderProcessError, match=r"has ended because of .*shape \(1, 2, 2, 3\), expected \(1, "):
+        decoder.decode(pick(path, [3]), first=0, last=1)
 
 
 def test_an_error_of_the_process_arrives_with_its_traceback_and_it_goes_on(make: Make, tmp_path: Path) -> None:
@@ -161,7 +170,11 @@ def test_what_cannot_be_received_ends_the_process(make: Make, tmp_path: Path, mo
     path = write_video(tmp_path / "a.mp4", 60)
     decoder, chosen = make("packets again"), pick(path, [3])
     assert decoder.probe(str(path)).num_frames == 60
-    monkeypatch.setattr(video_process.torch, "empty", full)
+    with monkeypatch.context() as patch:
+        patch.setattr(video_process.torch, "empty", full)
+        with pytest.raises(RuntimeError, match="no page-locked memory"):
+            decoder.decode(chosen, first=0, last=1)
+    decoder._process.wait(timeout=60)  # its answer finds no place
     with pytest.raises(DecoderProcessError, match=r"has ended because of RuntimeError\('no page-locked memory'\) here"):
         decoder.decode(chosen, first=0, last=1)
 
