@@ -116,6 +116,7 @@ class IpcReceiver:
 
 def choose_receiver(worker: Any, name: str) -> None:
     """Runs in every worker."""
+    worker = getattr(worker, "worker", worker)  # of vLLM's wrapper, which would keep what is set to itself
     if not hasattr(worker, "our_receiver"):
         worker.our_receiver = ours = worker.weight_transfer_engine
         if ours.transport is Transport.nccl:
