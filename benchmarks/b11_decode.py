@@ -1,4 +1,4 @@
-"""B11: an hour of 1080p 30 fps H.264 to 3,600 frames at 448 px in page-locked host memory, by each decoder.
+"""B11: an hour of 1080p 30 fps H.264 to 3,600 frames at 448 px in host memory, by each decoder.
 
 The hour is made here: a clip of moving noise with the frame number as a board of blocks, encoded once, its packets
 repeated. Every candidate's numbers are read back from its frames before its time counts. Rows are printed, and written

@@ -6,12 +6,13 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Protocol
 
+import numpy as np
 import torch
 from packaging.version import Version
 from torch import Tensor
@@ -81,10 +82,10 @@ class CpuFrameDecoder:
 class GpuFrameDecoder:
     """What the decoding process of a GPU holds (video_server). Thread-safe.
 
-    Decodes with `streams` decoders of one GPU, which all calls share. The frames are those of `decode_frames`, in
-    page-locked host memory. A file that the GPU path refuses goes to PyAV, which also has the last word on damaged
-    ones; each such file is in `fallbacks`. Not so selections that are PyAV's by plan: those for which at most
-    `cpu_pixels` pixels must be decoded.
+    Decodes with `streams` decoders of one GPU, which all calls share. The frames are those of `decode_frames`. A
+    file that the GPU path refuses goes to PyAV, which also has the last word on damaged ones; each such file is in
+    `fallbacks`. Not so selections that are PyAV's by plan: those for which at most `cpu_pixels` pixels must be
+    decoded.
     """
 
     def __init__(
@@ -97,14 +98,22 @@ class GpuFrameDecoder:
 
     def decode(self, selection: FrameSelection, *, first: int, last: int) -> Clip:
         """As `decode_frames`; raises DecodeError."""
+        frames_FHWC = np.empty((last - first, selection.height, selection.width, 3), np.uint8)
+        for place, piece_FHWC in self.pieces(selection, first=first, last=last):
+            frames_FHWC[place : place + len(piece_FHWC)] = piece_FHWC
+        return Clip(selection=selection, first=first, frames_FHWC=frames_FHWC)
+
+    def pieces(self, selection: FrameSelection, *, first: int, last: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield (place among the frames [first, last), [F, height, width, 3] uint8) as they are there, in any order; a
+        later piece is right where it overlaps an earlier one. Raises DecodeError."""
         if first == last or self._is_small(selection):
-            return decode_frames(selection, first=first, last=last)
+            yield 0, decode_frames(selection, first=first, last=last).frames_FHWC
+            return
         try:
-            frames_FHWC = self._decode(selection, first, last)
+            yield from self._pieces(selection, first, last)
         except RefusedError as refusal:
             self.fallbacks.setdefault(selection.path, str(refusal))
-            return decode_frames(selection, first=first, last=last)
-        return Clip(selection=selection, first=first, frames_FHWC=frames_FHWC.numpy())
+            yield 0, decode_frames(selection, first=first, last=last).frames_FHWC
 
     def close(self) -> None:
         """Stop the decoding threads."""
@@ -118,45 +127,45 @@ class GpuFrameDecoder:
         wanted = wanted_frames(selection, index, first=0, last=len(selection.frames))
         return num_decoded(index, wanted) * index.width * index.height <= self.cpu_pixels
 
-    def _decode(self, selection: FrameSelection, first: int, last: int) -> Tensor:
-        """[last - first, height, width, 3] uint8."""
+    def _pieces(self, selection: FrameSelection, first: int, last: int) -> Iterator[tuple[int, np.ndarray]]:
         index = probe(selection.path)
         wanted = wanted_frames(selection, index, first=first, last=last)
         coding = read_coding(index)
         most_frames = max(1, _SEGMENT_BYTES // (coding.width * coding.height * 3))
         aim = min(most_frames, math.ceil(len(wanted) / (2 * self.streams)))
-        segments = plan_segments(index, wanted, aim=aim, most_frames=most_frames)
-        frames_FHWC = torch.empty(
-            (last - first, selection.height, selection.width, 3),
-            dtype=torch.uint8,
-            pin_memory=self.device.type == "cuda",
-        )
-        running: list[Future[None]] = [
-            self._pool.submit(self._decode_segment, index, segment, coding, frames_FHWC[segment.first :])
-            for segment in segments
-        ]
+        size = (selection.height, selection.width)
+        running = {
+            self._pool.submit(self._decode_segment, index, segment, coding, size): segment.first
+            for segment in plan_segments(index, wanted, aim=aim, most_frames=most_frames)
+        }
         try:
-            for future in running:
-                future.result()
+            for future in as_completed(running):
+                place, frames_FHWC = running.pop(future), future.result().numpy()
+                yield place, frames_FHWC
+                if place + len(frames_FHWC) == len(wanted) < last - first:  # the last one, repeated
+                    yield len(wanted), frames_FHWC[-1:].repeat(last - first - len(wanted), axis=0)
         finally:
             for future in running:
                 future.cancel()
-        frames_FHWC[len(wanted) :] = frames_FHWC[len(wanted) - 1]
-        return frames_FHWC
 
-    def _decode_segment(self, index: VideoIndex, segment: Segment, coding: Coding, into_FHWC: Tensor) -> None:
-        height, width = into_FHWC.shape[1:3]
+    def _decode_segment(self, index: VideoIndex, segment: Segment, coding: Coding, size: tuple[int, int]) -> Tensor:
+        """[F, *size, 3] uint8 in page-locked memory."""
+        height, width = size
         decoder, stream = self._decoder()
+        frames_FHWC = torch.empty(
+            (len(segment.frames), height, width, 3), dtype=torch.uint8, pin_memory=self.device.type == "cuda"
+        )
         try:
             with torch.cuda.stream(stream):
                 for place, rgb_FCHW in decoder.decode(index, segment, coding):
                     small_FHWC = resized(rgb_FCHW, height=height, width=width, orientation=index.orientation)
-                    into_FHWC[place : place + len(small_FHWC)].copy_(small_FHWC, non_blocking=True)
+                    frames_FHWC[place : place + len(small_FHWC)].copy_(small_FHWC, non_blocking=True)
                 if stream is not None:
                     stream.synchronize()
         except BaseException:
             self._mine.decoder = None  # its state is not known any more
             raise
+        return frames_FHWC
 
     def _decoder(self) -> tuple[SegmentDecoder, torch.cuda.Stream | None]:
         """This thread's decoder and CUDA stream."""

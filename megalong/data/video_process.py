@@ -36,12 +36,20 @@ class DecoderProcessError(Exception):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Piece:
+    """Frames of an answer, as they are there; their bytes follow it."""
+
+    number: int  # of the call
+    place: int  # of the first one
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Reply:
-    """What the process answers; the bytes of the frames follow it."""
+    """The end of an answer."""
 
     number: int  # of the call
     index: VideoIndex | None = None
-    frames_shape: tuple[int, ...] | None = None
     refusal: str | None = None  # why another decoder than the GPU's had to take the file
     broken: DecodeError | None = None
     failure: str | None = None  # of the process itself: what its error says
@@ -49,7 +57,7 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    frames: Future[np.ndarray] = field(default_factory=Future)  # what the answer's frames are written to
+    frames: Future[np.ndarray] = field(default_factory=Future)  # that the pieces are written to
     answer: Future[Reply] = field(default_factory=Future)
 
 
@@ -130,15 +138,17 @@ class ProcessFrameDecoder:
         """On a thread: give answers to those who wait, until the process ends."""
         try:
             while True:
-                reply: Reply = pickle.loads(self._connection.recv_bytes())
-                if reply.frames_shape is not None:
-                    frames_FHWC = self._waiting[reply.number].frames.result()
-                    if frames_FHWC.shape != reply.frames_shape:
-                        raise ValueError(f"frames of shape {reply.frames_shape}, expected {frames_FHWC.shape}")
-                    _receive(self._connection, frames_FHWC)
+                message: Piece | Reply = pickle.loads(self._connection.recv_bytes())
+                if isinstance(message, Piece):
+                    frames_FHWC = self._waiting[message.number].frames.result()
+                    into_FHWC = frames_FHWC[message.place :][: message.shape[0]]
+                    if into_FHWC.shape != message.shape:
+                        raise ValueError(f"{message} is not of frames of shape {frames_FHWC.shape}")
+                    _receive(self._connection, into_FHWC)
+                    continue
                 with self._lock:
-                    call = self._waiting.pop(reply.number)
-                call.answer.set_result(reply)
+                    call = self._waiting.pop(message.number)
+                call.answer.set_result(message)
         except (EOFError, OSError):
             why = ""  # it has hung up
         except Exception as error:  # noqa: BLE001 - told to those who wait

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
@@ -21,8 +21,8 @@ import torch
 
 from megalong.data.video_decoder import make_gpu_decoder
 from megalong.data.video_index import DecodeError, probe
-from megalong.data.video_process import Reply
-from megalong.records import Clip, FrameSelection
+from megalong.data.video_process import Piece, Reply
+from megalong.records import FrameSelection
 
 logger = logging.getLogger(__name__)
 
@@ -35,13 +35,9 @@ class Decoder(Protocol):
     device: torch.device
     fallbacks: dict[str, str]
 
-    def decode(self, selection: FrameSelection, *, first: int, last: int) -> Clip: ...
-
-
-def _send(connection: Connection, frames: np.ndarray) -> None:
-    left = memoryview(np.ascontiguousarray(frames).reshape(-1))
-    while left:
-        left = left[os.write(connection.fileno(), left) :]
+    def pieces(self, selection: FrameSelection, *, first: int, last: int) -> Iterator[tuple[int, np.ndarray]]:
+        """See GpuFrameDecoder."""
+        ...
 
 
 class _Server:
@@ -63,14 +59,12 @@ class _Server:
             self._pool.submit(self._answer, number, method, args)
 
     def _answer(self, number: int, method: str, args: tuple[Any, ...]) -> None:
-        frames_FHWC = None
         try:
             if method == "probe":
                 reply = Reply(number=number, index=probe(*args))
             else:
-                frames_FHWC = self._decode(*args)
-                refusal = self.decoder.fallbacks.get(args[0].path)
-                reply = Reply(number=number, frames_shape=frames_FHWC.shape, refusal=refusal)
+                self._decode(number, *args)
+                reply = Reply(number=number, refusal=self.decoder.fallbacks.get(args[0].path))
         except DecodeError as error:
             reply = Reply(number=number, broken=error, refusal=self.decoder.fallbacks.get(error.path))
         except torch.OutOfMemoryError as error:
@@ -82,28 +76,34 @@ class _Server:
         except Exception:  # noqa: BLE001 - the trainer gets it and ends the run
             text = traceback.format_exc()
             reply = Reply(number=number, failure=f"the decoding process {os.getpid()} failed:\n{text}")
-        try:
-            with self._sending:
-                self.connection.send_bytes(pickle.dumps(reply))
-                if frames_FHWC is not None:
-                    _send(self.connection, frames_FHWC)
-        except BaseException:  # noqa: BLE001 - the trainer would wait for it for ever
-            traceback.print_exc()
-            os._exit(1)
+        self._send(reply)
 
-    def _decode(self, selection: FrameSelection, first: int, last: int) -> np.ndarray:
+    def _decode(self, number: int, selection: FrameSelection, first: int, last: int) -> None:
+        """Send the frames, piece by piece."""
         on_gpu = self.decoder.device.type == "cuda"
         if on_gpu:
             torch.cuda.set_device(self.decoder.device)  # of this thread
         with self._counting:
             self._decoding += 1
         try:
-            return self.decoder.decode(selection, first=first, last=last).frames_FHWC
+            for place, frames_FHWC in self.decoder.pieces(selection, first=first, last=last):
+                self._send(Piece(number=number, place=place, shape=frames_FHWC.shape), frames_FHWC)
         finally:
             with self._counting:
                 self._decoding -= 1
                 if on_gpu and not self._decoding:
                     _release_memory()
+
+    def _send(self, message: Reply | Piece, frames: np.ndarray | None = None) -> None:
+        try:
+            with self._sending:
+                self.connection.send_bytes(pickle.dumps(message))
+                left = memoryview(b"" if frames is None else np.ascontiguousarray(frames).reshape(-1))
+                while left:
+                    left = left[os.write(self.connection.fileno(), left) :]
+        except BaseException:  # noqa: BLE001 - the trainer would wait for it for ever
+            traceback.print_exc()
+            os._exit(1)
 
 
 def _release_memory() -> None:

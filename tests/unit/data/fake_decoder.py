@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from collections.abc import Iterator
 from typing import ClassVar
 
 import numpy as np
@@ -14,7 +15,7 @@ from test_video_decoder import PacketDecoder, Refusing
 from megalong.data import video_server
 from megalong.data.video_decoder import GpuFrameDecoder
 from megalong.data.video_segments import RefusedError
-from megalong.records import Clip, FrameSelection
+from megalong.records import FrameSelection
 
 
 class Dying(PacketDecoder):
@@ -49,17 +50,16 @@ class DyingLater:
     device = torch.device("cpu")
     fallbacks: ClassVar[dict[str, str]] = {}
 
-    def decode(self, selection: FrameSelection, *, first: int, last: int) -> Clip:
+    def pieces(self, selection: FrameSelection, *, first: int, last: int) -> Iterator[tuple[int, np.ndarray]]:
         threading.Timer(0.2, os.kill, (os.getpid(), 9)).start()
-        shape = (last - first, selection.height, selection.width, 3)
-        return Clip(selection=selection, first=first, frames_FHWC=np.zeros(shape, np.uint8))
+        yield 0, np.zeros((last - first, selection.height, selection.width, 3), np.uint8)
 
 
 class Miscounting(DyingLater):
     """Sends frames of another size than it was asked for."""
 
-    def decode(self, selection: FrameSelection, *, first: int, last: int) -> Clip:
-        return Clip(selection=selection, first=first, frames_FHWC=np.zeros((last - first, 2, 2, 3), np.uint8))
+    def pieces(self, selection: FrameSelection, *, first: int, last: int) -> Iterator[tuple[int, np.ndarray]]:
+        yield 0, np.zeros((last - first, 2, 2, 3), np.uint8)
 
 
 def make(arguments: list[str]) -> video_server.Decoder:
