@@ -21,6 +21,16 @@ from av.video.stream import VideoStream
 # Every packet of these carries its own time of presentation.
 _TIMED_CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "flv", "mpegts", "asf")
 
+
+def _unknown_side_data(kind: type[SideDataType], value: int) -> SideDataType:
+    """FFmpeg attaches kinds (EXIF) that PyAV's enumeration lacks, which then refuses to list any of a frame's."""
+    member = object.__new__(kind)
+    member._name_, member._value_ = f"UNKNOWN_{value}", value
+    return kind._value2member_map_.setdefault(value, member)
+
+
+SideDataType._missing_ = classmethod(_unknown_side_data)
+
 _PacketFacts = tuple[int | None, int | None, bool, bool]  # pts, dts, is a keyframe, is shown
 
 
@@ -116,7 +126,7 @@ def _probe(path: str, num_bytes: int, mtime_ns: int) -> VideoIndex:
         for packet in container.demux(stream):
             if picture is None:
                 picture = _first_or_none(packet)
-            if packet.size:
+            if packet.size and not _is_hidden(packet, stream):
                 packets.append((packet.pts, packet.dts, packet.is_keyframe, not packet.is_discard))
                 is_cut = packet.is_corrupt
         _check_complete(container, stream, packets, is_cut=is_cut)
@@ -127,6 +137,8 @@ def _probe(path: str, num_bytes: int, mtime_ns: int) -> VideoIndex:
         if orientation.transpose:
             across, down = down, across
         counted = _must_count(container, stream, packets)
+        if "matroska" not in container.format.name:  # which stores none: FFmpeg's guess
+            _check_order(packets, path)
         ticks_F, keys = (_counted_times(packets, path), []) if counted else _timeline(packets, path)
         seconds_per_tick = float(stream.time_base)
         seconds_F = (ticks_F - ticks_F[0]) * seconds_per_tick
@@ -150,6 +162,18 @@ def _first_or_none(packet: Packet) -> VideoFrame | None:
         return next(iter(packet.decode()), None)
     except av.error.InvalidDataError:
         return None  # a stream may start in the middle of a group of pictures
+
+
+def _is_hidden(packet: Packet, stream: VideoStream) -> bool:
+    """VP8's alternate reference frames are packets of their own, which show nothing (RFC 6386, 9.1)."""
+    return stream.codec_context.codec.canonical_name == "vp8" and not bytes(packet)[0] & 0x10
+
+
+def _check_order(packets: list[_PacketFacts], path: str) -> None:
+    """Raise DecodeError where the times of decoding start again: one timestamp would mean two frames."""
+    known = [dts for _, dts, _, _ in packets if dts is not None]
+    if any(later < earlier for earlier, later in pairwise(known)):
+        raise DecodeError(path, "its timestamps run backwards (files joined end to end?); remux it")
 
 
 def _must_count(container: InputContainer, stream: VideoStream, packets: list[_PacketFacts]) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from video_files import SQUARE, numbered_picture, read_number, write_video
 
@@ -190,6 +190,42 @@ def test_a_picture_file_is_a_video_of_one_frame(tmp_path):
         chosen = select(tmp_path / name)
         assert (chosen.frames, chosen.seconds) == ((0,), (0.0,))
         assert np.array_equal(decode(chosen, size=48).frames_FHWC[0], picture_HWC)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.tiff"])
+def test_a_photo_is_turned_as_its_exif_says(name, orientation, tmp_path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Make], exif[ExifTags.Base.Orientation] = "a camera", orientation
+    stored = Image.fromarray(numbered_picture(5, width=64, height=48))
+    stored.save(tmp_path / name, exif=exif, **({"quality": 100, "subsampling": 0} if name == "a.jpg" else {}))
+    with Image.open(tmp_path / name) as picture:
+        expected_HWC = np.asarray(ImageOps.exif_transpose(picture).convert("RGB")).astype(int)
+    index = probe(str(tmp_path / name))
+    assert (index.num_frames, index.height, index.width) == (1, *expected_HWC.shape[:2])
+    chosen = replace(pick(tmp_path / name, [0]), height=index.height, width=index.width)
+    assert np.abs(decode_frames(chosen).frames_FHWC[0] - expected_HWC).max() <= 8
+
+
+def test_hidden_frames_of_vp8_are_no_frames(tmp_path):
+    shown = write_video(tmp_path / "shown.webm", 30, codec="libvpx", pts=[40 * place for place in range(30)])
+    with av.open(str(shown)) as source, av.open(str(tmp_path / "a.webm"), "w") as target:
+        stream = source.streams.video[0]
+        copy = target.add_stream_from_template(stream)
+        for packet in source.demux(stream):
+            if not packet.size:
+                continue
+            data, time, is_key = bytes(packet), packet.pts, packet.is_keyframe
+            packet.stream = copy
+            target.mux(packet)
+            if is_key:  # the keyframe again, which shows nothing this time
+                hidden = av.Packet(bytes([data[0] & ~0x10]) + data[1:])
+                hidden.pts = hidden.dts = time + 1
+                hidden.time_base, hidden.stream = stream.time_base, copy
+                target.mux(hidden)
+    index = probe(str(tmp_path / "a.webm"))
+    assert index.ticks_F.tolist() == probe(str(shown)).ticks_F.tolist()
+    assert numbers(decode_frames(pick(tmp_path / "a.webm", range(30)))) == list(range(30))
 
 
 def test_only_the_groups_of_pictures_that_are_wanted_are_decoded(tmp_path, monkeypatch):

@@ -17,6 +17,11 @@ def select(path, num_frames):
     )
 
 
+def _joined(folder):
+    parts = [write_video(folder / name, 40, rate=25).read_bytes() for name in ("a.ts", "b.ts")]
+    return _write(folder, b"".join(parts))
+
+
 BAD_VIDEOS = {
     "missing": (lambda folder: folder / "none.mp4", "no such file or directory"),
     "a folder": (lambda folder: folder, "not a file"),
@@ -37,6 +42,7 @@ BAD_VIDEOS = {
     ),
     "cut, Matroska": (lambda folder: _cut(folder, "mkv"), "truncated: its header promises 4.8 s, the file ends after "),
     "cut, AVI": (lambda folder: _cut(folder, "avi"), "truncated: the file ends within frame "),
+    "joined end to end": (_joined, "its timestamps run backwards (files joined end to end?); remux it"),
     "header only": (
         lambda folder: _cut_at(folder, b"mdat"),
         "truncated: its header lists 60 frames, the file ends after 0",
