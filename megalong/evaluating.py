@@ -88,9 +88,10 @@ def evaluate_policy(run: Run, samples: Sequence[Sample], *, name: str, step: int
         chosen.update(more_chosen)
     nothing = ("",) * settings.num_samples
     items = [(sample, texts.get(sample.sample_id, nothing)) for sample in samples]
-    report = evaluate_responses(items, chosen=chosen if settings.likelihood else None)
+    thinking = run.config.data.thinking
+    report = evaluate_responses(items, chosen=chosen if settings.likelihood else None, thinking=thinking)
     if layout.is_main:
-        _write(Path(run.config.logger.run_dir), name, report, items, chosen)
+        _write(Path(run.config.logger.run_dir), name, report, items, chosen, thinking=thinking)
         tqdm.write(f"{name} after {step} steps, in {run.config.logger.run_dir}\n{report.to_table()}")
     metrics = {"strict": report.overall.strict, "tolerant": report.overall.tolerant}
     if report.overall.likelihood:
@@ -129,12 +130,12 @@ def most_likely_options(run: Run, groups: Sequence[RolloutGroup]) -> dict[str, t
 
 def _write(
     folder: Path, name: str, report: EvalReport, items: Sequence[tuple[Sample, Sequence[str]]],
-    chosen: Mapping[str, Sequence[str]],
+    chosen: Mapping[str, Sequence[str]], *, thinking: bool,
 ) -> None:  # fmt: skip
     (folder / f"{name}.json").write_text(report.to_json())
     with (folder / f"{name}_responses.jsonl").open("w") as file:
         for sample, responses in items:
-            scores = [score_response(response, sample) for response in responses]
+            scores = [score_response(response, sample, thinking=thinking) for response in responses]
             row = {
                 "sample_id": sample.sample_id,
                 "category": sample.category,

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 
 from megalong.data.manifest import option_letters
 from megalong.records import Sample
-from megalong.rewards.extract import normalise_text, read_option, tagged_answer
+from megalong.rewards.extract import final_answer, normalise_text, read_option, tagged_answer
 from megalong.rewards.functions import (
     AnswerCheck,
     answer_check,
@@ -175,20 +175,21 @@ def choices_of(sample: Sample) -> str:
     return letters if (read_option(sample.answer) or "none") in letters else ""
 
 
-def score_response(response: str, sample: Sample) -> ResponseScore:
-    """Score one response.
+def score_response(response: str, sample: Sample, *, thinking: bool = True) -> ResponseScore:
+    """Score one response to a prompt with data.thinking or without.
 
-    strict: the <answer> tag is required and its whole text must state the right answer. tolerant: see
+    strict: the <answer> tag is required, but of a prompt that does not ask for it (see final_answer), and its whole
+    text must state the right answer. tolerant: see
     `likely_answer` and TOLERANT. Raises ValueError for a problem type that check_problem_types refuses.
     """
-    check, tagged = strict_check(sample), tagged_answer(response)
+    check, answer = strict_check(sample), (tagged_answer if thinking else final_answer)(response)
     if check not in TOLERANT:
         raise ValueError(
             f"sample {sample.sample_id}: problem_type {sample.problem_type!r} has no tolerant reader; "
             f"add its check to TOLERANT in megalong/evaluate/score.py"
         )
     return ResponseScore(
-        strict=tagged is not None and check(tagged, sample.answer),
+        strict=answer is not None and check(answer, sample.answer),
         tolerant=TOLERANT[check](likely_answer(response), sample),
         well_formed=format_reward(response, sample) == 1.0,
     )
@@ -255,17 +256,19 @@ def check_items(items: Sequence[tuple[Sample, Sequence[str]]]) -> None:
 
 
 def evaluate_responses(
-    items: Sequence[tuple[Sample, Sequence[str]]], *, chosen: Mapping[str, Sequence[str]] | None = None
-) -> EvalReport:
+    items: Sequence[tuple[Sample, Sequence[str]]], *, chosen: Mapping[str, Sequence[str]] | None = None,
+    thinking: bool = True,
+) -> EvalReport:  # fmt: skip
     """items: each question of the benchmark once, with its n responses. Categories are compared casefolded.
 
     chosen: sample id -> the most likely option in each of its samples; None: not asked for (eval.likelihood=false).
-    Raises ValueError for items that check_items or a problem type that score_response refuses.
+    thinking: see score_response. Raises ValueError for items that check_items or a problem type that score_response
+    refuses.
     """
     check_items(items)
     by_category: dict[str, list[tuple[Sample, list[ResponseScore]]]] = {}
     for sample, responses in items:
-        scores = [score_response(response, sample) for response in responses]
+        scores = [score_response(response, sample, thinking=thinking) for response in responses]
         by_category.setdefault(sample.category.strip().casefold(), []).append((sample, scores))
 
     def row(scored: Sequence[tuple[Sample, list[ResponseScore]]]) -> AccuracyRow:

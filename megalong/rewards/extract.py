@@ -24,7 +24,8 @@ TEENS = ("ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen"
 TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 WORD_VALUE = {word: value for value, word in enumerate(UNITS + TEENS)}
 WORD_VALUE |= {word: 10 * value for value, word in enumerate(TENS, start=2)}
-SCALES = {"hundred": 1e2, "thousand": 1e3, "million": 1e6, "billion": 1e9}
+SCALES = {"hundred": 1e2, "thousand": 1e3, "million": 1e6, "billion": 1e9, "trillion": 1e12}
+SCALES |= {"dozen": 12.0, "dozens": 12.0}
 
 NUMBER_WORD = re.compile(
     rf"\b(?:(?P<tens>{'|'.join(TENS)})(?:[-\s](?P<after>{'|'.join(UNITS[1:])}))?"
@@ -32,11 +33,12 @@ NUMBER_WORD = re.compile(
 )
 NUMBER = re.compile(
     r"(?:(?:about|approximately|around|roughly|exactly)\s+|[~≈=]\s*)?"
-    r"(?P<sign>[+-])?[$€£¥]?\s*"
+    r"(?P<sign>[+-])?[$€£¥]?\s*(?:(?P<integer>[0-9]+)\s+(?=[0-9]+\s*/))?"
     r"(?P<whole>[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+|(?=\.[0-9]))(?:\.(?P<decimals>[0-9]+))?"
     r"(?P<exponent>e[+-]?[0-9]{1,4})?(?:\s*/\s*(?P<denominator>[0-9]+))?"
-    rf"(?:\s*(?P<scale>{'|'.join(SCALES)})\b)?"
-    r"\s*(?P<unit>(?:%|[a-zμ°]+[23]?)(?:[\s/·*-]+[a-z%]+[23]?){0,3})?\s*[.!]?",
+    rf"(?:\s*(?P<scale>{'|'.join(SCALES)})\b)?\s*"
+    r"(?P<unit>(?!and\b|(?:thir|four|fif|six|seven|eigh|nin|ten)(?:d|th)s?\b)"  # "and a half", "thirds"
+    r"(?:%|[a-zμ°]+[23]?)(?:[\s/·*-]+[a-z%]+[23]?){0,3})?\s*[.!]?",
 )
 OPTION = re.compile(
     r"(?P<lead>(?:(?:so|thus|therefore|hence),?\s+)?(?:(?:the|my)\s+)?(?:(?:best|correct|right|final)\s+)*"
@@ -47,6 +49,8 @@ OPTION = re.compile(
 OPTION_LEAD = re.compile(r"(?:option|choice|letter)\s+$", re.IGNORECASE)
 # "U.S." and "a.m." are abbreviations, not options U and A.
 OPTION_DELIMITER = re.compile(r"\s*[.:)\]](?![A-Za-z]\.)|\s+[-–—]\s|[ \t]*\n|[;,!?]+\s*$")
+# "A. B. C. D." and "A) or B)".
+NEXT_OPTION = re.compile(r"\s*(?:[,/&;]|and\b|or\b)?\s*[(\[]?[A-Z][.):\]](?![A-Za-z]\.)")
 OPTION_REASON = re.compile(r",?\s+(?:because|since|as|for)\b", re.IGNORECASE)
 OPTION_VERDICT = re.compile(r"\s+is\s+(?:the\s+)?(?:correct|right|best|final|answer)\b", re.IGNORECASE)
 NUMBER_MARK = re.compile(r"[0-9]\.[0-9]|\W-[0-9]", re.DOTALL)
@@ -88,7 +92,7 @@ def read_option(text: str) -> str | None:
     Read as B: "B", "b", "B.", "(B)", "[b]", "B. foo", "B.foo", "B) foo", "B: foo", "B - foo", "**B**",
     "Ｂ", "Option B", "Answer: B", "The answer is (B).", "The answer is B because ..", "B is correct".
     Not an option: an article or a word ("A dog", "Apple", "The answer is a dog"), an abbreviation ("U.S."),
-    two options at once ("A, B", "A and B", "A/B").
+    two options at once ("A, B", "A and B", "A/B", "A. B.", "(A) or (B)"), a list of them ("A. red B. blue").
     """
     text = re.sub(r"[*`\"“”]", "", unicodedata.normalize("NFKC", text))
     # Long runs of white space would make the pattern's optional parts slow.
@@ -98,15 +102,17 @@ def read_option(text: str) -> str | None:
         return None
     lead, tail = match["lead"] or "", match["tail"]
     closed = match["open"] is None or tail[:1] in (")", "]")
+    delimiter = OPTION_DELIMITER.match(tail)
+    if delimiter and (NEXT_OPTION.match(tail, delimiter.end()) or _lists_the_next(match["letter"].upper(), tail)):
+        return None
     names_option = bool(OPTION_LEAD.search(lead)) and tail[:1].isspace() and not HEDGE.match(tail)
-    reads = (
-        not tail
-        or OPTION_DELIMITER.match(tail)
-        or OPTION_VERDICT.match(tail)
-        or names_option
-        or (lead and OPTION_REASON.match(tail))
-    )
+    reads = not tail or delimiter or OPTION_VERDICT.match(tail) or names_option or (lead and OPTION_REASON.match(tail))
     return match["letter"].upper() if closed and reads else None
+
+
+def _lists_the_next(letter: str, tail: str) -> bool:
+    """Whether the option after `letter` follows, marked and with a text of its own."""
+    return bool(re.search(rf"\s[(\[]?{re.escape(chr(ord(letter) + 1))}[.):\]]\s+\S", tail))
 
 
 def digits_for_words(text: str) -> str:
@@ -121,9 +127,13 @@ def digits_for_words(text: str) -> str:
 def read_number(text: str) -> Number | None:
     """The one number that `text` as a whole states; None when it states none or more than one.
 
-    Read: "3.5", "1,000", "-2", "50%" (value 50), "$3", "1/2", "1e3", "three", "twenty-one", "2 million",
-    "about 3 people", "7th". Not a number: "3 or 4", "10-20", "5:30", "1,00", anything not finite.
+    Read: "3.5", "1,000", "-2", "50%" (value 50), "$3", "1/2", "3 1/2", "3½", "1e3", "three", "twenty-one", "2 million",
+    "two dozen", "about 3 people", "7th". Not a number: "3 or 4", "10-20", "5:30", "1,00", "10²", "three and a half",
+    "two thirds", anything not finite.
     """
+    if re.search(r"[0-9][²³¹⁰⁴-⁹]", text):  # a power, which NFKC makes more digits
+        return None
+    text = re.sub(r"(?<=[0-9])(?=[¼-¾⅐-⅞])", " ", text)
     text = " ".join(unicodedata.normalize("NFKC", text).casefold().strip(" \t\r\n*_`'\"").split())
     text = digits_for_words(text)
     match = NUMBER.fullmatch(text.replace("−", "-").replace("⁄", "/"))
@@ -134,7 +144,8 @@ def read_number(text: str) -> Number | None:
         return None
     whole = match["whole"].replace(",", "") or "0"
     value = float(f"{match['sign'] or ''}{whole}.{decimals or 0}{match['exponent'] or ''}")
-    value = value / denominator * SCALES.get(match["scale"], 1.0)
+    integer = float(f"{match['sign'] or ''}{match['integer'] or 0}")  # before a fraction
+    value = (integer + value / denominator) * SCALES.get(match["scale"], 1.0)
     if not math.isfinite(value):
         return None
     plain = not (match["exponent"] or match["denominator"] or match["scale"])

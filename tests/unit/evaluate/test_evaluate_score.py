@@ -94,6 +94,15 @@ def test_other_types(response, answer, problem_type, strict, tolerant) -> None:
     assert (score.strict, score.tolerant) == (strict, tolerant)
 
 
+@pytest.mark.parametrize(
+    ("response", "strict"), [("B", True), ("C", False), (said("B"), True), ("it is\nB", False), ("<think>B", False)]
+)
+def test_a_prompt_that_asks_for_no_tags_is_answered_without_them(response, strict) -> None:
+    assert score_response(response, a_sample(), thinking=False).strict is strict
+    report = evaluate_responses([(a_sample(), [response])], thinking=False)
+    assert report.overall.strict == strict
+
+
 def test_letters_count_as_mentions_when_the_question_lists_no_options() -> None:
     sample = a_sample(question="Which one?")
     assert score_response("surely B", sample).tolerant

@@ -84,6 +84,7 @@ def test_nothing_inside_the_reasoning_changes_the_answer(hidden, answer) -> None
     + ["B. foo", "B.foo", "B) foo", "(B) foo", "B: foo", "B - foo", "B\nfoo", "**B.** foo", "（Ｂ）"]
     + ["Option B", "option b.", "Option B foo", "Choice: B", "Answer: B", "The answer is B", "The answer is (B)."]
     + ["The correct answer is B. foo", "Therefore, the final answer is: B", "My best answer is option B"]
+    + ["B. Vitamin C.", "B. U.S. army", "B. (see D)"]
     + ["The answer is B because it barks", "B is correct", "Option B is the right one"],
 )
 def test_these_read_as_option_b(text) -> None:
@@ -94,6 +95,7 @@ def test_these_read_as_option_b(text) -> None:
     "text",
     ["", " ", "A dog", "a dog", "Apple", "The answer is a dog", "The answer is A dog", "answers", "A-frame", "I see"]
     + ["U.S. army", "a.m.", "A, B", "A and B", "A or B", "A/B", "A & B", "AB", "Option A and B", "(B", "2", "é", "Aé"]
+    + ["A. B. C. D.", "(A) and (B)", "(A), (B)", "A) or B)", "A. red B. blue C. green", "B. blue\nC. green"]
     + ["В", "\\boxed{B}", "none of them", "not B", "the answer"],  # the first is a Cyrillic letter
 )
 def test_these_read_as_no_option(text) -> None:
@@ -138,6 +140,11 @@ def test_the_article_is_told_from_option_a_by_what_follows() -> None:
         ("twelve dogs", 12.0, 0, "dogs"),
         ("twenty-one", 21.0, 0, ""),
         ("ninety nine", 99.0, 0, ""),
+        ("3½", 3.5, 0, ""),
+        ("-3 1/2 km", -3.5, 0, "km"),
+        ("two dozen eggs", 24.0, 0, "eggs"),
+        ("3 trillion", 3e12, 0, ""),
+        ("2 quarters", 2.0, 0, "quarters"),
     ],
 )
 def test_one_number_is_read_with_its_precision(text, value, decimals, unit) -> None:
@@ -148,7 +155,8 @@ def test_one_number_is_read_with_its_precision(text, value, decimals, unit) -> N
 @pytest.mark.parametrize(
     "text",
     ["", "B", "three or four", "3 or 4", "10-20", "5:30", "1,00", "1 000", "1e999", "9" * 400, "1/0", "threefold"]
-    + ["3 hours and 20 minutes", "2 hundred fifty", "there are 3", "nan", "inf", "1/" + "9" * 400],
+    + ["3 hours and 20 minutes", "2 hundred fifty", "there are 3", "nan", "inf", "1/" + "9" * 400]
+    + ["10²", "10⁻²", "three and a half", "two thirds", "one fifth"],
 )
 def test_not_one_number(text) -> None:
     assert read_number(text) is None
