@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
@@ -100,15 +101,19 @@ def _check(path: Path) -> None:
 def _load(sharded: dict[str, Any], path: Path) -> dict[str, Any]:
     try:
         return dist_checkpointing.load(sharded, str(path))
-    except (OSError, RuntimeError, KeyError, dist_checkpointing.core.CheckpointingException) as error:
-        raise CheckpointError(f"{path}: cannot be loaded into this model ({type(error).__name__}: {error})") from error
+    except (OSError, RuntimeError, KeyError, CheckpointException, CheckpointingException) as error:
+        raise CheckpointError(f"{path}: cannot be loaded into this model ({_causes(error)})") from error
 
 
-def _not_written(partial: Path, error: BaseException) -> str:
+def _causes(error: BaseException) -> str:
     """What failed where: CheckpointException, which is no Exception, knows the errors of all ranks."""
     failures = error.failures if isinstance(error, CheckpointException) else {}
     causes = [f"rank {rank}: {type(cause).__name__}: {cause}" for rank, (cause, _) in failures.items()]
-    text = "; ".join(causes) or f"{type(error).__name__}: {error}".splitlines()[0]
+    return "; ".join(causes) or f"{type(error).__name__}: {error}"
+
+
+def _not_written(partial: Path, error: BaseException) -> str:
+    text = _causes(error).splitlines()[0]
     free = shutil.disk_usage(partial).free / (1 << 30)
     return (
         f"{partial}: cannot be written ({text}); {free:.1f} GiB are free on that disk. "

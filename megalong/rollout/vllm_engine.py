@@ -365,6 +365,7 @@ class VllmEngine:
         with suppress(ProcessLookupError):
             end_group(self._process.pid)
         self._process.wait()
+        shutil.rmtree(self._folder, ignore_errors=True)  # nobody else will, should this process fail, too
         if self._group is not None:
             self._group.destroy()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import signal
 import sys
 import threading
@@ -68,6 +69,7 @@ class Server:
             worker_extension_cls=f"{vllm_worker.__name__}.WorkerExtension",
             **settings,
         )
+        self.llm.collective_rpc("pay_no_heed_to_sigterm")
         self.calls = 0
         self.asleep = False
 
@@ -255,8 +257,11 @@ def serve(connection: Connection, make: Callable[..., Server]) -> None:
 def main(make: Callable[..., Server] = Server) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the trainer saves first (Slurm tells every process)
     threading.Thread(target=end_with, args=(int(sys.argv[2]), sys.argv[3]), daemon=True).start()
-    with Connection(int(sys.argv[1])) as trainer:
-        serve(trainer, make)
+    try:
+        with Connection(int(sys.argv[1])) as trainer:
+            serve(trainer, make)
+    finally:
+        shutil.rmtree(sys.argv[3], ignore_errors=True)  # a trainer that failed did not
 
 
 if __name__ == "__main__":

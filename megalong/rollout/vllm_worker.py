@@ -6,6 +6,7 @@ here and in vllm_server.py.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -287,6 +288,10 @@ class WorkerExtension:
         """Before that file is deleted: memory that is mapped would stay the host's."""
         model = self.model_runner.get_model()
         model.media_ND = model.media_file = None
+
+    def pay_no_heed_to_sigterm(self) -> None:
+        """vLLM's workers end at it; Slurm tells every process, and the trainer ends its step and saves first."""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def check_update(self, checksums: list[list[int]]) -> str | None:
         return self.weight_transfer_engine.check(checksums)

@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megalong import metrics
 from megalong.config.load import load_config
 from megalong.config.tree import RunConfig
-from megalong.metrics import PhaseTimer, RunLogger, end_table, plot_rewards, read_jsonl
+from megalong.metrics import PhaseTimer, RunLogger, drop_later_steps, end_table, plot_rewards, read_jsonl
 from megalong.records import Dropped
 
 
@@ -102,6 +102,16 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
     path.write_text('{"step": 1}\n{"step"\n{"step": 3}\n')
     with pytest.raises(ValueError, match=r"metrics.jsonl:2: not a JSON line"):
         read_jsonl(path)
+
+
+def test_texts_may_hold_line_separators_and_a_torn_last_line_may_end_within_a_character(tmp_path: Path) -> None:
+    rows = [{"step": step, "text": f"a\u2028b\x85c {step}"} for step in (1, 2)]
+    torn = '{"step": 3, "text": "\u6c34'.encode()[:-1]
+    path = tmp_path / "samples.jsonl"
+    path.write_bytes("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode() + torn)
+    assert read_jsonl(path) == rows
+    drop_later_steps(path, step=1)
+    assert read_jsonl(path) == rows[:1]
 
 
 def test_other_processes_write_nothing(tmp_path: Path, config: RunConfig) -> None:

@@ -87,6 +87,7 @@ def test_a_process_that_dies_is_reported_with_its_code_and_log(make: Make, fault
     assert f"process {engine._process.pid}, GPUs none, exit code {code}) ended in generate()" in message
     assert message.endswith(f"engine.log:\nline before the {fault}")
     assert is_gone(engine._process.pid)
+    assert not engine._folder.exists()  # of its shared memory
     with pytest.raises(RolloutEngineError, match=r"in generate\(\)"):
         engine.generate([make_request([1, 2, 3], None, (0,))], sampling=GREEDY)
 
