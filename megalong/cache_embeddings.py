@@ -16,13 +16,13 @@ from megalong.config.shapes import read_model_shape
 from megalong.config.tree import RunConfig
 from megalong.config.validate import validate
 from megalong.engine.build import build_encoder, family_of
-from megalong.engine.checkpoint import load_encoder_weights
+from megalong.engine.checkpoint import load_encoder_weights, newest_checkpoint
 from megalong.evaluating import eval_samples
 from megalong.metrics import DROPPED_FILE, PhaseTimer
 from megalong.parallel.collectives import gather_objects
 from megalong.parallel.layout import ParallelLayout, make_layout
 from megalong.records import Dropped, FrameSelection, Sample
-from megalong.run import newest_checkpoint, read_samples
+from megalong.run import read_samples
 from megalong.videos import check_store, frame_chooser, open_vision
 from megalong.vision.encode import VisionStage
 

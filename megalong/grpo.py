@@ -51,6 +51,7 @@ def train_grpo(config: RunConfig, timer: PhaseTimer | None = None) -> None:
             with run.timer("train"):
                 stats = [run.trainer.train_step(tokens_of(b), grpo_loss(run, b, settings), temperature=temperature(run))
                          for b in updates]  # fmt: skip
+                run.trainer.step += config.grpo.updates_per_batch - len(updates)  # those that no group was left for
             log_rollouts(run, step, scored, stats, dropped, seconds=time.perf_counter() - started)
             run.save_if_due(ahead or batches)
             if held_out and run.trainer.step < total:
@@ -168,7 +169,8 @@ def pack_updates(run: Run, scored: Sequence[ScoredGroup]) -> list[list[PolicyBat
     """Packs of each optimizer update of this rollout batch. Advantages see the rewards of all replicas.
 
     Update u takes every group whose place in the global batch leaves the remainder u when divided by the number of
-    updates: the same groups however many replicas share the batch, and as many from each replica.
+    updates: the same groups however many replicas share the batch, and as many from each replica. Updates without a
+    group are left out, but for one when there is no group at all.
     """
     grpo, layout = run.config.grpo, run.layout
     rewards = gather_objects([item.rewards_G for item in scored], group=layout.dp)
@@ -176,7 +178,7 @@ def pack_updates(run: Run, scored: Sequence[ScoredGroup]) -> list[list[PolicyBat
     everyone = [rewards_G for part in rewards for rewards_G in part]
     advantages: list[Tensor] = group_advantages(everyone, kind=grpo.advantage) if everyone else []
     updates = []
-    for update in range(grpo.updates_per_batch):
+    for update in range(max(1, min(grpo.updates_per_batch, len(everyone)))):
         places = [place for place in range(len(scored)) if (before + place) % grpo.updates_per_batch == update]
         groups = [scored[place].group for place in places]
         mine = [advantages[before + place] for place in places]

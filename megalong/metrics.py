@@ -82,6 +82,7 @@ class RunLogger:
         self._step = resume_step
         self._board: SummaryWriter | None = None
         self._wandb: Any = None
+        self._told_of_drops = False
         if not is_main:
             return
         self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -118,6 +119,10 @@ class RunLogger:
         if self._is_main:
             step = self._step + 1
             _append(self.run_dir / DROPPED_FILE, [{"step": step, **dataclasses.asdict(row)} for row in rows])
+            if rows and not self._told_of_drops:
+                first = rows[0]
+                tqdm.write(f"sample {first.sample_id} is left out ({first.stage}: {first.reason}); all: {DROPPED_FILE}")
+                self._told_of_drops = True
 
     def timeline(self, step: int, row: Mapping[str, Any]) -> None:
         """Append what a step did when (timeline.timeline_row) to timeline.jsonl."""

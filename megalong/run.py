@@ -9,7 +9,7 @@ import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from megalong.data.manifest import ManifestError, read_manifest
 from megalong.data.sampler import PromptSampler
 from megalong.data.sequence import SequenceBuilder
 from megalong.engine.build import build_model, check_states, family_of
-from megalong.engine.checkpoint import complete_checkpoints, load_checkpoint, load_weights, save_checkpoint
+from megalong.engine.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from megalong.engine.trainer import Trainer
 from megalong.engines import build_engine, check_engines
 from megalong.metrics import PhaseTimer, RunLogger
@@ -34,6 +34,7 @@ from megalong.models.errors import CheckpointError
 from megalong.parallel.collectives import gather_objects, max_over, sum_over
 from megalong.parallel.layout import ParallelLayout, make_layout
 from megalong.records import Dropped, Prompt, Sample
+from megalong.resume import Origin, checkpoint_folder, lock_folder, origin_of, resume_point, resumed_origin
 from megalong.rewards.functions import check_problem_types
 from megalong.rollout.sampler import GroupSampler
 from megalong.videos import check_store, frame_chooser, open_vision
@@ -52,7 +53,9 @@ class Run:
     sampler: GroupSampler
     logger: RunLogger
     timer: PhaseTimer
+    origin: Origin
     resumed: dict[str, Any]  # `extra` of the checkpoint the run continues from; {} at a fresh start
+    lock: IO[str] | None = None  # of the run folder, while the run is open
     weights_version: int = -1  # of the sampler
     stop_requested: bool = False
     step_before: int = 0  # trainer.step when the loop's current round began
@@ -98,7 +101,7 @@ class Run:
             return save_checkpoint(
                 checkpoint_folder(self.config),
                 self.trainer,
-                extra=data.state_dict(),
+                extra={**data.state_dict(), **self.origin.to_extra()},
                 keep=self.config.checkpoint.keep,
             )
 
@@ -137,6 +140,8 @@ class Run:
             self.close()
         else:  # other ranks may be gone: what waits for nobody is ended here, engines by the end of this process
             self.vision.close(wait=False)
+        if self.lock is not None:
+            self.lock.close()
 
     def close(self) -> None:
         self.vision.close()
@@ -161,7 +166,10 @@ class PromptBatches:
             len(samples), batch_size, layout.dp_rank, layout.dp_size, seed=config.seed, shuffle=config.shuffle
         )
         if "sampler" in run.resumed:
-            self._order.load_state_dict(run.resumed["sampler"])
+            try:
+                self._order.load_state_dict(run.resumed["sampler"])
+            except ValueError as error:
+                raise CheckpointError(f"{checkpoint_folder(run.config)}: {error}") from error
         self.position = self._order.state_dict()  # of the batches handed out: what a checkpoint saves
         self._ahead: tuple[list[Prompt], list[Dropped]] | None = None
 
@@ -215,10 +223,6 @@ def owned_embeddings(run: Run, prompts: Sequence[Prompt]) -> list[Tensor | None]
     return run.vision.embeddings_of(prompts, run.sampler.owners(len(prompts)), room_ND=room)
 
 
-def checkpoint_folder(config: RunConfig) -> Path:
-    return Path(config.logger.run_dir) / "checkpoints"
-
-
 def read_samples(config: RunConfig, *, manifest: str, video_dir: str | None, thinking_targets: bool) -> list[Sample]:
     """Read and check a manifest before anything else is built."""
     samples = read_manifest(manifest, video_dir=video_dir)
@@ -255,7 +259,13 @@ def _start(config: RunConfig, *, task: Task, timer: PhaseTimer) -> Run:
     check_store(config)
     check_engines(config, task=task, world_size=world_size, shape=shape)
     trains = task in TRAINING
+    lock = lock_folder(Path(config.logger.run_dir)) if trains and os.environ.get("RANK", "0") == "0" else None
     start = resume_point(config) if trains else None
+    keeps_reference = task == "grpo" and config.grpo.kl_coef > 0
+    if start is None:
+        origin = origin_of(config, task)
+    else:
+        origin = resumed_origin(start, config, task, keeps_reference=keeps_reference)
     family = family_of(config.model)
     layout = layout_of(config, shape)
     seed_everything(config.seed)
@@ -275,11 +285,18 @@ def _start(config: RunConfig, *, task: Task, timer: PhaseTimer) -> Run:
         keep_attention=config.model.recompute is Recompute.keep_attention,
         trains=trains,
     )
-    if config.model.init_from:
-        load_weights(newest_checkpoint(Path(config.model.init_from)), trainer)
-    if task == "grpo" and config.grpo.kl_coef > 0:
+    if origin.init_from and (start is None or keeps_reference):
+        load_weights(Path(origin.init_from), trainer)
+    if keeps_reference:
         trainer.keep_reference()
-    resumed = load_checkpoint(start, trainer) if start is not None else {}
+    resumed = {} if start is None else load_checkpoint(start, trainer)
+    if start is not None and layout.is_main:
+        left = (
+            ""
+            if trainer.step < total_steps
+            else f"; nothing is left to do: raise {task}.steps or change logger.run_dir"
+        )
+        tqdm.write(f"continues {start}: step {trainer.step} of {total_steps}{left}")
     vision.weights_changed()
     # A check leaves the folder of the run that it checks as it is.
     writes = layout.is_main and task != "check-sync"
@@ -312,7 +329,9 @@ def _start(config: RunConfig, *, task: Task, timer: PhaseTimer) -> Run:
             resume_step=trainer.step,
         ),
         timer=timer,
+        origin=origin,
         resumed=resumed,
+        lock=lock,
         step_before=trainer.step,
     )
     run.sampler.release()  # until there is something to sample
@@ -332,36 +351,6 @@ def layout_of(config: RunConfig, shape: ModelShape) -> ParallelLayout:
         seed=config.seed,
         timeout_minutes=parallel.timeout_minutes,
     )
-
-
-def resume_point(config: RunConfig) -> Path | None:
-    """The checkpoint the run continues from; None at a fresh start.
-
-    Raises CheckpointError when the run folder holds checkpoints that the run is told not to continue from: they would
-    pass for its own, and be the ones that a later restart picks up. Where torchrun starts the processes again, they
-    are its own: the first start has looked.
-    """
-    folder = checkpoint_folder(config)
-    checkpoints = complete_checkpoints(folder)
-    first_start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-    if checkpoints and first_start and not config.checkpoint.resume:
-        raise CheckpointError(
-            f"checkpoint.resume=false, but {folder} holds {checkpoints[-1].name} of an earlier run; delete {folder} to "
-            "start over, choose another logger.run_dir, or set checkpoint.resume=true to continue"
-        )
-    return checkpoints[-1] if checkpoints else None
-
-
-def newest_checkpoint(path: Path) -> Path:
-    """`path` itself when it is a checkpoint, or the newest complete one in it."""
-    if (path / "metadata.json").is_file():
-        return path
-    found = complete_checkpoints(path)
-    if not found:
-        raise CheckpointError(
-            f"model.init_from={path}: neither a megatron checkpoint nor a folder with step_<n> checkpoints"
-        )
-    return found[-1]
 
 
 def seed_everything(seed: int) -> None:

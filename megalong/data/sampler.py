@@ -66,7 +66,8 @@ class PromptSampler:
             if state[name] != here:
                 raise ValueError(
                     f"sampler state has {name}={state[name]}, this run has {name}={here}: the order of samples "
-                    f"would change; restore {knob}, or set checkpoint.resume=false"
+                    f"would change; restore {knob}, or choose another logger.run_dir, where model.init_from takes the "
+                    "weights"
                 )
         if state["position"] < 0:
             raise ValueError(f"sampler state has position={state['position']}, expected 0 or more")

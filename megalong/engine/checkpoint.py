@@ -6,6 +6,8 @@ import dataclasses
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,9 @@ from megalong.models.errors import CheckpointError
 from megalong.models.policy import sharded_encoder
 
 _COMPLETE = re.compile(r"step_(\d{8})")
+_LOAD_ERRORS = (
+    OSError, EOFError, RuntimeError, LookupError, ValueError, CheckpointException, CheckpointingException
+)  # fmt: skip
 _STATE = ("step", "num_updates", "skipped_in_a_row", "num_skipped")
 
 
@@ -63,6 +68,18 @@ def save_checkpoint(folder: Path, trainer: Trainer, *, extra: dict[str, Any], ke
     return final
 
 
+def newest_checkpoint(path: Path) -> Path:
+    """`path` itself when it is a checkpoint, or the newest complete one in it."""
+    if (path / "metadata.json").is_file():
+        return path
+    found = complete_checkpoints(path)
+    if not found:
+        raise CheckpointError(
+            f"model.init_from={path}: neither a megatron checkpoint nor a folder with step_<n> checkpoints"
+        )
+    return found[-1]
+
+
 def load_checkpoint(path: Path, trainer: Trainer) -> dict[str, Any]:
     """Continue from a checkpoint of save_checkpoint, at any TP, PP and DP split (collective). Returns its `extra`."""
     _check(path)
@@ -73,6 +90,13 @@ def load_checkpoint(path: Path, trainer: Trainer) -> dict[str, Any]:
         setattr(trainer, name, state["trainer"][name])
     torch.set_rng_state(state["rng"])
     return state["extra"]
+
+
+def read_extra(path: Path) -> dict[str, Any]:
+    """The `extra` of a checkpoint of save_checkpoint, on any process."""
+    _check(path)
+    with _named(path):
+        return dist_checkpointing.load_common_state_dict(str(path))["extra"]
 
 
 def load_weights(path: Path, trainer: Trainer) -> None:
@@ -96,13 +120,33 @@ def _check(path: Path) -> None:
         raise CheckpointError(f"{path}: no such checkpoint folder")
     if not (path / "metadata.json").is_file():
         raise CheckpointError(f"{path}: not a megatron checkpoint (no metadata.json), or one cut short")
+    if not (path / "common.pt").is_file():
+        raise CheckpointError(f"{path}: damaged, it has no common.pt; continue from an earlier checkpoint")
 
 
 def _load(sharded: dict[str, Any], path: Path) -> dict[str, Any]:
-    try:
+    with _named(path):
         return dist_checkpointing.load(sharded, str(path))
-    except (OSError, RuntimeError, KeyError, CheckpointException, CheckpointingException) as error:
-        raise CheckpointError(f"{path}: cannot be loaded into this model ({_causes(error)})") from error
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """What megatron and torch raise becomes a CheckpointError of that checkpoint."""
+    try:
+        yield
+    except (
+        OSError,
+        EOFError,
+        RuntimeError,
+        KeyError,
+        ValueError,
+        CheckpointException,
+        CheckpointingException,
+    ) as error:
+        raise CheckpointError(
+            f"{path}: cannot be loaded into this model ({_causes(error)}); it is damaged, or of another model than "
+            "model.path"
+        ) from error
 
 
 def _causes(error: BaseException) -> str:

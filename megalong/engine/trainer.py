@@ -162,8 +162,8 @@ class Trainer:
             clip = self.settings.clip_grad
             self.optimizer.step(lr=lr, grad_scale=min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0)
             self.num_updates += 1
-        self._count_skip(skipped=not healthy, loss=totals["loss"], norm=norm)
         self.step += 1
+        self._count_skip(skipped=not healthy, rows=totals["rows"], loss=totals["loss"], norm=norm)
         rows = max(1.0, totals.pop("rows"))
         return StepStats(
             loss=totals.pop("loss"),
@@ -199,18 +199,21 @@ class Trainer:
         bad = {"bad": float(not healthy)}
         return not max_over(bad, group=self.layout.world, device=self.layout.device)["bad"]
 
-    def _count_skip(self, *, skipped: bool, loss: float, norm: float) -> None:
+    def _count_skip(self, *, skipped: bool, rows: float, loss: float, norm: float) -> None:
         if not skipped:
             self.skipped_in_a_row = 0
             return
         self.skipped_in_a_row += 1
         self.num_skipped += 1
-        if self.skipped_in_a_row >= self.settings.max_skipped_in_a_row:
-            raise TooManySkippedStepsError(
-                f"step {self.step}: loss {loss} and gradient norm {norm}; {self.skipped_in_a_row} steps in a row were "
-                "skipped because these were not finite or every sample was dropped; lower optimizer.lr, look at these "
+        if self.skipped_in_a_row < self.settings.max_skipped_in_a_row:
+            return
+        why = "every sample was dropped; dropped.jsonl says why"
+        if rows:
+            why = (
+                f"loss {loss}, gradient norm {norm} here, not finite on some rank; lower optimizer.lr, look at these "
                 "steps' rewards and data (samples.jsonl, dropped.jsonl), and resume from the last checkpoint"
             )
+        raise TooManySkippedStepsError(f"step {self.step}, skipped as {self.skipped_in_a_row} in a row: {why}")
 
 
 def counted_names(table: Sequence[Entry], layout: ParallelLayout) -> frozenset[str]:

@@ -64,6 +64,7 @@ def test_too_many_skips_in_a_row_stop_every_rank(ranks: tuple[Path, list[dict[st
     for watched in seen:
         assert watched["loss"].error == watched["gradient"].error == ""  # two skips, but not in a row
         assert skips(watched["too_many"]) == [False, False, True]
-        assert "2 steps in a row were skipped because these were not finite" in watched["too_many"].error
+        assert "step 4, skipped as 2 in a row: loss " in watched["too_many"].error
+        assert "not finite on some rank" in watched["too_many"].error
         assert "lower optimizer.lr" in watched["too_many"].error
     assert [row["skipped"] for row in read_jsonl(folder / "too_many" / "metrics.jsonl")] == [0, 0, 1]

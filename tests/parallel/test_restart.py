@@ -129,6 +129,54 @@ def test_a_folder_with_checkpoints_is_refused_when_told_not_to_resume(
     assert saved_steps(run_dir) == ["step_00000002"]
 
 
+def test_another_task_or_model_does_not_continue_in_a_run_s_folder(demo: DemoWorld, runs: Path, tmp_path: Path) -> None:
+    run_dir = shutil.copytree(runs / "sft_2", tmp_path / "run")
+    for task, overrides, message in (
+        ("grpo", GRPO, "step_00000002 is of a run with task sft, not grpo; choose another logger.run_dir"),
+        (
+            "sft",
+            (*SFT, f"model.path={demo.tied}"),
+            f", not {demo.tied}; choose another logger.run_dir (model.init_from",
+        ),
+    ):
+        with pytest.raises(RuntimeError) as error:
+            finish(demo, run_dir, task, overrides)
+        assert message in str(error.value)
+    assert history(run_dir) == history(runs / "sft_2")
+
+
+def test_a_resumed_run_keeps_its_reference_policy_though_sft_went_on(
+    demo: DemoWorld, runs: Path, tmp_path: Path
+) -> None:
+    sft_run = shutil.copytree(runs / "sft_2", tmp_path / "sft_run")
+    sft = sft_run / "checkpoints"
+    overrides = ("grpo.steps=2", "grpo.kl_coef=0.1", f"model.init_from={sft}")
+    finish(demo, tmp_path / "whole", "grpo", overrides)
+    run_dir = tmp_path / "run"
+    finish(demo, run_dir, "grpo", overrides, "sigterm_in_step@1")
+    finish(demo, sft_run, "sft", SFT)
+    assert saved_steps(sft_run) == ["step_00000002", "step_00000006"]
+    finish(demo, run_dir, "grpo", overrides)
+    assert history(run_dir) == history(tmp_path / "whole")
+    shutil.rmtree(run_dir / "checkpoints" / "step_00000002")
+    shutil.rmtree(sft)
+    with pytest.raises(RuntimeError, match=r"the reference policy of its run is .*step_00000002, which is gone"):
+        finish(demo, run_dir, "grpo", overrides)
+    finish(demo, run_dir, "grpo", (*overrides, "grpo.kl_coef=0"))
+
+
+def test_a_damaged_checkpoint_is_named(demo: DemoWorld, runs: Path, tmp_path: Path) -> None:
+    run_dir = shutil.copytree(runs / "sft_2", tmp_path / "run")
+    newest = run_dir / "checkpoints" / "step_00000002"
+    data = next(newest.glob("*.distcp"))
+    data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+    with pytest.raises(RuntimeError, match=rf"CheckpointError: {newest}: cannot be loaded .*it is damaged, or of"):
+        finish(demo, run_dir, "sft", SFT)
+    (newest / "common.pt").unlink()
+    with pytest.raises(RuntimeError, match=rf"CheckpointError: {newest}: damaged, it has no common.pt"):
+        finish(demo, run_dir, "sft", SFT)
+
+
 def test_the_command_line_saves_and_exits_0_on_sigterm(demo: DemoWorld, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     overrides = [*demo.overrides(run_dir, task="sft"), "sft.steps=100000"]

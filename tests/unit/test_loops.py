@@ -21,6 +21,7 @@ from torch import Tensor
 from megalong import evaluating, grpo, rollouts, sft
 from megalong import run as run_module
 from megalong.config.tree import AdvantageKind, Aggregation, LearningRateSchedule, OptimizerConfig, RunConfig
+from megalong.engine.checkpoint import newest_checkpoint
 from megalong.engine.trainer import learning_rate, merge_sums
 from megalong.metrics import PhaseTimer
 from megalong.models.errors import CheckpointError
@@ -319,7 +320,9 @@ def test_pack_updates_shares_groups_out_and_keeps_their_advantages(layout: objec
         [[1.0, -1.0, -1.0, 1.0]],  # a and c
         [[0.0, 0.0]],  # b
     ]
-    assert grpo.pack_updates(fake_run(layout, config=config(updates_per_batch=2)), []) == [[], []]
+    few = grpo.pack_updates(fake_run(layout, config=config(updates_per_batch=4)), items[:2])
+    assert [len(update) for update in few] == [1, 1]  # no update without a group ..
+    assert grpo.pack_updates(fake_run(layout, config=config(updates_per_batch=2)), []) == [[]]  # .. but for one
 
 
 @pytest.mark.parametrize(("updates", "kl_coef"), [(1, 0.0), (1, 0.1), (2, 0.0), (2, 0.1)])
@@ -438,12 +441,12 @@ def test_a_round_of_several_updates_is_due_when_it_reaches_a_multiple(before: in
 
 def test_newest_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"model\.init_from=.*neither a megatron checkpoint nor a folder"):
-        run_module.newest_checkpoint(tmp_path)
+        newest_checkpoint(tmp_path)
     for name in ("step_00000002", "step_00000010", "step_00000011.partial", "notes"):
         (tmp_path / name).mkdir()
-    assert run_module.newest_checkpoint(tmp_path).name == "step_00000010"
+    assert newest_checkpoint(tmp_path).name == "step_00000010"
     (tmp_path / "metadata.json").write_text("{}")
-    assert run_module.newest_checkpoint(tmp_path) == tmp_path
+    assert newest_checkpoint(tmp_path) == tmp_path
 
 
 def test_prompt_batches_save_the_place_of_what_was_handed_out(layout: object, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -475,7 +478,7 @@ def test_run_steps_stop_after_the_step_in_progress_on_sigterm(layout: object) ->
     released: list[tuple[int, list]] = []
     run = run_module.Run(
         config=RunConfig(), layout=layout, trainer=trainer, builder=None, sampler=None, logger=None, timer=None,
-        vision=SimpleNamespace(release=lambda *, keep: released.append((len(seen), keep))), resumed={},
+        vision=SimpleNamespace(release=lambda *, keep: released.append((len(seen), keep))), origin=None, resumed={},
     )  # fmt: skip
     before = signal.getsignal(signal.SIGTERM)
     for step in run.steps(9):
@@ -494,7 +497,7 @@ def test_weights_are_sent_once_per_update() -> None:
     sampler = SimpleNamespace(load_weights=lambda buckets, version: sent.append(version), needs_weights=False)
     run = run_module.Run(
         config=RunConfig(), layout=None, trainer=trainer, vision=None, builder=None, sampler=sampler, logger=None,
-        timer=None, resumed={},
+        timer=None, origin=None, resumed={},
     )  # fmt: skip
     for updates in (0, 0, 1, 1, 3):
         trainer.num_updates = updates

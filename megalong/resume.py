@@ -1,0 +1,119 @@
+"""What a run folder holds of an earlier start: whether a run may continue it and where from; who writes it."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from megalong.config.errors import ConfigError
+from megalong.config.tree import RunConfig
+from megalong.config.validate import Task
+from megalong.engine.checkpoint import complete_checkpoints, newest_checkpoint, read_extra
+from megalong.models.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+LOCK_FILE = "lock"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What a run began from; its checkpoints carry it. Paths are absolute."""
+
+    task: str
+    model: str  # model.path
+    family: str
+    train: str | None  # data.train
+    init_from: str | None  # the checkpoint that model.init_from meant then: its reference policy, too
+
+    def to_extra(self) -> dict[str, Any]:
+        """For the `extra` of a checkpoint."""
+        return {"origin": asdict(self)}
+
+
+def origin_of(config: RunConfig, task: Task) -> Origin:
+    """Of a run that begins. Raises CheckpointError where model.init_from has no checkpoint."""
+    init_from, train = config.model.init_from, config.data.train
+    return Origin(
+        task=task,
+        model=os.path.abspath(config.model.path),
+        family=config.model.family,
+        train=os.path.abspath(train) if train else None,
+        init_from=os.path.abspath(newest_checkpoint(Path(init_from))) if init_from else None,
+    )
+
+
+def checkpoint_folder(config: RunConfig) -> Path:
+    return Path(config.logger.run_dir) / "checkpoints"
+
+
+def resume_point(config: RunConfig) -> Path | None:
+    """The checkpoint the run continues from; None at a fresh start.
+
+    Raises CheckpointError when the run folder holds checkpoints that the run is told not to continue from: they would
+    pass for its own, and be the ones that a later restart picks up. Where torchrun starts the processes again, they
+    are its own: the first start has looked.
+    """
+    folder = checkpoint_folder(config)
+    checkpoints = complete_checkpoints(folder)
+    first_start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    if checkpoints and first_start and not config.checkpoint.resume:
+        raise CheckpointError(
+            f"checkpoint.resume=false, but {folder} holds {checkpoints[-1].name} of an earlier run; delete {folder} to "
+            "start over, choose another logger.run_dir, or set checkpoint.resume=true to continue"
+        )
+    return checkpoints[-1] if checkpoints else None
+
+
+def resumed_origin(start: Path, config: RunConfig, task: Task, *, keeps_reference: bool) -> Origin:
+    """What the run that `start` is of began from; of a checkpoint that does not say, what this one would begin from.
+
+    Raises CheckpointError when this is another task or model, or the reference policy is gone.
+    """
+    stored = read_extra(start).get("origin")
+    if stored is None:
+        return origin_of(config, task)
+    origin = Origin(**stored)
+    here = {"task": task, "model": os.path.abspath(config.model.path), "family": config.model.family}
+    names = {"task": "task", "model": "model.path", "family": "model.family"}
+    other = [f"{names[key]} {stored[key]}, not {value}" for key, value in here.items() if stored[key] != value]
+    if other:
+        raise CheckpointError(
+            f"{start} is of a run with {', '.join(other)}; choose another logger.run_dir "
+            f"(model.init_from={start.parent} takes its weights there). Where a model has only moved, a link in its "
+            "old place will do"
+        )
+    if origin.train and config.data.train and os.path.abspath(config.data.train) != origin.train:
+        logger.warning("%s: data.train was %s, and is %s now", start, origin.train, config.data.train)
+    if keeps_reference and origin.init_from and not Path(origin.init_from).is_dir():
+        raise CheckpointError(
+            f"{start}: the reference policy of its run is {origin.init_from}, which is gone; put it back, or set "
+            "grpo.kl_coef=0"
+        )
+    return origin
+
+
+def lock_folder(run_dir: Path) -> IO[str]:
+    """Make the run folder and hold it until the file is closed. Raises ConfigError where another process does."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = (run_dir / LOCK_FILE).open("a+")
+    except OSError as error:
+        raise ConfigError([f"logger.run_dir={run_dir} cannot be written ({error.strerror}); choose another"]) from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise ConfigError([f"logger.run_dir={run_dir} is written by {holder}; choose another, or end that"]) from None
+    except OSError as error:  # a file system without locks
+        logger.warning("%s: cannot be locked (%s): keep other runs out of it", run_dir, error.strerror)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} of {os.uname().nodename}\n")
+    file.flush()
+    return file

@@ -1,0 +1,28 @@
+"""One run at a time writes a run folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from megalong.config.errors import ConfigError
+from megalong.resume import lock_folder
+
+
+def test_a_run_folder_is_held_by_one_run(tmp_path: Path) -> None:
+    run_dir = tmp_path / "runs" / "a"
+    with lock_folder(run_dir):
+        with pytest.raises(
+            ConfigError, match=rf"logger\.run_dir={run_dir} is written by process {os.getpid()} of .*end"
+        ):
+            lock_folder(run_dir)
+        lock_folder(tmp_path / "runs" / "b").close()
+    lock_folder(run_dir).close()
+
+
+def test_a_run_folder_that_cannot_be_made_names_the_setting(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"logger\.run_dir=.*/file cannot be written \(File exists\)"):
+        lock_folder(tmp_path / "file")
