@@ -295,7 +295,7 @@ class OptimizerConfig:
     schedule: LearningRateSchedule = LearningRateSchedule.constant
     min_lr: float = 0.0
     max_skipped_in_a_row: int = 5
-    """Stop when this many steps in a row had a non-finite loss or gradient."""
+    """Stop when this many steps in a row had a non-finite loss or gradient, or no sample that could be used."""
     offload: bool = False
     """Master copies and moments (12 bytes a parameter, 8 of a float32 one) live in pinned host memory and visit the GPU
     in pieces for each update, which gives equal bits and takes as long as the copies there, beside those back. Needs a
