@@ -15,12 +15,12 @@ from megalong.config.placement import head_problems
 from megalong.config.tree import (
     SHARDED,
     AdvantageKind,
-    AttentionKernel,
     FrameSampling,
     Recompute,
     RolloutEngine,
     RunConfig,
 )
+from megalong.config.validate_attention import attention_problems, likelihood_problems
 from megalong.config.validate_rollout import off_policy_problems, vllm_problems
 
 Task = Literal["sft", "grpo", "eval", "check-sync", "cache-embeddings"]
@@ -43,7 +43,7 @@ def validate(config: RunConfig, *, task: Task, world_size: int, model: ModelShap
     if task != "cache-embeddings":  # each process works alone, whatever the layout of the training
         problems += _parallel_problems(config, world_size=world_size, model=model)
     if task in ("sft", "grpo", "check-sync"):
-        problems += _attention_problems(config, model=model)
+        problems += attention_problems(config, model=model)
     if task in TRAINING:
         problems += _training_problems(config, task, world_size=world_size)
         problems += _vision_problems(config, model=model)
@@ -229,25 +229,6 @@ def _deepstack_problems(model: ModelShape, *, pp: int) -> Iterator[str]:
         )
 
 
-def _attention_problems(config: RunConfig, *, model: ModelShape) -> Iterator[str]:
-    if config.model.attention is not AttentionKernel.te:
-        return
-    alone = "model.attention=te computes sequences that stand alone"
-    if config.mr_sp.mode.name == "shared_prefix":
-        yield (
-            f"{alone}, but mr_sp.mode=shared_prefix merges the outputs of several calls; set mr_sp.mode=stage1+2 or "
-            "model.attention=auto"
-        )
-    cp, kv_heads = config.parallel.cp, max(1, model.kv_heads // config.parallel.tp)
-    a2a = config.parallel.cp_a2a or math.gcd(cp, kv_heads)
-    if config.mr_sp.mode.name == "stage1+2" and a2a < cp:
-        yield (
-            f"{alone}, but parallel.cp={cp} over parallel.cp_a2a={config.parallel.cp_a2a} ({kv_heads} key-value heads "
-            "per tensor-parallel rank) cuts them over a ring; set parallel.cp to a divisor of the heads and "
-            "parallel.cp_a2a=0, or model.attention=auto"
-        )
-
-
 def _length_problems(config: RunConfig, task: Task, *, model: ModelShape) -> Iterator[str]:
     data, frames = config.data, frames_per_video(config)
     key = "video.max_frames" if config.video.sampling is FrameSampling.fps else "video.num_frames"
@@ -397,3 +378,5 @@ def _evaluation_problems(config: RunConfig, task: Task) -> Iterator[str]:
             f"eval.num_samples={config.eval.num_samples} with eval.temperature=0 (greedy) gives equal samples; "
             "set eval.num_samples=1 or raise eval.temperature"
         )
+    if asked:
+        yield from likelihood_problems(config)
