@@ -88,13 +88,14 @@ class _Bound:
         return low_ok and high_ok and math.isfinite(value)
 
     def __str__(self) -> str:
-        text = f"{'more than' if self.above else 'at least'} {self.low:g}"
+        text = f"{'more than' if self.above else 'at least'} {self.low:.12g}"
         if self.high == math.inf:
             return text
-        return f"{text} and {'less than' if self.below else 'at most'} {self.high:g}"
+        return f"{text} and {'less than' if self.below else 'at most'} {self.high:.12g}"
 
 
 _BOUNDS: tuple[_Bound, ...] = (
+    _Bound("seed", 0, 2**32, below=True),  # what numpy takes
     _Bound("gpus", 0),
     _Bound("model.mlp_chunks", 0),
     _Bound("parallel.tp", 1),
@@ -114,6 +115,7 @@ _BOUNDS: tuple[_Bound, ...] = (
     _Bound("data.max_prompt_tokens", 1),
     _Bound("data.max_response_tokens", 1),
     _Bound("data.pack_tokens", 1),
+    _Bound("data.seed", 0),
     _Bound("data.decode_workers", 1),
     _Bound("eval.every", 0),
     _Bound("eval.num_samples", 1),
@@ -175,7 +177,7 @@ def _out_of_bounds(config: RunConfig, task: Task) -> Iterator[str]:
     for bound in bounds:
         value = _value(config, bound.key)
         if not bound.holds(value):
-            yield f"{bound.key}={value:g} must be {bound}"
+            yield f"{bound.key}={value:.12g} must be {bound}"
 
 
 def _missing(config: RunConfig, task: Task) -> Iterator[str]:

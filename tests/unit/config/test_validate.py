@@ -101,6 +101,9 @@ CASES: list[tuple[Task, list[str], list[str]]] = [
         ["model.attention=te", "mr_sp.mode=none", "eval.likelihood=true", "eval.every=5"],
         ["set model.attention=auto or eval.likelihood=false"],
     ),
+    ("sft", ["seed=-1"], ["seed=-1 must be at least 0 and less than 4294967296"]),
+    ("eval", ["seed=4294967296"], ["seed=4294967296 must be at least 0 and less than 4294967296"]),
+    ("grpo", ["data.seed=-1"], ["data.seed=-1 must be at least 0"]),
     ("sft", ["model.mlp_chunks=-1"], ["model.mlp_chunks=-1 must be at least 0"]),
     (
         "sft",
@@ -220,6 +223,8 @@ def test_a_contradiction_is_named(
         # An evaluation reads no log-probabilities.
         ("eval", ["rollout.engine=vllm", "rollout.temperature=0.7", "rollout.top_p=0.9", "rollout.engine_tp=2"]),
         ("eval", ["model.attention=te"]),
+        ("sft", ["seed=4294967295"]),
+        ("grpo", ["seed=0", "data.seed=0"]),
         ("sft", ["model.attention=te", "mr_sp.mode=none", "eval.likelihood=true"]),  # which evaluates nothing
         ("grpo", ["parallel.cp=2", "grpo.batch_size=33"]),  # one replica
         # A process of it is its own replica, and nothing is trained.
