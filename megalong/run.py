@@ -29,7 +29,7 @@ from megalong.engine.build import build_model, check_states, family_of
 from megalong.engine.checkpoint import complete_checkpoints, load_checkpoint, load_weights, save_checkpoint
 from megalong.engine.trainer import Trainer
 from megalong.engines import build_engine, check_engines
-from megalong.metrics import PhaseTimer, RunLogger
+from megalong.metrics import PhaseTimer, RunLogger, check_run_dir
 from megalong.models.errors import CheckpointError
 from megalong.parallel.collectives import gather_objects, max_over, sum_over
 from megalong.parallel.layout import ParallelLayout, make_layout
@@ -256,6 +256,8 @@ def _start(config: RunConfig, *, task: Task, timer: PhaseTimer) -> Run:
     check_engines(config, task=task, world_size=world_size, shape=shape)
     trains = task in TRAINING
     start = resume_point(config) if trains else None
+    if task != "check-sync":  # a check leaves the folder of the run that it checks as it is
+        check_run_dir(config.logger.run_dir)
     family = family_of(config.model)
     layout = layout_of(config, shape)
     seed_everything(config.seed)
@@ -281,7 +283,6 @@ def _start(config: RunConfig, *, task: Task, timer: PhaseTimer) -> Run:
         trainer.keep_reference()
     resumed = load_checkpoint(start, trainer) if start is not None else {}
     vision.weights_changed()
-    # A check leaves the folder of the run that it checks as it is.
     writes = layout.is_main and task != "check-sync"
     run = Run(
         config=config,

@@ -142,6 +142,18 @@ def test_cache_embeddings_of_a_folder_that_cannot_be_used(
         assert line.endswith("file cannot be made: File exists")
 
 
+@pytest.mark.parametrize("verb", ["sft", "grpo", "eval"])
+def test_a_run_folder_that_cannot_be_used(
+    recipe: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, verb: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    below = "/eval/train" if verb == "eval" else ""
+    reasons = {f"{tmp_path}/file": "Not a directory" if below else "File exists", "/proc/megalong": "No such file"}
+    for folder, reason in reasons.items():
+        line = failure(capsys, verb, str(recipe), f"logger.run_dir={folder}", f"eval.manifest={tmp_path}/train.jsonl")
+        assert f"logger.run_dir={folder}{below} cannot be made or written to: {reason}" in line
+
+
 @pytest.mark.parametrize(("overrides", "message"), CONFIG_ERRORS.values(), ids=CONFIG_ERRORS.keys())
 def test_configuration_errors(
     recipe: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], message: str
