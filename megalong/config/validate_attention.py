@@ -13,7 +13,7 @@ ALONE = "model.attention=te computes sequences that stand alone"
 
 def attention_problems(config: RunConfig, *, model: ModelShape) -> Iterator[str]:
     """What the attention kernel cannot compute of a training's packs."""
-    if config.model.attention is not AttentionKernel.te:
+    if config.model.attention is not AttentionKernel.te or config.parallel.tp < 1:
         return
     if config.mr_sp.mode.name == "shared_prefix":
         yield (

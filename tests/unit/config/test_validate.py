@@ -101,6 +101,7 @@ CASES: list[tuple[Task, list[str], list[str]]] = [
         ["model.attention=te", "mr_sp.mode=none", "eval.likelihood=true", "eval.every=5"],
         ["set model.attention=auto or eval.likelihood=false"],
     ),
+    ("sft", ["model.attention=te", "mr_sp.mode=none", "parallel.tp=0"], ["parallel.tp=0 must be at least 1"]),
     ("sft", ["seed=-1"], ["seed=-1 must be at least 0 and less than 4294967296"]),
     ("eval", ["seed=4294967296"], ["seed=4294967296 must be at least 0 and less than 4294967296"]),
     ("grpo", ["data.seed=-1"], ["data.seed=-1 must be at least 0"]),
