@@ -28,5 +28,10 @@ if ((ENGINE_GPUS > 0)); then
   set -- rollout.placement=disaggregated "rollout.engines_per_node=$ENGINE_GPUS" "$@"
 fi
 TRAINERS=$((GPUS - ENGINE_GPUS))
+if ((TRAINERS < 1)); then
+  echo "$0: ENGINE_GPUS=$ENGINE_GPUS leaves $TRAINERS of GPUS=$GPUS to the trainer, which needs at least 1;" \
+    "lower ENGINE_GPUS or raise GPUS" >&2
+  exit 2
+fi
 
 torchrun_local "$TRAINERS" grpo "$RECIPE" "gpus=$TRAINERS" "model.path=$MODEL_PATH" "data.train=$DATA" "$@"

@@ -89,10 +89,13 @@ def _run_recipe(args: argparse.Namespace) -> int:
         from megalong.config.plan import check_engine, plan, planned_processes, shape_for_planning
         from megalong.config.plan_text import render
         from megalong.config.validate import validate
+        from megalong.rewards.functions import check_weights
 
         shape, note = shape_for_planning(config)
         validate(config, task=args.task, world_size=planned_processes(config), model=shape)
         check_engine(config, args.task, shape)
+        if args.task == "grpo":
+            check_weights(config.reward.weights)  # their names are known above the configuration's layer
         print(render(plan(config, args.task, shape, note=note)))  # noqa: T201
         return 0
     import torch

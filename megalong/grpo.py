@@ -20,7 +20,8 @@ from megalong.objectives.aggregation import row_weights
 from megalong.objectives.policy_loss import PolicyLossSettings, policy_loss
 from megalong.parallel.collectives import gather_objects, sum_over
 from megalong.records import Dropped, PolicyBatch, RolloutGroup, ScoredGroup, StepStats
-from megalong.rewards.score import check_weights, score_groups
+from megalong.rewards.functions import check_weights
+from megalong.rewards.score import score_groups
 from megalong.rollouts import RolloutsAhead, begin_rollouts
 from megalong.run import PromptBatches, Run, open_run, read_samples
 from megalong.sft import log_step

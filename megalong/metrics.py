@@ -27,6 +27,7 @@ from omegaconf import OmegaConf
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from megalong.config.errors import ConfigError
 from megalong.config.load import config_yaml
 from megalong.config.tree import RunConfig
 from megalong.records import Dropped
@@ -76,7 +77,7 @@ class RunLogger:
         is_main: bool,
         resume_step: int = 0,
     ) -> None:
-        """Raises RuntimeError when `wandb` is asked for and not installed."""
+        """Raises ConfigError when `wandb` is asked for and not installed, or W&B refuses the run."""
         self.run_dir = Path(run_dir)
         self._is_main = is_main
         self._step = resume_step
@@ -310,17 +311,23 @@ def _open_wandb(run_dir: Path, *, project: str, config: RunConfig) -> Any:
     try:
         import wandb
     except ImportError as error:
-        raise RuntimeError(
+        raise ConfigError(
             "logger.wandb=true needs the wandb package: pip install megalong[wandb], or set logger.wandb=false"
         ) from error
     id_file = run_dir / "wandb_id.txt"
     if not id_file.exists():
         id_file.write_text(uuid.uuid4().hex, encoding="utf-8")
-    return wandb.init(
-        project=project,
-        name=run_dir.name,
-        id=id_file.read_text(encoding="utf-8"),
-        resume="allow",
-        dir=str(run_dir),
-        config=cast(dict[str, Any], OmegaConf.to_container(cast(Any, config), resolve=True, enum_to_str=True)),
-    )
+    try:
+        return wandb.init(
+            project=project,
+            name=run_dir.name,
+            id=id_file.read_text(encoding="utf-8"),
+            resume="allow",
+            dir=str(run_dir),
+            config=cast(dict[str, Any], OmegaConf.to_container(cast(Any, config), resolve=True, enum_to_str=True)),
+        )
+    except wandb.Error as error:  # not logged in, or not reached
+        raise ConfigError(
+            f"logger.wandb=true, but W&B does not start the run ({error}); log in with `wandb login`, set the "
+            "environment variable WANDB_MODE=offline to write to the run folder alone, or set logger.wandb=false"
+        ) from error

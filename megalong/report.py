@@ -28,9 +28,16 @@ def write_summary(demo_dir: str | Path) -> dict[str, Any]:
     questions by the most likely option and `chance` of guessing them (both null without eval.likelihood).
     reward_curve: a row per GRPO step.
     seconds: wall clock of each stage and `total` (seconds.json), and of each phase inside the two runs.
-    Raises FileNotFoundError or ValueError naming the file that is absent or lacks a field.
+    Raises FileNotFoundError or ValueError naming the files that are absent or the one that lacks a field.
     """
     folder = Path(demo_dir)
+    needed = [*(f"{stage}/{METRICS_FILE}" for stage in ("sft", "grpo")), *EVALUATIONS.values(), SECONDS_FILE]
+    absent = [file for file in needed if not (folder / file).is_file()]
+    if absent:
+        raise FileNotFoundError(
+            f"{folder} lacks {', '.join(absent)}; a report is of a folder that launch/demo.sh filled, with "
+            f"{', '.join(needed)}: run all its stages with OUT={folder}"
+        )
     sft, grpo = (read_jsonl(folder / stage / METRICS_FILE) for stage in ("sft", "grpo"))
     stages = {stage: float(seconds) for stage, seconds in _read(folder / SECONDS_FILE).items()}
     summary: dict[str, Any] = {key: read_accuracy(folder / file) for key, file in EVALUATIONS.items()}

@@ -103,14 +103,16 @@ def lock_folder(run_dir: Path) -> IO[str]:
         run_dir.mkdir(parents=True, exist_ok=True)
         file = (run_dir / LOCK_FILE).open("a+")
     except OSError as error:
-        raise ConfigError([f"logger.run_dir={run_dir} cannot be written ({error.strerror}); choose another"]) from error
+        raise ConfigError(
+            f"logger.run_dir={run_dir} cannot be made or written to: {error.strerror}; choose another folder"
+        ) from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
         holder = file.read().strip() or "another process"
         file.close()
-        raise ConfigError([f"logger.run_dir={run_dir} is written by {holder}; choose another, or end that"]) from None
+        raise ConfigError(f"logger.run_dir={run_dir} is written by {holder}; choose another, or end that") from None
     except OSError as error:  # a file system without locks
         logger.warning("%s: cannot be locked (%s): keep other runs out of it", run_dir, error.strerror)
     file.truncate(0)

@@ -259,7 +259,9 @@ def _start(config: RunConfig, *, task: Task, timer: PhaseTimer) -> Run:
     check_store(config)
     check_engines(config, task=task, world_size=world_size, shape=shape)
     trains = task in TRAINING
-    lock = lock_folder(Path(config.logger.run_dir)) if trains and os.environ.get("RANK", "0") == "0" else None
+    # A check leaves the folder of the run that it checks as it is.
+    writes = task != "check-sync" and os.environ.get("RANK", "0") == "0"
+    lock = lock_folder(Path(config.logger.run_dir)) if writes else None
     start = resume_point(config) if trains else None
     keeps_reference = task == "grpo" and config.grpo.kl_coef > 0
     if start is None:
@@ -291,15 +293,11 @@ def _start(config: RunConfig, *, task: Task, timer: PhaseTimer) -> Run:
         trainer.keep_reference()
     resumed = {} if start is None else load_checkpoint(start, trainer)
     if start is not None and layout.is_main:
-        left = (
-            ""
-            if trainer.step < total_steps
-            else f"; nothing is left to do: raise {task}.steps or change logger.run_dir"
+        done = f"; nothing is left to do: raise {task}.steps, or choose another logger.run_dir"
+        tqdm.write(
+            f"continues {start}: step {trainer.step} of {total_steps}{done if trainer.step >= total_steps else ''}"
         )
-        tqdm.write(f"continues {start}: step {trainer.step} of {total_steps}{left}")
     vision.weights_changed()
-    # A check leaves the folder of the run that it checks as it is.
-    writes = layout.is_main and task != "check-sync"
     run = Run(
         config=config,
         layout=layout,

@@ -115,6 +115,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         loaded = OmegaConf.load(path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the recipe: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        byte = f"{error.object[error.start]:#04x}"
+        raise ConfigError(f"{path}: not UTF-8 text, it holds the byte {byte}; save the file as UTF-8") from error
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(loaded, DictConfig):

@@ -256,7 +256,7 @@ class RolloutConfig:
 @dataclass
 class RewardConfig:
     weights: dict[str, float] = field(default_factory=lambda: {"accuracy": 0.9, "format": 0.1})
-    """Reward function name -> weight; names are keys of megalong.rewards.REWARDS."""
+    """Reward function name -> weight; names are keys of megalong.rewards.functions.REWARDS."""
     overlong_buffer: int = 0
     """DAPO soft penalty: from 0 to -1 over the last `overlong_buffer` tokens before the limit; 0: off."""
 

@@ -15,12 +15,12 @@ from megalong.config.placement import head_problems
 from megalong.config.tree import (
     SHARDED,
     AdvantageKind,
-    AttentionKernel,
     FrameSampling,
     Recompute,
     RolloutEngine,
     RunConfig,
 )
+from megalong.config.validate_attention import attention_problems, likelihood_problems
 from megalong.config.validate_rollout import off_policy_problems, vllm_problems
 
 Task = Literal["sft", "grpo", "eval", "check-sync", "cache-embeddings"]
@@ -43,7 +43,7 @@ def validate(config: RunConfig, *, task: Task, world_size: int, model: ModelShap
     if task != "cache-embeddings":  # each process works alone, whatever the layout of the training
         problems += _parallel_problems(config, world_size=world_size, model=model)
     if task in ("sft", "grpo", "check-sync"):
-        problems += _attention_problems(config, model=model)
+        problems += attention_problems(config, model=model)
     if task in TRAINING:
         problems += _training_problems(config, task, world_size=world_size)
         problems += _vision_problems(config, model=model)
@@ -88,13 +88,14 @@ class _Bound:
         return low_ok and high_ok and math.isfinite(value)
 
     def __str__(self) -> str:
-        text = f"{'more than' if self.above else 'at least'} {self.low:g}"
+        text = f"{'more than' if self.above else 'at least'} {self.low:.12g}"
         if self.high == math.inf:
             return text
-        return f"{text} and {'less than' if self.below else 'at most'} {self.high:g}"
+        return f"{text} and {'less than' if self.below else 'at most'} {self.high:.12g}"
 
 
 _BOUNDS: tuple[_Bound, ...] = (
+    _Bound("seed", 0, 2**32, below=True),  # what numpy takes
     _Bound("gpus", 0),
     _Bound("model.mlp_chunks", 0),
     _Bound("parallel.tp", 1),
@@ -114,6 +115,7 @@ _BOUNDS: tuple[_Bound, ...] = (
     _Bound("data.max_prompt_tokens", 1),
     _Bound("data.max_response_tokens", 1),
     _Bound("data.pack_tokens", 1),
+    _Bound("data.seed", 0),
     _Bound("data.decode_workers", 1),
     _Bound("eval.every", 0),
     _Bound("eval.num_samples", 1),
@@ -175,7 +177,7 @@ def _out_of_bounds(config: RunConfig, task: Task) -> Iterator[str]:
     for bound in bounds:
         value = _value(config, bound.key)
         if not bound.holds(value):
-            yield f"{bound.key}={value:g} must be {bound}"
+            yield f"{bound.key}={value:.12g} must be {bound}"
 
 
 def _missing(config: RunConfig, task: Task) -> Iterator[str]:
@@ -226,25 +228,6 @@ def _deepstack_problems(model: ModelShape, *, pp: int) -> Iterator[str]:
         yield (
             f"parallel.pp={pp} leaves {model.layers // pp} layers to the first stage, which adds {levels} levels of "
             "vision embeddings; lower it"
-        )
-
-
-def _attention_problems(config: RunConfig, *, model: ModelShape) -> Iterator[str]:
-    if config.model.attention is not AttentionKernel.te:
-        return
-    alone = "model.attention=te computes sequences that stand alone"
-    if config.mr_sp.mode.name == "shared_prefix":
-        yield (
-            f"{alone}, but mr_sp.mode=shared_prefix merges the outputs of several calls; set mr_sp.mode=stage1+2 or "
-            "model.attention=auto"
-        )
-    cp, kv_heads = config.parallel.cp, max(1, model.kv_heads // config.parallel.tp)
-    a2a = config.parallel.cp_a2a or math.gcd(cp, kv_heads)
-    if config.mr_sp.mode.name == "stage1+2" and a2a < cp:
-        yield (
-            f"{alone}, but parallel.cp={cp} over parallel.cp_a2a={config.parallel.cp_a2a} ({kv_heads} key-value heads "
-            "per tensor-parallel rank) cuts them over a ring; set parallel.cp to a divisor of the heads and "
-            "parallel.cp_a2a=0, or model.attention=auto"
         )
 
 
@@ -397,3 +380,5 @@ def _evaluation_problems(config: RunConfig, task: Task) -> Iterator[str]:
             f"eval.num_samples={config.eval.num_samples} with eval.temperature=0 (greedy) gives equal samples; "
             "set eval.num_samples=1 or raise eval.temperature"
         )
+    if asked:
+        yield from likelihood_problems(config)

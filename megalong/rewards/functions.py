@@ -5,13 +5,19 @@ To add one: write `fn(response, sample) -> float` and give it a line in REWARDS;
 
 from __future__ import annotations
 
+import difflib
+import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING
 
-from megalong.records import Sample
+from megalong.config.errors import ConfigError
 from megalong.rewards.extract import TAGS, final_answer, normalise_text, read_number, read_option
 
-RewardFn = Callable[[str, Sample], float]
+if TYPE_CHECKING:
+    from megalong.records import Sample  # imports torch
+
+RewardFn = Callable[[str, "Sample"], float]
 AnswerCheck = Callable[[str, str], bool]
 """(answer, truth) -> whether the answer is right; `answer` is free of tags and reasoning."""
 
@@ -129,3 +135,22 @@ REWARDS: dict[str, RewardFn] = {
     "format": format_reward,
 }
 """Names that `reward.weights` may use."""
+
+
+def check_weights(weights: Mapping[str, float]) -> None:
+    """Raises ConfigError for an unknown reward, a weight that is not finite, or no weight other than 0."""
+    problems = []
+    for name in weights:
+        if name not in REWARDS:
+            nearest = max(REWARDS, key=lambda known: difflib.SequenceMatcher(None, name, known).ratio())
+            problems.append(
+                f"unknown key reward.weights.{name}; did you mean reward.weights.{nearest}? "
+                f"Rewards are {', '.join(REWARDS)}"
+            )
+    if problems:
+        raise ConfigError(problems)
+    bad = {name: weight for name, weight in weights.items() if not math.isfinite(weight)}
+    if bad:
+        raise ConfigError(f"reward.weights must be finite numbers, got {bad}")
+    if not any(weights.values()):
+        raise ConfigError(f"reward.weights {dict(weights)} gives every response 0; set a weight above 0")

@@ -7,26 +7,13 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from megalong.config.errors import ConfigError
 from megalong.records import RolloutGroup, ScoredGroup
-from megalong.rewards.functions import REWARDS
+from megalong.rewards.functions import REWARDS, check_weights
 
 ALWAYS_SHOWN = ("accuracy", "format")
 """Columns of every ScoredGroup: plotted, and read by dynamic sampling, also when their weight is 0."""
 OVERLONG = "overlong"
 """Column of the length penalty, last, present when it is on."""
-
-
-def check_weights(weights: Mapping[str, float]) -> None:
-    """Raises ConfigError for an unknown reward, a weight that is not finite, or no weight other than 0."""
-    unknown = sorted(set(weights) - set(REWARDS))
-    if unknown:
-        raise ConfigError(f"reward.weights names {unknown}; known rewards are {sorted(REWARDS)}")
-    bad = {name: weight for name, weight in weights.items() if not math.isfinite(weight)}
-    if bad:
-        raise ConfigError(f"reward.weights must be finite numbers, got {bad}")
-    if not any(weights.values()):
-        raise ConfigError(f"reward.weights {dict(weights)} gives every response 0; set a weight above 0")
 
 
 def overlong_penalty(num_tokens: int, *, overlong_buffer: int, max_response_tokens: int) -> float:

@@ -84,6 +84,12 @@ def test_plan_prints_the_recipe_and_its_costs(recipe: Path, capsys: pytest.Captu
     assert ("rollout: decode" in text) is (task == "grpo")
 
 
+def test_plan_refuses_a_misspelt_reward(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = failure(capsys, "plan", str(recipe), "reward.weights.acuracy=1")
+    assert "unknown key reward.weights.acuracy; did you mean reward.weights.accuracy?" in line
+    assert main(["plan", str(recipe), "reward.weights.acuracy=1", "--task", "sft"]) == 0  # which reads no rewards
+
+
 @pytest.mark.parametrize("engine", ["auto", "vllm"])
 def test_plan_says_what_vllm_cannot_cut(recipe: Path, capsys: pytest.CaptureFixture[str], engine: str) -> None:
     asked = ["gpus=4", "grpo.batch_size=4", f"rollout.engine={engine}", "rollout.engine_tp=16"]
@@ -103,7 +109,10 @@ CONFIG_ERRORS = {
     "out of bounds": (["grpo.steps=0"], "grpo.steps"),
     "too many processes asked for": (["parallel.tp=2"], "parallel.tp=2"),
     "prompt that cannot fit": (["data.max_prompt_tokens=10"], "data.max_prompt_tokens=10"),
-    "unknown reward": (["reward.weights={speed: 1.0}"], "speed"),
+    "misspelt reward": (
+        ["reward.weights.acuracy=1"],
+        "unknown key reward.weights.acuracy; did you mean reward.weights.accuracy?",
+    ),
     "no model folder": (["model.path=/nowhere/model"], "/nowhere/model"),
     "cached embeddings of a trained tower": (["model.train_tower=true"], "video.cache_embeddings"),
 }
@@ -131,6 +140,18 @@ def test_cache_embeddings_of_a_folder_that_cannot_be_used(
     for verb in ("cache-embeddings", "sft"):
         line = failure(capsys, verb, str(recipe), f"video.cache_dir={tmp_path}/file")
         assert line.endswith("file cannot be made: File exists")
+
+
+@pytest.mark.parametrize("verb", ["sft", "grpo", "eval"])
+def test_a_run_folder_that_cannot_be_used(
+    recipe: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, verb: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    below = "/eval/train" if verb == "eval" else ""
+    reasons = {f"{tmp_path}/file": "Not a directory" if below else "File exists", "/proc/megalong": "No such file"}
+    for folder, reason in reasons.items():
+        line = failure(capsys, verb, str(recipe), f"logger.run_dir={folder}", f"eval.manifest={tmp_path}/train.jsonl")
+        assert f"logger.run_dir={folder}{below} cannot be made or written to: {reason}" in line
 
 
 @pytest.mark.parametrize(("overrides", "message"), CONFIG_ERRORS.values(), ids=CONFIG_ERRORS.keys())

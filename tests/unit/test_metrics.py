@@ -15,6 +15,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megalong import metrics
+from megalong.config.errors import ConfigError
 from megalong.config.load import load_config
 from megalong.config.tree import RunConfig
 from megalong.metrics import PhaseTimer, RunLogger, drop_later_steps, end_table, plot_rewards, read_jsonl
@@ -212,8 +213,26 @@ def test_end_table(tmp_path: Path, config: RunConfig) -> None:
 
 def test_missing_wandb_names_the_extra(tmp_path: Path, config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(RuntimeError, match=r"pip install megalong\[wandb\]"):
+    with pytest.raises(ConfigError, match=r"pip install megalong\[wandb\]"):
         open_logger(tmp_path, config, wandb=True)
+
+
+def test_wandb_without_a_login_says_what_to_do(
+    tmp_path: Path, config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = pytest.importorskip("wandb")
+
+    def refuse(**_: Any) -> None:
+        raise wandb.UsageError("No API key configured. Use `wandb login` to log in.")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(ConfigError) as caught:
+        open_logger(tmp_path / "run", config, wandb=True)
+    assert str(caught.value) == (
+        "logger.wandb=true, but W&B does not start the run (No API key configured. Use `wandb login` to log in.); log "
+        "in with `wandb login`, set the environment variable WANDB_MODE=offline to write to the run folder alone, or "
+        "set logger.wandb=false"
+    )
 
 
 def test_wandb_gets_config_metrics_and_the_same_id_on_resume(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +111,17 @@ def test_a_report_without_its_fields_is_named(tmp_path: Path) -> None:
         read_accuracy(path)
 
 
-def test_an_absent_evaluation_is_named(demo: Path) -> None:
-    (demo / "sft" / "eval_end.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"sft/eval_end.json"):
+@pytest.mark.parametrize(
+    ("removed", "lacks"),
+    [("sft/eval_end.json", "sft/eval_end.json"), ("grpo", "grpo/metrics.jsonl, grpo/eval_end.json")],
+)
+def test_what_a_phase_that_has_not_run_would_have_written_is_named(demo: Path, removed: str, lacks: str) -> None:
+    (shutil.rmtree if removed == "grpo" else os.remove)(demo / removed)
+    with pytest.raises(FileNotFoundError) as caught:
         write_summary(demo)
+    assert str(caught.value) == (
+        f"{demo} lacks {lacks}; a report is of a folder that launch/demo.sh filled, with sft/metrics.jsonl, "
+        "grpo/metrics.jsonl, sft/eval_start.json, sft/eval_end.json, grpo/eval_end.json, seconds.json: run all its "
+        f"stages with OUT={demo}"
+    )
+    assert not (demo / "summary.json").exists()

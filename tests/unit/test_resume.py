@@ -24,5 +24,5 @@ def test_a_run_folder_is_held_by_one_run(tmp_path: Path) -> None:
 
 def test_a_run_folder_that_cannot_be_made_names_the_setting(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"logger\.run_dir=.*/file cannot be written \(File exists\)"):
+    with pytest.raises(ConfigError, match=r"logger\.run_dir=.*/file cannot be made or written to: File exists"):
         lock_folder(tmp_path / "file")

@@ -136,6 +136,15 @@ def test_a_broken_file_is_named(tmp_path: Path, text: str) -> None:
         load_config(recipe, [])
 
 
+def test_a_recipe_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    (tmp_path / "parent.yaml").write_bytes("seed: 3 # Gr\u00f6\u00dfe\n".encode("latin-1"))
+    for recipe in (tmp_path / "parent.yaml", write(tmp_path, "r.yaml", "base: parent.yaml\n")):
+        with pytest.raises(ConfigError) as caught:
+            load_config(recipe, [])
+        want = f"{tmp_path}/parent.yaml: not UTF-8 text, it holds the byte 0xf6; save the file as UTF-8"
+        assert str(caught.value) == want
+
+
 def test_an_absent_parent_is_named(tmp_path: Path) -> None:
     recipe = write(tmp_path, "r.yaml", "base: nowhere.yaml\n")
     with pytest.raises(ConfigError, match="nowhere.yaml: cannot read the recipe: No such file"):

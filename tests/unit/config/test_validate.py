@@ -91,6 +91,20 @@ CASES: list[tuple[Task, list[str], list[str]]] = [
         ],
         ["parallel.cp=8 over parallel.cp_a2a=0 (4 key-value heads per tensor-parallel rank) cuts them over a ring"],
     ),
+    (
+        "eval",
+        ["model.attention=te", "eval.likelihood=true"],
+        ["eval.likelihood=true packs the options of a question behind their shared prefix; set model.attention"],
+    ),
+    (
+        "sft",
+        ["model.attention=te", "mr_sp.mode=none", "eval.likelihood=true", "eval.every=5"],
+        ["set model.attention=auto or eval.likelihood=false"],
+    ),
+    ("sft", ["model.attention=te", "mr_sp.mode=none", "parallel.tp=0"], ["parallel.tp=0 must be at least 1"]),
+    ("sft", ["seed=-1"], ["seed=-1 must be at least 0 and less than 4294967296"]),
+    ("eval", ["seed=4294967296"], ["seed=4294967296 must be at least 0 and less than 4294967296"]),
+    ("grpo", ["data.seed=-1"], ["data.seed=-1 must be at least 0"]),
     ("sft", ["model.mlp_chunks=-1"], ["model.mlp_chunks=-1 must be at least 0"]),
     (
         "sft",
@@ -209,6 +223,10 @@ def test_a_contradiction_is_named(
         ("grpo", ["rollout.engine_tp=3", "rollout.engine=embedded"]),
         # An evaluation reads no log-probabilities.
         ("eval", ["rollout.engine=vllm", "rollout.temperature=0.7", "rollout.top_p=0.9", "rollout.engine_tp=2"]),
+        ("eval", ["model.attention=te"]),
+        ("sft", ["seed=4294967295"]),
+        ("grpo", ["seed=0", "data.seed=0"]),
+        ("sft", ["model.attention=te", "mr_sp.mode=none", "eval.likelihood=true"]),  # which evaluates nothing
         ("grpo", ["parallel.cp=2", "grpo.batch_size=33"]),  # one replica
         # A process of it is its own replica, and nothing is trained.
         ("cache-embeddings", ["video.cache_dir=d", "parallel.tp=3", "optimizer.lr=-1", "eval.num_samples=4"]),

@@ -92,6 +92,25 @@ def test_8_gpu_script_leaves_gpus_to_engines() -> None:
     check_recipe_and_overrides(command, task="grpo")
 
 
+@pytest.mark.parametrize("script", ["grpo_7b_8xa100.sh", "grpo_qwen2_5_vl_1h_8xa100.sh"])
+@pytest.mark.parametrize(("gpus", "engines", "left"), [("8", "8", "0"), ("4", "8", "-4"), ("0", "0", "0")])
+def test_engines_leave_a_gpu_to_the_trainer(script: str, gpus: str, engines: str, left: str) -> None:
+    done = dry_run(script, "m", "d", GPUS=gpus, ENGINE_GPUS=engines)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        f"{LAUNCH}/grpo_7b_8xa100.sh: ENGINE_GPUS={engines} leaves {left} of GPUS={gpus} to the trainer, which needs "
+        "at least 1; lower ENGINE_GPUS or raise GPUS\n"
+    )
+
+
+@pytest.mark.parametrize(("name", "gpus"), [("sft_7b_8xa100", "0"), ("sft_7b_8xa100", "all"), ("demo", "-1")])
+def test_a_number_of_processes_that_cannot_be_started(name: str, gpus: str) -> None:
+    done = dry_run(f"{name}.sh", "m", "d", GPUS=gpus)
+    assert done.returncode == 2
+    wanted = f"GPUS={gpus} is how many processes to start; set it to a whole number of at least 1\n"
+    assert done.stderr == f"{LAUNCH}/{name}.sh: {wanted}"
+
+
 @pytest.mark.parametrize("script", ["grpo_7b_8xa100.sh", "sft_7b_8xa100.sh"])
 def test_missing_arguments_print_the_usage(script: str) -> None:
     done = dry_run(script, "only-a-model")

@@ -1,10 +1,14 @@
 """Weighted rewards of groups and the overlong penalty."""
 
+import re
+
 import pytest
 import torch
 
+from megalong.config.errors import ConfigError
 from megalong.records import Prompt, RolloutGroup, Sample
-from megalong.rewards import REWARDS, score_groups
+from megalong.rewards.functions import REWARDS, check_weights
+from megalong.rewards.score import score_groups
 
 RIGHT = "<think>r</think><answer>B</answer>"
 WRONG = "<think>r</think><answer>A</answer>"
@@ -78,7 +82,11 @@ def test_without_a_buffer_a_truncated_response_keeps_its_reward() -> None:
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ({"acuracy": 1.0}, r"\['acuracy'\]; known rewards are \['accuracy', 'format'\]"),
+        (
+            {"acuracy": 1.0},
+            "^unknown key reward.weights.acuracy; did you mean reward.weights.accuracy[?] Rewards are "
+            + re.escape(", ".join(REWARDS)),
+        ),
         ({"accuracy": float("nan")}, "finite"),
         ({"accuracy": 0.0}, "every response 0"),
         ({}, "every response 0"),
@@ -87,6 +95,16 @@ def test_without_a_buffer_a_truncated_response_keeps_its_reward() -> None:
 def test_weights_that_cannot_be_meant_are_refused(weights, message) -> None:
     with pytest.raises(ValueError, match=message):
         score(a_group([RIGHT]), weights)
+
+
+def test_every_unknown_reward_is_named_with_the_nearest() -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_weights({"formt": 0.0, "accuracy": 1.0, "acc": 0.5})
+    starts = [problem.partition("?")[0] for problem in caught.value.problems]
+    assert starts == [
+        "unknown key reward.weights.formt; did you mean reward.weights.format",
+        "unknown key reward.weights.acc; did you mean reward.weights.accuracy",
+    ]
 
 
 @pytest.mark.parametrize("buffer", [-1, 101])
