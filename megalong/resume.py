@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import logging
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,6 +27,7 @@ class Origin:
 
     task: str
     model: str  # model.path
+    weights: str  # what its files hold: see fingerprint
     family: str
     train: str | None  # data.train
     init_from: str | None  # the checkpoint that model.init_from meant then: its reference policy, too
@@ -41,10 +43,25 @@ def origin_of(config: RunConfig, task: Task) -> Origin:
     return Origin(
         task=task,
         model=os.path.abspath(config.model.path),
+        weights=fingerprint(Path(config.model.path)),
         family=config.model.family,
         train=os.path.abspath(train) if train else None,
         init_from=os.path.abspath(newest_checkpoint(Path(init_from))) if init_from else None,
     )
+
+
+def fingerprint(model: Path) -> str:
+    """Of a checkpoint's configuration and samples of its weights, wherever the folder is: 1 MiB of every file."""
+    digest = hashlib.sha256()
+    for path in sorted(model.rglob("config.json")):
+        digest.update(path.read_bytes())
+    for path in sorted(model.rglob("*.safetensors")):
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            for place in range(0, size, max(1, size // 16)):
+                file.seek(place)
+                digest.update(file.read(1 << 16))
+    return digest.hexdigest()
 
 
 def checkpoint_folder(config: RunConfig) -> Path:
@@ -78,23 +95,30 @@ def resumed_origin(start: Path, config: RunConfig, task: Task, *, keeps_referenc
     if stored is None:
         return origin_of(config, task)
     origin = Origin(**stored)
-    here = {"task": task, "model": os.path.abspath(config.model.path), "family": config.model.family}
-    names = {"task": "task", "model": "model.path", "family": "model.family"}
-    other = [f"{names[key]} {stored[key]}, not {value}" for key, value in here.items() if stored[key] != value]
+    other = []
+    if origin.task != task:
+        other.append(f"task {origin.task}, not {task}")
+    if origin.family != config.model.family:
+        other.append(f"model.family={origin.family}, not {config.model.family}")
+    if origin.weights != fingerprint(Path(config.model.path)):
+        other.append(f"the model that {origin.model} was, not the one in model.path={config.model.path}")
     if other:
         raise CheckpointError(
             f"{start} is of a run with {', '.join(other)}; choose another logger.run_dir "
-            f"(model.init_from={start.parent} takes its weights there). Where a model has only moved, a link in its "
-            "old place will do"
+            f"(model.init_from={start.parent} takes its weights there)"
         )
     if origin.train and config.data.train and os.path.abspath(config.data.train) != origin.train:
         logger.warning("%s: data.train was %s, and is %s now", start, origin.train, config.data.train)
-    if keeps_reference and origin.init_from and not Path(origin.init_from).is_dir():
-        raise CheckpointError(
-            f"{start}: the reference policy of its run is {origin.init_from}, which is gone; put it back, or set "
-            "grpo.kl_coef=0"
-        )
-    return origin
+    if not keeps_reference or origin.init_from is None or Path(origin.init_from).is_dir():
+        return origin
+    name = Path(origin.init_from).name
+    for moved in (Path(config.model.init_from or ""), Path(config.model.init_from or "") / name):
+        if moved.name == name and moved.is_dir():
+            return replace(origin, init_from=os.path.abspath(moved))
+    raise CheckpointError(
+        f"{start}: the reference policy of its run is {origin.init_from}, which is gone; set model.init_from to where "
+        f"{name} is now, or grpo.kl_coef=0"
+    )
 
 
 def lock_folder(run_dir: Path) -> IO[str]:

@@ -136,7 +136,7 @@ def test_another_task_or_model_does_not_continue_in_a_run_s_folder(demo: DemoWor
         (
             "sft",
             (*SFT, f"model.path={demo.tied}"),
-            f", not {demo.tied}; choose another logger.run_dir (model.init_from",
+            f"was, not the one in model.path={demo.tied}; choose another logger.run_dir",
         ),
     ):
         with pytest.raises(RuntimeError) as error:
@@ -159,10 +159,12 @@ def test_a_resumed_run_keeps_its_reference_policy_though_sft_went_on(
     finish(demo, run_dir, "grpo", overrides)
     assert history(run_dir) == history(tmp_path / "whole")
     shutil.rmtree(run_dir / "checkpoints" / "step_00000002")
-    shutil.rmtree(sft)
+    moved = shutil.move(sft, tmp_path / "moved")
+    assert history(run_dir) == history(tmp_path / "whole")
     with pytest.raises(RuntimeError, match=r"the reference policy of its run is .*step_00000002, which is gone"):
         finish(demo, run_dir, "grpo", overrides)
-    finish(demo, run_dir, "grpo", (*overrides, "grpo.kl_coef=0"))
+    finish(demo, run_dir, "grpo", (*overrides, f"model.init_from={moved}"))
+    assert history(run_dir) == history(tmp_path / "whole")
 
 
 def test_a_damaged_checkpoint_is_named(demo: DemoWorld, runs: Path, tmp_path: Path) -> None:

@@ -1,14 +1,15 @@
-"""One run at a time writes a run folder."""
+"""A model is known wherever it is, and one run at a time writes a run folder."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 from megalong.config.errors import ConfigError
-from megalong.resume import lock_folder
+from megalong.resume import fingerprint, lock_folder
 
 
 def test_a_run_folder_is_held_by_one_run(tmp_path: Path) -> None:
@@ -26,3 +27,15 @@ def test_a_run_folder_that_cannot_be_made_names_the_setting(tmp_path: Path) -> N
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"logger\.run_dir=.*/file cannot be made or written to: File exists"):
         lock_folder(tmp_path / "file")
+
+
+def test_a_model_is_the_same_where_it_has_moved_and_another_with_other_weights(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    moved = shutil.copytree(tiny_checkpoint, tmp_path / "moved")
+    assert fingerprint(moved) == fingerprint(tiny_checkpoint)
+    file = next(moved.rglob("*.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    assert fingerprint(moved) != fingerprint(tiny_checkpoint)
