@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,27 +13,41 @@ from tqdm import tqdm
 
 from megalong.config.load import with_run_dir
 from megalong.config.tree import RunConfig
+from megalong.data.manifest import ManifestError
 from megalong.data.packing import GroupTokens, pack_groups, plan_packs
 from megalong.data.sequence import continued
 from megalong.evaluate.score import EvalReport, choices_of, evaluate_responses, score_response
-from megalong.metrics import PhaseTimer
+from megalong.metrics import DROPPED_FILE, PhaseTimer
 from megalong.parallel.collectives import gather_objects
 from megalong.parallel.split import shard_range
-from megalong.records import RolloutGroup, Sample
+from megalong.records import Dropped, RolloutGroup, Sample
 from megalong.rollout.engine import Sampling
 from megalong.run import Run, make_ready, open_run, owned_embeddings, plan_prompts, read_samples
+
+
+@dataclass(kw_only=True, slots=True)
+class Answers:
+    """Of the questions of all replicas, by sample id."""
+
+    texts: dict[str, tuple[str, ...]]
+    chosen: dict[str, tuple[str, ...]]  # most_likely_options, with eval.likelihood
+    dropped: list[Dropped]  # questions that no response was made for
 
 
 def evaluate(config: RunConfig, timer: PhaseTimer | None = None) -> EvalReport:
     """`megalong eval`: score the weights of model.path (or model.init_from) on eval.manifest.
 
-    Everything is written to <logger.run_dir>/eval/<name of the manifest>: the folder may be a training run's.
+    Everything is written to <logger.run_dir>/eval/<name of the manifest>: the folder may be a training run's. Raises
+    ManifestError, and writes no report, when no question's videos can be read.
     """
     samples = eval_samples(config)
     run_dir = Path(config.logger.run_dir) / "eval" / Path(str(config.eval.manifest)).stem
     config = with_run_dir(config, run_dir)
     with open_run(config, task="eval", timer=timer or PhaseTimer()) as run:
-        return evaluate_policy(run, samples, name="eval", step=0)
+        answers = answer(run, samples, name="eval", step=0)
+        if answers.texts:
+            return report_answers(run, samples, answers, name="eval", step=0)
+    raise ManifestError(_unread(config, samples, answers))
 
 
 def eval_samples(config: RunConfig) -> list[Sample]:
@@ -43,13 +58,15 @@ def eval_samples(config: RunConfig) -> list[Sample]:
     return sorted(samples, key=lambda sample: sample.videos)
 
 
-@torch.no_grad()
 def evaluate_policy(run: Run, samples: Sequence[Sample], *, name: str, step: int) -> EvalReport:
-    """Answer, score and write <name>.json and <name>_responses.jsonl into the run folder. Equal on all ranks.
+    """Answer, score and write <name>.json and <name>_responses.jsonl into the run folder. Equal on all ranks."""
+    answers = answer(run, samples, name=name, step=step)
+    return report_answers(run, samples, answers, name=name, step=step)
 
-    A question whose video cannot be read counts as answered wrongly, as an empty response, and is written to
-    dropped.jsonl: accuracy is over the whole manifest.
-    """
+
+@torch.no_grad()
+def answer(run: Run, samples: Sequence[Sample], *, name: str, step: int) -> Answers:
+    """Every replica answers a share of the questions; what cannot be read is written to dropped.jsonl (collective)."""
     settings, layout = run.config.eval, run.layout
     with run.timer.during("rollout"):
         run.sampler.settle()
@@ -62,42 +79,74 @@ def evaluate_policy(run: Run, samples: Sequence[Sample], *, name: str, step: int
         top_p=run.config.rollout.top_p,
         top_k=run.config.rollout.top_k,
     )
-    texts: dict[str, tuple[str, ...]] = {}
-    chosen: dict[str, tuple[str, ...]] = {}
-    dropped = []
+    done = Answers(texts={}, chosen={}, dropped=[])
     bar = tqdm(total=len(mine), desc=name, disable=not layout.is_main, unit="question", leave=False)
     for at in range(0, len(mine), settings.batch_prompts):
         batch = mine[at : at + settings.batch_prompts]
         with run.timer.during("eval"):
-            run.release_videos()
-            prompts, unusable = plan_prompts(run, batch)
-            prompts, unreadable = make_ready(run, prompts)
-            embeds = owned_embeddings(run, prompts)
-            run.sync_weights()  # not before: an engine on the trainer's GPUs may sleep but for sampling
-            groups = run.sampler.finish(run.sampler.begin(prompts, embeds, sampling=sampling, step=step))
-            run.sampler.release()
-            if settings.likelihood:
-                chosen.update(most_likely_options(run, groups))
-        texts.update({group.prompt.sample.sample_id: group.texts for group in groups})
-        dropped += [*unusable, *unreadable]
+            _answer_batch(run, batch, sampling, step=step, done=done)
         bar.update(len(batch))
     bar.close()
-    run.report_dropped(dropped)
-    for more_texts, more_chosen in gather_objects((texts, chosen), group=layout.dp):
-        texts.update(more_texts)
-        chosen.update(more_chosen)
-    nothing = ("",) * settings.num_samples
-    items = [(sample, texts.get(sample.sample_id, nothing)) for sample in samples]
-    thinking = run.config.data.thinking
-    report = evaluate_responses(items, chosen=chosen if settings.likelihood else None, thinking=thinking)
-    if layout.is_main:
-        _write(Path(run.config.logger.run_dir), name, report, items, chosen, thinking=thinking)
-        tqdm.write(f"{name} after {step} steps, in {run.config.logger.run_dir}\n{report.to_table()}")
-    metrics = {"strict": report.overall.strict, "tolerant": report.overall.tolerant}
+    everyone = Answers(texts={}, chosen={}, dropped=[])
+    for part in gather_objects(done, group=layout.dp):
+        everyone.texts.update(part.texts)
+        everyone.chosen.update(part.chosen)
+        everyone.dropped += part.dropped
+    run.logger.dropped(everyone.dropped)
+    return everyone
+
+
+def _answer_batch(run: Run, batch: Sequence[Sample], sampling: Sampling, *, step: int, done: Answers) -> None:
+    """Questions of this replica, added to `done`."""
+    run.release_videos()
+    prompts, unusable = plan_prompts(run, batch)
+    prompts, unreadable = make_ready(run, prompts)
+    embeds = owned_embeddings(run, prompts)
+    run.sync_weights()  # not before: an engine on the trainer's GPUs may sleep but for sampling
+    groups = run.sampler.finish(run.sampler.begin(prompts, embeds, sampling=sampling, step=step))
+    run.sampler.release()
+    if run.config.eval.likelihood:
+        done.chosen.update(most_likely_options(run, groups))
+    done.texts.update({group.prompt.sample.sample_id: group.texts for group in groups})
+    done.dropped += [*unusable, *unreadable]
+
+
+def report_answers(run: Run, samples: Sequence[Sample], answers: Answers, *, name: str, step: int) -> EvalReport:
+    """Score and write them.
+
+    A question without a response counts as answered wrongly, as an empty response: accuracy is over the whole manifest.
+    """
+    config, is_main = run.config, run.layout.is_main
+    nothing = ("",) * config.eval.num_samples
+    items = [(sample, answers.texts.get(sample.sample_id, nothing)) for sample in samples]
+    thinking = config.data.thinking
+    report = evaluate_responses(
+        items,
+        chosen=answers.chosen if config.eval.likelihood else None,
+        thinking=thinking,
+        unread=len(samples) - len(answers.texts),
+    )
+    if is_main:
+        _write(Path(config.logger.run_dir), name, report, items, answers.chosen, thinking=thinking)
+        tqdm.write(f"{name} after {step} steps, in {config.logger.run_dir}\n{report.to_table()}")
+    if is_main and report.unread:
+        tqdm.write(f"{name}: {_unread(config, samples, answers)}")
+    metrics = {"strict": report.overall.strict, "tolerant": report.overall.tolerant, "unread": float(report.unread)}
     if report.overall.likelihood:
         metrics["likelihood"] = report.overall.likelihood.accuracy
     run.logger.log_evaluation(step, metrics)
     return report
+
+
+def _unread(config: RunConfig, samples: Sequence[Sample], answers: Answers) -> str:
+    """The message about questions that no response was made for."""
+    num, read, first = len(samples), len(answers.texts), answers.dropped[0]
+    count = f"{num - read} of {num} questions have no" if read else f"NONE of {num} questions has a"
+    folder = config.eval.video_dir or f"null, the folder of {config.eval.manifest}"
+    return (
+        f"{count} response; the first: {first.sample_id}: {first.reason}. All are in "
+        f"{config.logger.run_dir}/{DROPPED_FILE}; relative video paths start from eval.video_dir={folder}"
+    )
 
 
 def most_likely_options(run: Run, groups: Sequence[RolloutGroup]) -> dict[str, tuple[str, ...]]:

@@ -51,6 +51,7 @@ def command_line(demo: DemoWorld, run_dir: Path, task: str, overrides: tuple[str
     """The same as a command; ends this process with the exit code."""
     argv = [task, str(demo.recipe), *demo.overrides(run_dir, task=task), *overrides]
     code = with_faults(lambda: main(argv), *faults)
+    sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 

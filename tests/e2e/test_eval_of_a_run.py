@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
-from faulty_runs import train
-from harness import DemoWorld, run_world
+from faulty_runs import command_line, train
+from harness import DemoWorld, World, run_world
 
 from megalong.__main__ import main
 from megalong.metrics import PhaseTimer
 from megalong.run import open_run
 
-ACCURACY = {"eval/strict", "eval/tolerant"}
+METRICS = {"eval/strict", "eval/tolerant", "eval/unread"}
 
 
 def evaluate(demo: DemoWorld, run_dir: Path) -> None:
@@ -31,9 +32,56 @@ def test_an_evaluation_has_a_folder_of_its_own(demo: DemoWorld, tmp_path: Path) 
     assert {path: path.read_bytes() for path in before} == before
     folder = run_dir / "eval" / demo.rl.stem
     (row,) = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
-    assert row.keys() == {"step", *ACCURACY}
+    assert row.keys() == {"step", *METRICS}
     assert json.loads((folder / "eval.json").read_text())["overall"]["strict"] == row["eval/strict"]
     assert len((folder / "eval_responses.jsonl").read_text().splitlines()) == 8
+
+
+def partly_readable(demo: DemoWorld, folder: Path, *, num_there: int) -> list[str]:
+    """Overrides: eval.video_dir is a folder that has the videos of the manifest's first questions alone."""
+    rows = [json.loads(line) for line in demo.rl.read_text().splitlines()]
+    folder.mkdir()
+    for row in rows[:num_there]:
+        (folder / row["videos"]).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(demo.rl.parent / row["videos"], folder / row["videos"])
+    return [f"eval.manifest={demo.rl}", f"eval.video_dir={folder}"]
+
+
+def test_questions_whose_videos_cannot_be_read_are_counted_and_said(demo: DemoWorld, tmp_path: Path) -> None:
+    """On two replicas: those of both."""
+    overrides = partly_readable(demo, tmp_path / "videos", num_there=3)
+    world = World(2, command_line, demo, tmp_path / "run", "eval", tuple(overrides), folder=tmp_path / "world")
+    assert world.exit_codes() == [0, 0], world.log()
+    folder = tmp_path / "run" / "eval" / demo.rl.stem
+    assert json.loads((folder / "eval.json").read_text())["unread"] == 5
+    assert json.loads((folder / "evaluations.jsonl").read_text())["eval/unread"] == 5
+    lost = [json.loads(line) for line in (folder / "dropped.jsonl").read_text().splitlines()]
+    assert len(lost) == 5
+    logs = [(tmp_path / "world" / f"rank{rank}.log").read_text() for rank in range(2)]
+    said = f"eval: 5 of 8 questions have no response; the first: {lost[0]['sample_id']}: {lost[0]['reason']}"
+    assert [log.count(said) for log in logs] == [1, 0]
+    assert f"{folder}/dropped.jsonl; relative video paths start from eval.video_dir={tmp_path}/videos" in logs[0]
+
+
+def test_a_wrong_folder_of_videos_ends_an_evaluation_without_a_report(demo: DemoWorld, tmp_path: Path) -> None:
+    overrides = partly_readable(demo, tmp_path / "videos", num_there=0)
+    world = World(1, command_line, demo, tmp_path / "run", "eval", tuple(overrides), folder=tmp_path / "world")
+    assert world.exit_codes() == [2]
+    assert "megalong eval: NONE of 8 questions has a response; the first: " in world.log()
+    assert f"eval.video_dir={tmp_path}/videos" in world.log()
+    folder = tmp_path / "run" / "eval" / demo.rl.stem
+    assert not (folder / "eval.json").exists()
+    assert len((folder / "dropped.jsonl").read_text().splitlines()) == 8
+
+
+def test_training_goes_on_where_no_question_can_be_read(demo: DemoWorld, tmp_path: Path) -> None:
+    overrides = partly_readable(demo, tmp_path / "videos", num_there=0)
+    settings = ("sft.steps=2", "eval.every=1", "eval.at_end=true", *overrides)
+    world = World(1, train, demo, tmp_path / "run", "sft", settings, "no_checkpoints", folder=tmp_path / "world")
+    assert world.exit_codes() == [0]
+    assert "eval_000001: NONE of 8 questions has a response; the first: " in world.log()
+    rows = [json.loads(line) for line in (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["eval/unread"]) for row in rows] == [(1, 8), (2, 8)]
 
 
 def held_for_training(demo: DemoWorld, run_dir: Path, task: str) -> list[str]:
