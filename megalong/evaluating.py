@@ -16,13 +16,14 @@ from megalong.config.tree import RunConfig
 from megalong.data.manifest import ManifestError
 from megalong.data.packing import GroupTokens, pack_groups, plan_packs
 from megalong.data.sequence import continued
+from megalong.engine.checkpoint import step_of
 from megalong.evaluate.score import EvalReport, choices_of, evaluate_responses, score_response
 from megalong.metrics import DROPPED_FILE, PhaseTimer
 from megalong.parallel.collectives import gather_objects
 from megalong.parallel.split import shard_range
 from megalong.records import Dropped, RolloutGroup, Sample
 from megalong.rollout.engine import Sampling
-from megalong.run import Run, make_ready, open_run, owned_embeddings, plan_prompts, read_samples
+from megalong.run import Run, make_ready, newest_checkpoint, open_run, owned_embeddings, plan_prompts, read_samples
 
 
 @dataclass(kw_only=True, slots=True)
@@ -37,16 +38,21 @@ class Answers:
 def evaluate(config: RunConfig, timer: PhaseTimer | None = None) -> EvalReport:
     """`megalong eval`: score the weights of model.path (or model.init_from) on eval.manifest.
 
-    Everything is written to <logger.run_dir>/eval/<name of the manifest>: the folder may be a training run's. Raises
-    ManifestError, and writes no report, when no question's videos can be read.
+    The report names them, and has the step of a training run's checkpoint. Everything is written to
+    <logger.run_dir>/eval/<name of the manifest>: the folder may be a training run's. Raises ManifestError, and writes
+    no report, when no question's videos can be read.
     """
     samples = eval_samples(config)
     run_dir = Path(config.logger.run_dir) / "eval" / Path(str(config.eval.manifest)).stem
-    config = with_run_dir(config, run_dir)
+    checkpoint = newest_checkpoint(Path(config.model.init_from)) if config.model.init_from else None
+    weights = f"model.init_from={checkpoint}" if checkpoint else f"model.path={config.model.path}"
+    step = step_of(checkpoint) if checkpoint else 0
+    # The checkpoint itself: a training run may save another one meanwhile.
+    config = with_run_dir(config, run_dir, init_from=str(checkpoint) if checkpoint else None)
     with open_run(config, task="eval", timer=timer or PhaseTimer()) as run:
-        answers = answer(run, samples, name="eval", step=0)
+        answers = answer(run, samples, name="eval", step=step)
         if answers.texts:
-            return report_answers(run, samples, answers, name="eval", step=0)
+            return report_answers(run, samples, answers, name="eval", step=step, weights=weights)
     raise ManifestError(_unread(config, samples, answers))
 
 
@@ -61,7 +67,8 @@ def eval_samples(config: RunConfig) -> list[Sample]:
 def evaluate_policy(run: Run, samples: Sequence[Sample], *, name: str, step: int) -> EvalReport:
     """Answer, score and write <name>.json and <name>_responses.jsonl into the run folder. Equal on all ranks."""
     answers = answer(run, samples, name=name, step=step)
-    return report_answers(run, samples, answers, name=name, step=step)
+    weights = f"this run's weights after {step} steps"
+    return report_answers(run, samples, answers, name=name, step=step, weights=weights)
 
 
 @torch.no_grad()
@@ -111,8 +118,10 @@ def _answer_batch(run: Run, batch: Sequence[Sample], sampling: Sampling, *, step
     done.dropped += [*unusable, *unreadable]
 
 
-def report_answers(run: Run, samples: Sequence[Sample], answers: Answers, *, name: str, step: int) -> EvalReport:
-    """Score and write them.
+def report_answers(
+    run: Run, samples: Sequence[Sample], answers: Answers, *, name: str, step: int, weights: str
+) -> EvalReport:
+    """Score and write them. weights: whose answers they are.
 
     A question without a response counts as answered wrongly, as an empty response: accuracy is over the whole manifest.
     """
@@ -125,10 +134,11 @@ def report_answers(run: Run, samples: Sequence[Sample], answers: Answers, *, nam
         chosen=answers.chosen if config.eval.likelihood else None,
         thinking=thinking,
         unread=len(samples) - len(answers.texts),
+        weights=weights,
     )
     if is_main:
         _write(Path(config.logger.run_dir), name, report, items, answers.chosen, thinking=thinking)
-        tqdm.write(f"{name} after {step} steps, in {config.logger.run_dir}\n{report.to_table()}")
+        tqdm.write(f"{name}: {weights}, written to {config.logger.run_dir}\n{report.to_table()}")
     if is_main and report.unread:
         tqdm.write(f"{name}: {_unread(config, samples, answers)}")
     metrics = {"strict": report.overall.strict, "tolerant": report.overall.tolerant, "unread": float(report.unread)}

@@ -71,6 +71,7 @@ class EvalReport:
     format_rate: float  # fraction of responses that earn the format reward
     mean_response_chars: float
     unread: int = 0  # questions that no response was made for: counted as answered wrongly
+    weights: str = ""  # what was scored
 
     def to_json(self) -> str:
         """All fields, indented, fractions of 1."""
@@ -260,13 +261,13 @@ def check_items(items: Sequence[tuple[Sample, Sequence[str]]]) -> None:
 
 def evaluate_responses(
     items: Sequence[tuple[Sample, Sequence[str]]], *, chosen: Mapping[str, Sequence[str]] | None = None,
-    thinking: bool = True, unread: int = 0,
+    thinking: bool = True, unread: int = 0, weights: str = "",
 ) -> EvalReport:  # fmt: skip
     """items: each question of the benchmark once, with its n responses. Categories are compared casefolded.
 
     chosen: sample id -> the most likely option in each of its samples; None: not asked for (eval.likelihood=false).
-    thinking: see score_response. unread: how many of the questions have empty responses because none was made. Raises
-    ValueError for items that check_items or a problem type that score_response refuses.
+    thinking: see score_response. unread: how many of the questions have empty responses because none was made.
+    weights: see EvalReport. Raises ValueError for items that check_items or a problem type that score_response refuses.
     """
     check_items(items)
     by_category: dict[str, list[tuple[Sample, list[ResponseScore]]]] = {}
@@ -290,4 +291,5 @@ def evaluate_responses(
         format_rate=sum(score.well_formed for _, scores in everything for score in scores) / num_responses,
         mean_response_chars=sum(len(text) for _, responses in items for text in responses) / num_responses,
         unread=unread,
+        weights=weights,
     )

@@ -37,6 +37,24 @@ def test_an_evaluation_has_a_folder_of_its_own(demo: DemoWorld, tmp_path: Path) 
     assert len((folder / "eval_responses.jsonl").read_text().splitlines()) == 8
 
 
+def test_a_report_names_its_weights_and_their_step(demo: DemoWorld, tmp_path: Path) -> None:
+    run_dir, log = tmp_path / "run", tmp_path / "eval" / "rank0.log"
+    run_world(1, train, demo, run_dir, "grpo", ("grpo.steps=2",), folder=tmp_path / "train")
+    folder = run_dir / "eval" / demo.rl.stem
+    model = demo.config(run_dir, task="grpo").model.path
+    for override, weights, step in (
+        (f"model.init_from={run_dir}/checkpoints", f"model.init_from={run_dir}/checkpoints/step_00000002", 2),
+        (f"model.init_from={run_dir}/checkpoints/step_00000002",) * 2 + (2,),
+        ("model.init_from=null", f"model.path={model}", 0),
+    ):
+        overrides = (override, f"eval.manifest={demo.rl}")
+        world = World(1, command_line, demo, run_dir, "eval", overrides, folder=tmp_path / "eval")
+        assert world.exit_codes() == [0], world.log()
+        assert f"eval: {weights}, written to {folder}\nAccuracy (%)" in log.read_text()
+        assert json.loads((folder / "eval.json").read_text())["weights"] == weights
+        assert json.loads((folder / "evaluations.jsonl").read_text())["step"] == step
+
+
 def partly_readable(demo: DemoWorld, folder: Path, *, num_there: int) -> list[str]:
     """Overrides: eval.video_dir is a folder that has the videos of the manifest's first questions alone."""
     rows = [json.loads(line) for line in demo.rl.read_text().splitlines()]
