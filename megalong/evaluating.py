@@ -18,6 +18,7 @@ from megalong.data.packing import GroupTokens, pack_groups, plan_packs
 from megalong.data.sequence import continued
 from megalong.engine.checkpoint import step_of
 from megalong.evaluate.score import EvalReport, choices_of, evaluate_responses, score_response
+from megalong.failures import RunFailedError
 from megalong.metrics import DROPPED_FILE, PhaseTimer
 from megalong.parallel.collectives import gather_objects
 from megalong.parallel.split import shard_range
@@ -39,8 +40,8 @@ def evaluate(config: RunConfig, timer: PhaseTimer | None = None) -> EvalReport:
     """`megalong eval`: score the weights of model.path (or model.init_from) on eval.manifest.
 
     The report names them, and has the step of a training run's checkpoint. Everything is written to
-    <logger.run_dir>/eval/<name of the manifest>: the folder may be a training run's. Raises ManifestError, and writes
-    no report, when no question's videos can be read.
+    <logger.run_dir>/eval/<name of the manifest>: the folder may be a training run's. Raises ManifestError when
+    no question's videos can be read, RunFailedError at SIGTERM; there is no report then.
     """
     samples = eval_samples(config)
     run_dir = Path(config.logger.run_dir) / "eval" / Path(str(config.eval.manifest)).stem
@@ -51,8 +52,10 @@ def evaluate(config: RunConfig, timer: PhaseTimer | None = None) -> EvalReport:
     config = with_run_dir(config, run_dir, init_from=str(checkpoint) if checkpoint else None)
     with open_run(config, task="eval", timer=timer or PhaseTimer()) as run:
         answers = answer(run, samples, name="eval", step=step)
-        if answers.texts:
+        if answers and answers.texts:
             return report_answers(run, samples, answers, name="eval", step=step, weights=weights)
+    if answers is None:
+        raise RunFailedError("ended by SIGTERM before all questions were answered: there is no report; start it again")
     raise ManifestError(_unread(config, samples, answers))
 
 
@@ -64,16 +67,27 @@ def eval_samples(config: RunConfig) -> list[Sample]:
     return sorted(samples, key=lambda sample: sample.videos)
 
 
-def evaluate_policy(run: Run, samples: Sequence[Sample], *, name: str, step: int) -> EvalReport:
-    """Answer, score and write <name>.json and <name>_responses.jsonl into the run folder. Equal on all ranks."""
+def evaluate_policy(run: Run, samples: Sequence[Sample], *, name: str, step: int) -> EvalReport | None:
+    """Answer, score and write <name>.json and <name>_responses.jsonl into the run folder. Equal on all ranks.
+
+    None, and nothing is written, when any process got SIGTERM before all questions were answered.
+    """
     answers = answer(run, samples, name=name, step=step)
+    if answers is None:
+        if run.layout.is_main:
+            tqdm.write(f"{name}: left at SIGTERM, without a report")
+        return None
     weights = f"this run's weights after {step} steps"
     return report_answers(run, samples, answers, name=name, step=step, weights=weights)
 
 
 @torch.no_grad()
-def answer(run: Run, samples: Sequence[Sample], *, name: str, step: int) -> Answers:
-    """Every replica answers a share of the questions; what cannot be read is written to dropped.jsonl (collective)."""
+def answer(run: Run, samples: Sequence[Sample], *, name: str, step: int) -> Answers | None:
+    """Every replica answers a share of the questions; what cannot be read is written to dropped.jsonl (collective).
+
+    None at SIGTERM. All replicas meet before each batch, those that are done too: none waits for another for longer
+    than a batch takes, and all hear of a SIGTERM.
+    """
     settings, layout = run.config.eval, run.layout
     with run.timer.during("rollout"):
         run.sampler.settle()
@@ -87,13 +101,16 @@ def answer(run: Run, samples: Sequence[Sample], *, name: str, step: int) -> Answ
         top_k=run.config.rollout.top_k,
     )
     done = Answers(texts={}, chosen={}, dropped=[])
+    largest_share = -(-len(samples) // layout.dp_size)
     bar = tqdm(total=len(mine), desc=name, disable=not layout.is_main, unit="question", leave=False)
-    for at in range(0, len(mine), settings.batch_prompts):
-        batch = mine[at : at + settings.batch_prompts]
-        with run.timer.during("eval"):
-            _answer_batch(run, batch, sampling, step=step, done=done)
-        bar.update(len(batch))
-    bar.close()
+    with bar, run.heeding_sigterm():
+        for at in range(0, largest_share, settings.batch_prompts):
+            if run.stop_anywhere():
+                return None
+            if batch := mine[at : at + settings.batch_prompts]:
+                with run.timer.during("eval"):
+                    _answer_batch(run, batch, sampling, step=step, done=done)
+                bar.update(len(batch))
     everyone = Answers(texts={}, chosen={}, dropped=[])
     for part in gather_objects(done, group=layout.dp):
         everyone.texts.update(part.texts)

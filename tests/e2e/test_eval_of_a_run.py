@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
+import pytest
 from faulty_runs import command_line, train
 from harness import DemoWorld, World, run_world
 
+from megalong import evaluating
 from megalong.__main__ import main
+from megalong.config.tree import RunConfig
+from megalong.evaluating import eval_samples, evaluate_policy
 from megalong.metrics import PhaseTimer
-from megalong.run import open_run
+from megalong.records import Sample
+from megalong.run import Run, open_run
 
 METRICS = {"eval/strict", "eval/tolerant", "eval/unread"}
 
@@ -100,6 +109,59 @@ def test_training_goes_on_where_no_question_can_be_read(demo: DemoWorld, tmp_pat
     assert "eval_000001: NONE of 8 questions has a response; the first: " in world.log()
     rows = [json.loads(line) for line in (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()]
     assert [(row["step"], row["eval/unread"]) for row in rows] == [(1, 8), (2, 8)]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_sigterm_ends_an_evaluation_without_a_report(demo: DemoWorld, tmp_path: Path, size: int) -> None:
+    overrides = (f"eval.manifest={demo.rl}", "eval.batch_prompts=1")
+    fault = "sigterm_in_evaluation@0"
+    world = World(size, command_line, demo, tmp_path / "run", "eval", overrides, fault, folder=tmp_path / "world")
+    assert world.exit_codes() == [1] * size, world.log()
+    for rank in range(size):
+        log = (tmp_path / "world" / f"rank{rank}.log").read_text()
+        assert "megalong eval: ended by SIGTERM before all questions were answered: there is no report" in log
+        assert "Traceback" not in log
+    assert not (tmp_path / "run" / "eval" / demo.rl.stem / "eval.json").exists()
+
+
+class Stretches(PhaseTimer):
+    """Knows the longest time between two changes of its phase: what the watchdog looks at."""
+
+    longest = 0.0
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "since" and hasattr(self, "since"):
+            self.longest = max(self.longest, value - self.since)
+        super().__setattr__(name, value)
+
+
+def evaluated_beside_a_slow_replica(config: RunConfig, seconds: float) -> tuple[float, int]:
+    """The longest stretch of an evaluation, and how many questions this replica had."""
+    samples = eval_samples(config)[:7]  # four of one replica, three of the other
+    answer_batch, sizes = evaluating._answer_batch, []
+
+    def answer(this: Run, batch: Sequence[Sample], *args: object, **settings: object) -> None:
+        sizes.append(len(batch))
+        time.sleep(seconds if this.layout.dp_rank == 0 else 0)
+        answer_batch(this, batch, *args, **settings)
+
+    with (
+        open_run(config, task="eval", timer=Stretches()) as run,
+        mock.patch.object(evaluating, "_answer_batch", answer),
+    ):
+        run.timer.longest = 0.0
+        report = evaluate_policy(run, samples, name="eval", step=0)
+        run.timer.since = time.monotonic()
+    assert report.overall.num_questions == 7
+    return run.timer.longest, sum(sizes)
+
+
+def test_a_replica_never_waits_for_more_than_a_batch_of_another(demo: DemoWorld, tmp_path: Path) -> None:
+    """Its watchdog would end an evaluation whose replicas are all well."""
+    config = demo.config(tmp_path / "run", f"eval.manifest={demo.rl}", "eval.batch_prompts=1", task="grpo")
+    (_, slow), (waited, fast) = run_world(2, evaluated_beside_a_slow_replica, config, 1.0, folder=tmp_path / "world")
+    assert (slow, fast) == (4, 3)
+    assert 1.0 < waited < 2.5  # all of the other's share takes more than four seconds
 
 
 def held_for_training(demo: DemoWorld, run_dir: Path, task: str) -> list[str]:

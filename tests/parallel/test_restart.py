@@ -115,6 +115,28 @@ def test_a_run_continues_on_other_layouts(demo: DemoWorld, runs: Path, tmp_path:
     assert ours != expected  # the layouts really differ: only rounding is let through
 
 
+def evaluating(demo: DemoWorld, *settings: str) -> tuple[str, ...]:
+    """Settings of runs that evaluate after steps 0, 2, 4 and 6."""
+    when = ("eval.at_start=true", "eval.every=2", "eval.at_end=true")
+    return (*SFT, f"eval.manifest={demo.rl}", "eval.batch_prompts=1", *when, *settings)
+
+
+def evaluated_steps(run_dir: Path) -> list[int]:
+    path = run_dir / "evaluations.jsonl"
+    return [row["step"] for row in read_jsonl(path)] if path.exists() else []
+
+
+@pytest.mark.parametrize(("step", "size", "evaluated"), [(0, 1, []), (2, 2, [0]), (6, 1, [0, 2, 4])])
+def test_sigterm_in_an_evaluation_saves_and_ends(
+    step: int, size: int, evaluated: list[int], demo: DemoWorld, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    finish(demo, run_dir, "sft", evaluating(demo), f"sigterm_in_evaluation@{step}", size=size)
+    assert saved_steps(run_dir) == [f"step_{step:08d}"]
+    assert evaluated_steps(run_dir) == evaluated
+    assert len(list(run_dir.glob("eval_*.json"))) == len(evaluated)
+
+
 def test_a_folder_with_checkpoints_is_refused_when_told_not_to_resume(
     demo: DemoWorld, runs: Path, tmp_path: Path
 ) -> None:
