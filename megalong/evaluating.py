@@ -19,8 +19,8 @@ from megalong.data.sequence import continued
 from megalong.engine.checkpoint import step_of
 from megalong.evaluate.score import EvalReport, choices_of, evaluate_responses, score_response
 from megalong.failures import RunFailedError
-from megalong.metrics import DROPPED_FILE, PhaseTimer
-from megalong.parallel.collectives import gather_objects
+from megalong.metrics import DROPPED_FILE, EVALUATIONS_FILE, PhaseTimer, read_jsonl
+from megalong.parallel.collectives import broadcast_object, gather_objects
 from megalong.parallel.split import shard_range
 from megalong.records import Dropped, RolloutGroup, Sample
 from megalong.rollout.engine import Sampling
@@ -226,12 +226,32 @@ def _write(
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
+def evaluate_before_loop(run: Run, samples: Sequence[Sample], *, total: int, round_steps: int = 1) -> None:
+    """At step 0, or of a run that goes on the evaluation of its checkpoint's step, where it was ended in that one.
+
+    round_steps: optimizer steps in a round of the loop. The evaluation after the last step is left to the loop's end.
+    """
+    step = run.trainer.step
+    if step < total:
+        run.step_before = step - round_steps  # as it was when the checkpoint was saved
+        evaluate_if_due(run, samples, step=step, total=total)
+
+
 def evaluate_if_due(run: Run, samples: Sequence[Sample], *, step: int, total: int) -> None:
-    """eval.at_start before the first step, eval.every between, eval.at_end after the last."""
+    """eval.at_start before the first step, eval.every between, eval.at_end after the last; none a second time."""
     settings = run.config.eval
-    if step == 0 and settings.at_start:
-        evaluate_policy(run, samples, name="eval_start", step=step)
-    elif step == total and settings.at_end:
-        evaluate_policy(run, samples, name="eval_end", step=step)
-    elif 0 < step < total and run.is_due(settings.every):
-        evaluate_policy(run, samples, name=f"eval_{step:06d}", step=step)
+    if step == 0:
+        due, name = settings.at_start, "eval_start"
+    elif step == total:
+        due, name = settings.at_end, "eval_end"
+    else:
+        due, name = step < total and run.is_due(settings.every), f"eval_{step:06d}"
+    if due and not is_evaluated(run, step=step):
+        evaluate_policy(run, samples, name=name, step=step)
+
+
+def is_evaluated(run: Run, *, step: int) -> bool:
+    """Whether evaluations.jsonl has a row of the step; the main process looks (collective)."""
+    path, layout = Path(run.config.logger.run_dir) / EVALUATIONS_FILE, run.layout
+    found = layout.is_main and path.exists() and any(row["step"] == step for row in read_jsonl(path))
+    return broadcast_object(found, source=0, group=layout.world)

@@ -117,6 +117,11 @@ def sigterm_in_evaluation(step: int) -> object:
     return _in_evaluation(step, lambda: _is_last_rank() and os.kill(os.getpid(), signal.SIGTERM))
 
 
+def crash_in_evaluation(step: int) -> object:
+    """After `step` steps, in the second batch of questions."""
+    return _in_evaluation(step, lambda: os._exit(CRASHED))
+
+
 @contextmanager
 def _in_evaluation(step: int, action: Callable[[], Any]) -> Iterator[None]:
     """What happens in the second batch of questions of the evaluation after `step` steps."""
@@ -265,6 +270,7 @@ FAULTS = {
         crash_in_step,
         sigterm_in_step,
         sigterm_in_evaluation,
+        crash_in_evaluation,
         kill_last_rank_in_step,
         hang_last_rank_in_step,
         gpu_out_of_memory_in_step,
