@@ -78,7 +78,7 @@ def failures_reported(config: RunConfig, timer: PhaseTimer, *, trains: bool = Tr
         where = f"{place}, phase {timer.phase!r}"
         failure = explain(error, place=where, phase=timer.phase, config=config, trains=trains)
         if failure is None:
-            if isinstance(error, MISTAKES):
+            if isinstance(error, (*MISTAKES, RunFailedError)):
                 error = error.with_traceback(None)
             else:
                 error.add_note(f"{place}, phase {timer.phase!r}")

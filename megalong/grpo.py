@@ -13,7 +13,7 @@ from tqdm import tqdm
 from megalong.config.tree import RunConfig
 from megalong.data.packing import pack_rollouts
 from megalong.engine.trainer import LossOf, merge_sums
-from megalong.evaluating import eval_samples, evaluate_if_due
+from megalong.evaluating import eval_samples, evaluate_before_loop, evaluate_if_due
 from megalong.metrics import PhaseTimer, end_table, plot_rewards
 from megalong.objectives.advantages import group_advantages, has_spread
 from megalong.objectives.aggregation import row_weights
@@ -39,7 +39,7 @@ def train_grpo(config: RunConfig, timer: PhaseTimer | None = None) -> None:
         total = config.grpo.steps * config.grpo.updates_per_batch
         ahead = RolloutsAhead(run, batches, total=total) if config.rollout.steps_off_policy else None
         if held_out:
-            evaluate_if_due(run, held_out, step=run.trainer.step, total=total)
+            evaluate_before_loop(run, held_out, total=total, round_steps=config.grpo.updates_per_batch)
         for step in run.steps(total):
             started = time.perf_counter()
             if ahead is not None:

@@ -7,6 +7,7 @@ import os
 import random
 import signal
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -72,25 +73,31 @@ class Run:
 
         Stops early, after the step in progress, when any process got SIGTERM.
         """
-        previous = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stop_requested", True))
         bar = tqdm(
             total=total, initial=self.trainer.step, disable=not self.layout.is_main, unit="step", dynamic_ncols=True
         )
-        try:
-            while self.trainer.step < total and not self._stop_anywhere():
+        with bar, self.heeding_sigterm():
+            while self.trainer.step < total and not self.stop_anywhere():
                 self.step_before = self.trainer.step
                 self.release_videos()
                 yield self.trainer.step + 1
                 bar.update(self.trainer.step - self.step_before)
+
+    @contextmanager
+    def heeding_sigterm(self) -> Iterator[None]:
+        """SIGTERM is a request to stop, for stop_anywhere to see, and does not end the process."""
+        previous = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stop_requested", True))
+        try:
+            yield
         finally:
-            bar.close()
             signal.signal(signal.SIGTERM, previous)
 
     def release_videos(self) -> None:
         """Let go of the videos that nobody needs any more."""
         self.vision.release(keep=[item for prompt in self.ahead for item in prompt.selections])
 
-    def _stop_anywhere(self) -> bool:
+    def stop_anywhere(self) -> bool:
+        """Whether any process got SIGTERM (collective over all of them)."""
         flags = {"stop": float(self.stop_requested)}
         self.stop_requested = bool(max_over(flags, group=self.layout.world, device=self.layout.device)["stop"])
         return self.stop_requested

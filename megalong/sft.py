@@ -10,7 +10,7 @@ from tqdm import tqdm
 from megalong.config.tree import Aggregation, RunConfig
 from megalong.data.packing import GroupTokens, pack_groups, plan_packs
 from megalong.engine.trainer import LossOf
-from megalong.evaluating import eval_samples, evaluate_if_due
+from megalong.evaluating import eval_samples, evaluate_before_loop, evaluate_if_due
 from megalong.metrics import PhaseTimer, end_table
 from megalong.objectives.aggregation import row_weights
 from megalong.objectives.sft_loss import sft_loss
@@ -28,7 +28,7 @@ def train_sft(config: RunConfig, timer: PhaseTimer | None = None) -> None:
         batches = PromptBatches(run, samples, batch_size=config.sft.batch_size)
         total = config.sft.steps
         if held_out:
-            evaluate_if_due(run, held_out, step=run.trainer.step, total=total)
+            evaluate_before_loop(run, held_out, total=total)
         for step in run.steps(total):
             started = time.perf_counter()
             with run.timer("data"):

@@ -21,7 +21,7 @@ from harness import DemoWorld
 from megatron.core import dist_checkpointing, parallel_state
 from torch import Tensor
 
-from megalong import run, sft
+from megalong import evaluating, run, sft
 from megalong.__main__ import main
 from megalong.engine import checkpoint
 from megalong.engine.trainer import LossOf, TooManySkippedStepsError, Trainer
@@ -51,6 +51,7 @@ def command_line(demo: DemoWorld, run_dir: Path, task: str, overrides: tuple[str
     """The same as a command; ends this process with the exit code."""
     argv = [task, str(demo.recipe), *demo.overrides(run_dir, task=task), *overrides]
     code = with_faults(lambda: main(argv), *faults)
+    sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
@@ -109,6 +110,31 @@ def crash_in_step(step: int) -> object:
 
 def sigterm_in_step(step: int) -> object:
     return between_backward_and_update(step, lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+
+def sigterm_in_evaluation(step: int) -> object:
+    """After `step` steps, on the last rank alone, in the second batch of questions."""
+    return _in_evaluation(step, lambda: _is_last_rank() and os.kill(os.getpid(), signal.SIGTERM))
+
+
+def crash_in_evaluation(step: int) -> object:
+    """After `step` steps, in the second batch of questions."""
+    return _in_evaluation(step, lambda: os._exit(CRASHED))
+
+
+@contextmanager
+def _in_evaluation(step: int, action: Callable[[], Any]) -> Iterator[None]:
+    """What happens in the second batch of questions of the evaluation after `step` steps."""
+    answer_batch, batches = evaluating._answer_batch, []
+
+    def answer(this: run.Run, *args: object, **settings: object) -> None:
+        batches.append(this.trainer.step)
+        if batches[-1] == step and batches.count(step) == 2:
+            action()
+        answer_batch(this, *args, **settings)
+
+    with mock.patch.object(evaluating, "_answer_batch", answer):
+        yield
 
 
 def kill_last_rank_in_step(step: int) -> object:
@@ -243,6 +269,8 @@ FAULTS = {
     for function in (
         crash_in_step,
         sigterm_in_step,
+        sigterm_in_evaluation,
+        crash_in_evaluation,
         kill_last_rank_in_step,
         hang_last_rank_in_step,
         gpu_out_of_memory_in_step,

@@ -59,11 +59,12 @@ def load_recipe(tree: type[Tree], path: str | Path, overrides: Sequence[str], *,
     return cast(Tree, config)
 
 
-def with_run_dir(config: RunConfig, run_dir: Path) -> RunConfig:
-    """The same configuration for another folder."""
+def with_run_dir(config: RunConfig, run_dir: Path, *, init_from: str | None = None) -> RunConfig:
+    """The same configuration for another folder, and for other weights where init_from is given."""
     config = copy.deepcopy(config)
     with read_write(cast(Any, config)):
         config.logger.run_dir = str(run_dir)
+        config.model.init_from = init_from or config.model.init_from
     return config
 
 

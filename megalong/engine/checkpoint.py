@@ -37,6 +37,12 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if _COMPLETE.fullmatch(path.name))
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step in the name of a training checkpoint's folder; 0 for a folder of another name."""
+    name = _COMPLETE.fullmatch(checkpoint.resolve().name)
+    return int(name[1]) if name else 0
+
+
 def save_checkpoint(folder: Path, trainer: Trainer, *, extra: dict[str, Any], keep: int) -> Path:
     """Write step_<n> under `folder` (collective) and delete all but the `keep` newest complete ones.
 

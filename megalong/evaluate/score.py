@@ -70,6 +70,8 @@ class EvalReport:
     num_samples: int  # responses per question
     format_rate: float  # fraction of responses that earn the format reward
     mean_response_chars: float
+    unread: int = 0  # questions that no response was made for: counted as answered wrongly
+    weights: str = ""  # what was scored
 
     def to_json(self) -> str:
         """All fields, indented, fractions of 1."""
@@ -106,6 +108,8 @@ class EvalReport:
             f"samples per question: {self.num_samples}   well-formed: {100 * self.format_rate:.1f}%   "
             f"mean response: {self.mean_response_chars:.0f} characters"
         )
+        if self.unread:
+            text.append(f"unread: {self.unread} of {self.overall.num_questions} questions, counted as answered wrongly")
         return "\n".join(text) + "\n"
 
 
@@ -257,13 +261,13 @@ def check_items(items: Sequence[tuple[Sample, Sequence[str]]]) -> None:
 
 def evaluate_responses(
     items: Sequence[tuple[Sample, Sequence[str]]], *, chosen: Mapping[str, Sequence[str]] | None = None,
-    thinking: bool = True,
+    thinking: bool = True, unread: int = 0, weights: str = "",
 ) -> EvalReport:  # fmt: skip
     """items: each question of the benchmark once, with its n responses. Categories are compared casefolded.
 
     chosen: sample id -> the most likely option in each of its samples; None: not asked for (eval.likelihood=false).
-    thinking: see score_response. Raises ValueError for items that check_items or a problem type that score_response
-    refuses.
+    thinking: see score_response. unread: how many of the questions have empty responses because none was made.
+    weights: see EvalReport. Raises ValueError for items that check_items or a problem type that score_response refuses.
     """
     check_items(items)
     by_category: dict[str, list[tuple[Sample, list[ResponseScore]]]] = {}
@@ -286,4 +290,6 @@ def evaluate_responses(
         num_samples=len(items[0][1]),
         format_rate=sum(score.well_formed for _, scores in everything for score in scores) / num_responses,
         mean_response_chars=sum(len(text) for _, responses in items for text in responses) / num_responses,
+        unread=unread,
+        weights=weights,
     )

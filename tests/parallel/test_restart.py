@@ -115,6 +115,60 @@ def test_a_run_continues_on_other_layouts(demo: DemoWorld, runs: Path, tmp_path:
     assert ours != expected  # the layouts really differ: only rounding is let through
 
 
+def evaluating(demo: DemoWorld, *settings: str) -> tuple[str, ...]:
+    """Settings of runs that evaluate after steps 0, 2, 4 and 6."""
+    when = ("eval.at_start=true", "eval.every=2", "eval.at_end=true")
+    return (*SFT, f"eval.manifest={demo.rl}", "eval.batch_prompts=1", *when, *settings)
+
+
+def evaluated_steps(run_dir: Path) -> list[int]:
+    path = run_dir / "evaluations.jsonl"
+    return [row["step"] for row in read_jsonl(path)] if path.exists() else []
+
+
+@pytest.mark.parametrize(("step", "size", "evaluated"), [(0, 1, []), (2, 2, [0]), (6, 1, [0, 2, 4])])
+def test_sigterm_in_an_evaluation_saves_and_ends(
+    step: int, size: int, evaluated: list[int], demo: DemoWorld, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    finish(demo, run_dir, "sft", evaluating(demo), f"sigterm_in_evaluation@{step}", size=size)
+    assert saved_steps(run_dir) == [f"step_{step:08d}"]
+    assert evaluated_steps(run_dir) == evaluated
+    assert len(list(run_dir.glob("eval_*.json"))) == len(evaluated)
+
+
+@pytest.fixture(scope="module")
+def evaluated(demo: DemoWorld, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that evaluates and that nothing interrupted."""
+    run_dir = tmp_path_factory.mktemp("evaluated") / "run"
+    finish(demo, run_dir, "sft", evaluating(demo))
+    return run_dir
+
+
+@pytest.mark.parametrize(
+    "fault", ["sigterm_in_evaluation@0", "crash_in_evaluation@2", "sigterm_in_evaluation@2", "crash_in_evaluation@6"]
+)
+def test_an_evaluation_that_was_cut_short_is_made_when_the_run_continues(
+    fault: str, demo: DemoWorld, evaluated: Path, tmp_path: Path
+) -> None:
+    """Once, as if nothing had happened."""
+    run_dir, settings = tmp_path / "run", evaluating(demo, "checkpoint.save_every=2")
+    world = World(1, train, demo, run_dir, "sft", settings, fault, folder=run_dir / "processes")
+    assert world.exit_codes() == [CRASHED if "crash" in fault else 0], world.log()
+    finish(demo, run_dir, "sft", settings)
+    assert evaluated_steps(run_dir) == evaluated_steps(evaluated) == [0, 2, 4, 6]
+    for path in evaluated.glob("eval_*.jsonl"):
+        assert (run_dir / path.name).read_bytes() == path.read_bytes()
+    assert history(run_dir) == history(evaluated)
+
+
+def test_a_run_that_is_complete_evaluates_nothing_again(demo: DemoWorld, evaluated: Path, tmp_path: Path) -> None:
+    """Started again, on two processes: what the main one finds holds for both."""
+    run_dir = shutil.copytree(evaluated, tmp_path / "run")
+    finish(demo, run_dir, "sft", evaluating(demo), size=2)
+    assert evaluated_steps(run_dir) == [0, 2, 4, 6]
+
+
 def test_a_folder_with_checkpoints_is_refused_when_told_not_to_resume(
     demo: DemoWorld, runs: Path, tmp_path: Path
 ) -> None:

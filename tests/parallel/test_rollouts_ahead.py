@@ -282,6 +282,21 @@ def test_an_evaluation_in_between_changes_nothing(demo: DemoWorld, ahead: tuple[
         assert seen.events[at + 1 : at + 4] == [f"finish {step - 1}", f"load {step}", f"begin {step}"]
 
 
+def test_an_evaluation_that_was_cut_short_changes_nothing(
+    demo: DemoWorld, ahead: tuple[Path, Seen], tmp_path: Path
+) -> None:
+    """The run that continues makes it before it takes the checkpoint's rollouts."""
+    run_dir = tmp_path / "run"
+    settings = (*GRPO, *AHEAD, f"eval.manifest={demo.rl}", "eval.every=2", "eval.batch_prompts=2")
+    more = ("checkpoint.save_every=2",)
+    world = World(1, train, demo, run_dir, (*settings, *more), "crash_in_evaluation@2", folder=run_dir / "processes")
+    assert world.exit_codes() == [faulty_runs.CRASHED], world.log()
+    finish(demo, run_dir, *settings, faults=["no_checkpoints"])
+    assert [row["step"] for row in read_jsonl(run_dir / "evaluations.jsonl")] == [2]
+    assert history(run_dir) == history(ahead[0])
+    assert history(run_dir, name="samples.jsonl") == history(ahead[0], name="samples.jsonl")
+
+
 @pytest.mark.parametrize("fault", ["crash_in_step@4", "sigterm_in_step@2", "crash_in_step@3"])
 def test_a_run_that_was_ended_continues_bit_for_bit(
     fault: str, demo: DemoWorld, ahead: tuple[Path, Seen], tmp_path: Path

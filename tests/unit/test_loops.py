@@ -422,6 +422,7 @@ def test_sample_rows_carry_text_reward_and_parts() -> None:
 def test_when_evaluation_is_due(monkeypatch: pytest.MonkeyPatch, settings: dict, want: list[str]) -> None:
     done: list[str] = []
     monkeypatch.setattr(evaluating, "evaluate_policy", lambda run, samples, *, name, step: done.append(name))
+    monkeypatch.setattr(evaluating, "is_evaluated", lambda run, *, step: False)
     chosen = RunConfig()
     for name, value in settings.items():
         setattr(chosen.eval, name, value)
@@ -429,6 +430,32 @@ def test_when_evaluation_is_due(monkeypatch: pytest.MonkeyPatch, settings: dict,
         run = SimpleNamespace(config=chosen, trainer=SimpleNamespace(step=step), step_before=step - 1)
         run.is_due = partial(run_module.Run.is_due, run)
         evaluating.evaluate_if_due(run, [], step=step, total=5)
+    assert done == want
+
+
+@pytest.mark.parametrize(
+    ("step", "rows", "want"),
+    [
+        (0, [], ["eval_start"]),
+        (4, [0], ["eval_000004"]),  # its round of steps 3 and 4 reached 3
+        (4, [0, 4], []),
+        (5, [0], []),  # its round of steps 4 and 5 reached none
+        (8, [0], []),  # the call after the loop makes it
+    ],
+)
+def test_before_the_loop_what_was_cut_short_is_evaluated(
+    layout: object, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, step: int, rows: list[int], want: list[str]
+) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(evaluating, "evaluate_policy", lambda run, samples, *, name, step: done.append(name))
+    chosen = RunConfig()
+    chosen.eval.at_start = chosen.eval.at_end = True
+    chosen.eval.every = 3
+    chosen.logger.run_dir = str(tmp_path)
+    (tmp_path / "evaluations.jsonl").write_text("".join(f'{{"step": {row}}}\n' for row in rows))
+    run = fake_run(layout, config=chosen, trainer=SimpleNamespace(step=step), step_before=step)
+    run.is_due = partial(run_module.Run.is_due, run)
+    evaluating.evaluate_before_loop(run, [], total=8, round_steps=2)
     assert done == want
 
 

@@ -184,7 +184,7 @@ def test_json_holds_every_field() -> None:
         "likelihood": None,
     }
     assert list(loaded["categories"]) == ["temporal", "plot", "spatial", "audio"]
-    assert (loaded["num_samples"], loaded["format_rate"]) == (2, 0.5)
+    assert (loaded["num_samples"], loaded["format_rate"], loaded["unread"]) == (2, 0.5, 0)
 
 
 def test_table_has_the_papers_columns() -> None:
@@ -197,6 +197,13 @@ def test_table_has_the_papers_columns() -> None:
         "tolerant pass@2     100.0  100.0    100.0    0.0     80.0",
         "questions               2      1        1      1        5",
     ]
+
+
+def test_questions_without_a_response_are_said_below_the_table() -> None:
+    report = evaluate_responses([(a_sample(), [said("B")]), (a_sample(sample_id="lost"), [""])], unread=1)
+    assert json.loads(report.to_json())["unread"] == 1
+    assert report.to_table().splitlines()[-1] == "unread: 1 of 2 questions, counted as answered wrongly"
+    assert "unread" not in evaluate_responses(ITEMS).to_table()
 
 
 def test_one_sample_per_question_shows_no_pass_at_n() -> None:
