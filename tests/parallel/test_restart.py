@@ -228,8 +228,8 @@ def test_a_damaged_checkpoint_is_named(demo: DemoWorld, runs: Path, tmp_path: Pa
     data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
     with pytest.raises(RuntimeError, match=rf"CheckpointError: {newest}: cannot be loaded .*it is damaged, or of"):
         finish(demo, run_dir, "sft", SFT)
-    (newest / "common.pt").unlink()
-    with pytest.raises(RuntimeError, match=rf"CheckpointError: {newest}: damaged, it has no common.pt"):
+    (newest / "common.pt").unlink(missing_ok=True)  # which not every megatron-core writes
+    with pytest.raises(RuntimeError, match=rf"CheckpointError: {newest}: cannot be loaded"):
         finish(demo, run_dir, "sft", SFT)
 
 
