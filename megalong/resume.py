@@ -6,7 +6,7 @@ import fcntl
 import hashlib
 import logging
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -92,7 +92,7 @@ def resumed_origin(start: Path, config: RunConfig, task: Task, *, keeps_referenc
     Raises CheckpointError when this is another task or model, or the reference policy is gone.
     """
     stored = read_extra(start).get("origin")
-    if stored is None:
+    if stored is None or set(stored) != {field.name for field in fields(Origin)}:
         return origin_of(config, task)
     origin = Origin(**stored)
     other = []
@@ -139,6 +139,7 @@ def lock_folder(run_dir: Path) -> IO[str]:
         raise ConfigError(f"logger.run_dir={run_dir} is written by {holder}; choose another, or end that") from None
     except OSError as error:  # a file system without locks
         logger.warning("%s: cannot be locked (%s): keep other runs out of it", run_dir, error.strerror)
+    os.register_at_fork(after_in_child=file.close)  # megatron's writers of checkpoints would hold it, too
     file.truncate(0)
     file.write(f"process {os.getpid()} of {os.uname().nodename}\n")
     file.flush()

@@ -32,7 +32,7 @@ from megalong.engine.trainer import Trainer
 from megalong.engines import build_engine, check_engines
 from megalong.metrics import PhaseTimer, RunLogger
 from megalong.models.errors import CheckpointError
-from megalong.parallel.collectives import gather_objects, max_over, sum_over
+from megalong.parallel.collectives import broadcast_object, gather_objects, max_over, sum_over
 from megalong.parallel.layout import ParallelLayout, make_layout
 from megalong.records import Dropped, Prompt, Sample
 from megalong.resume import Origin, checkpoint_folder, lock_folder, origin_of, resume_point, resumed_origin
@@ -277,6 +277,8 @@ def _start(config: RunConfig, *, task: Task, timer: PhaseTimer) -> Run:
         origin = resumed_origin(start, config, task, keeps_reference=keeps_reference)
     family = family_of(config.model)
     layout = layout_of(config, shape)
+    # Another run may save one meanwhile: all ranks take what the first one found.
+    start, origin = broadcast_object((start, origin), source=0, group=layout.world)
     seed_everything(config.seed)
     if trains:
         check_states(config.optimizer, layout)

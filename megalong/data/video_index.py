@@ -171,7 +171,8 @@ def _is_hidden(packet: Packet, stream: VideoStream) -> bool:
 
 def _check_order(packets: list[_PacketFacts], path: str) -> None:
     """Raise DecodeError where the times of decoding start again: one timestamp would mean two frames."""
-    known = [dts for _, dts, _, _ in packets if dts is not None]
+    # What an edit list leaves out may come from before the cut.
+    known = [dts for _, dts, _, is_shown in packets if dts is not None and is_shown]
     if any(later < earlier for earlier, later in pairwise(known)):
         raise DecodeError(path, "its timestamps run backwards (files joined end to end?); remux it")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Iterator
@@ -25,8 +26,8 @@ from megalong.models.policy import sharded_encoder
 
 _COMPLETE = re.compile(r"step_(\d{8})")
 _LOAD_ERRORS = (
-    OSError, EOFError, RuntimeError, LookupError, ValueError, AttributeError, CheckpointException,
-    CheckpointingException,
+    OSError, EOFError, RuntimeError, LookupError, ValueError, AttributeError, pickle.UnpicklingError,
+    CheckpointException, CheckpointingException,
 )  # fmt: skip
 """Of damaged files; megatron-core 0.16 trips over an absent common.pt by an AttributeError, 0.19 writes none."""
 _STATE = ("step", "num_updates", "skipped_in_a_row", "num_skipped")
@@ -140,15 +141,7 @@ def _named(path: Path) -> Iterator[None]:
     """What megatron and torch raise becomes a CheckpointError of that checkpoint."""
     try:
         yield
-    except (
-        OSError,
-        EOFError,
-        RuntimeError,
-        KeyError,
-        ValueError,
-        CheckpointException,
-        CheckpointingException,
-    ) as error:
+    except _LOAD_ERRORS as error:
         raise CheckpointError(
             f"{path}: cannot be loaded into this model ({_causes(error)}); it is damaged, or of another model than "
             "model.path"

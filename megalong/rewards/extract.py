@@ -49,8 +49,8 @@ OPTION = re.compile(
 OPTION_LEAD = re.compile(r"(?:option|choice|letter)\s+$", re.IGNORECASE)
 # "U.S." and "a.m." are abbreviations, not options U and A.
 OPTION_DELIMITER = re.compile(r"\s*[.:)\]](?![A-Za-z]\.)|\s+[-–—]\s|[ \t]*\n|[;,!?]+\s*$")
-# "A. B. C. D." and "A) or B)".
-NEXT_OPTION = re.compile(r"\s*(?:[,/&;]|and\b|or\b)?\s*[(\[]?[A-Z][.):\]](?![A-Za-z]\.)")
+# "A. B. C. D." and "A) or B)": options and nothing else; not "B. J. K. Rowling".
+MORE_OPTIONS = re.compile(r"(?:\s*(?:[,/&;]|and\b|or\b)?\s*[(\[]?[A-Z][.):\]]+)+\s*")
 OPTION_REASON = re.compile(r",?\s+(?:because|since|as|for)\b", re.IGNORECASE)
 OPTION_VERDICT = re.compile(r"\s+is\s+(?:the\s+)?(?:correct|right|best|final|answer)\b", re.IGNORECASE)
 NUMBER_MARK = re.compile(r"[0-9]\.[0-9]|\W-[0-9]", re.DOTALL)
@@ -103,16 +103,19 @@ def read_option(text: str) -> str | None:
     lead, tail = match["lead"] or "", match["tail"]
     closed = match["open"] is None or tail[:1] in (")", "]")
     delimiter = OPTION_DELIMITER.match(tail)
-    if delimiter and (NEXT_OPTION.match(tail, delimiter.end()) or _lists_the_next(match["letter"].upper(), tail)):
+    if delimiter and (MORE_OPTIONS.fullmatch(tail, delimiter.end()) or _is_list(match, delimiter)):
         return None
     names_option = bool(OPTION_LEAD.search(lead)) and tail[:1].isspace() and not HEDGE.match(tail)
     reads = not tail or delimiter or OPTION_VERDICT.match(tail) or names_option or (lead and OPTION_REASON.match(tail))
     return match["letter"].upper() if closed and reads else None
 
 
-def _lists_the_next(letter: str, tail: str) -> bool:
-    """Whether the option after `letter` follows, marked and with a text of its own."""
-    return bool(re.search(rf"\s[(\[]?{re.escape(chr(ord(letter) + 1))}[.):\]]\s+\S", tail))
+def _is_list(option: re.Match[str], delimiter: re.Match[str]) -> bool:
+    """Whether the next option follows in the same form on a line or after a comma of its own, or the next two do."""
+    letter, tail = ord(option["letter"].upper()), option["tail"]
+    opens, closes = re.escape(option["open"] or ""), re.escape(delimiter[0].strip())
+    first, second = (rf"{opens}{re.escape(chr(letter + step))}{closes}\s+\S" for step in (1, 2))
+    return bool(re.search(rf"(?:\n|[,;] ){first}|\s{first}.*\s{second}", tail, re.DOTALL))
 
 
 def digits_for_words(text: str) -> str:

@@ -1,5 +1,6 @@
 """Real files, written here: the frames that come out are the frames that were asked for."""
 
+import struct
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -226,6 +227,29 @@ def test_hidden_frames_of_vp8_are_no_frames(tmp_path):
     index = probe(str(tmp_path / "a.webm"))
     assert index.ticks_F.tolist() == probe(str(shown)).ticks_F.tolist()
     assert numbers(decode_frames(pick(tmp_path / "a.webm", range(30)))) == list(range(30))
+
+
+def cut_in_two(path, *, first, second):
+    """Patch an MP4's edit list to play `first` frames from the start and then those from `second` on (25 a second)."""
+    data, path_to = bytearray(path.read_bytes()), (b"moov", b"trak", b"edts", b"elst")
+    starts = [data.index(name) - 4 for name in path_to]
+    at = starts[-1] + 16  # behind size, name, version and count
+    _, begin, rate = struct.unpack_from(">IiI", data, at)
+    timescale = struct.unpack_from(">I", data, data.index(b"mdhd") + 16)[0]
+    entries = ((first * 40, begin), (4000, begin + second * timescale // 25))
+    data[at : at + 12] = b"".join(struct.pack(">IiI", length, start, rate) for length, start in entries)
+    struct.pack_into(">I", data, at - 4, 2)
+    for start in starts:
+        struct.pack_into(">I", data, start, struct.unpack_from(">I", data, start)[0] + 12)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("b_frames", [0, 2])
+def test_a_part_cut_out_by_an_edit_list_is_left_out(b_frames, tmp_path):
+    path = write_video(tmp_path / "a.mp4", 96, gop=24, options={"bf": str(b_frames)})
+    cut_in_two(path, first=30, second=40)
+    index = probe(path)
+    assert numbers(decode_frames(pick(path, range(index.num_frames)))) == [*range(30), *range(40, 96)]
 
 
 def test_only_the_groups_of_pictures_that_are_wanted_are_decoded(tmp_path, monkeypatch):

@@ -84,7 +84,8 @@ def test_nothing_inside_the_reasoning_changes_the_answer(hidden, answer) -> None
     + ["B. foo", "B.foo", "B) foo", "(B) foo", "B: foo", "B - foo", "B\nfoo", "**B.** foo", "（Ｂ）"]
     + ["Option B", "option b.", "Option B foo", "Choice: B", "Answer: B", "The answer is B", "The answer is (B)."]
     + ["The correct answer is B. foo", "Therefore, the final answer is: B", "My best answer is option B"]
-    + ["B. Vitamin C.", "B. U.S. army", "B. (see D)"]
+    + ["B. Vitamin C.", "B. U.S. army", "B. (see D)", "B. J. K. Rowling", "B. E. coli", "B. A to C. Then on"]
+    + ["B. Team B beats team C. The crowd cheers.", "B. It shows red, so (C) is wrong."]
     + ["The answer is B because it barks", "B is correct", "Option B is the right one"],
 )
 def test_these_read_as_option_b(text) -> None:
@@ -95,7 +96,15 @@ def test_these_read_as_option_b(text) -> None:
     "text",
     ["", " ", "A dog", "a dog", "Apple", "The answer is a dog", "The answer is A dog", "answers", "A-frame", "I see"]
     + ["U.S. army", "a.m.", "A, B", "A and B", "A or B", "A/B", "A & B", "AB", "Option A and B", "(B", "2", "é", "Aé"]
-    + ["A. B. C. D.", "(A) and (B)", "(A), (B)", "A) or B)", "A. red B. blue C. green", "B. blue\nC. green"]
+    + [
+        "A. B. C. D.",
+        "(A) and (B)",
+        "(A), (B)",
+        "A) or B)",
+        "A. red B. blue C. green",
+        "B. blue\nC. green",
+        "(A) red, (B) blue",
+    ]
     + ["В", "\\boxed{B}", "none of them", "not B", "the answer"],  # the first is a Cyrillic letter
 )
 def test_these_read_as_no_option(text) -> None:
