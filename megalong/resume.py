@@ -12,7 +12,7 @@ from typing import IO, Any
 
 from megalong.config.errors import ConfigError
 from megalong.config.tree import RunConfig
-from megalong.config.validate import Task
+from megalong.config.validate import TRAINING, Task
 from megalong.engine.checkpoint import complete_checkpoints, newest_checkpoint, read_extra
 from megalong.models.errors import CheckpointError
 
@@ -39,13 +39,13 @@ class Origin:
 
 def origin_of(config: RunConfig, task: Task) -> Origin:
     """Of a run that begins. Raises CheckpointError where model.init_from has no checkpoint."""
-    init_from, train = config.model.init_from, config.data.train
+    init_from = config.model.init_from
     return Origin(
         task=task,
         model=os.path.abspath(config.model.path),
         weights=fingerprint(Path(config.model.path)),
         family=config.model.family,
-        train=os.path.abspath(train) if train else None,
+        train=os.path.abspath(config.data.train) if task in TRAINING else None,  # others may have none
         init_from=os.path.abspath(newest_checkpoint(Path(init_from))) if init_from else None,
     )
 
@@ -107,7 +107,7 @@ def resumed_origin(start: Path, config: RunConfig, task: Task, *, keeps_referenc
             f"{start} is of a run with {', '.join(other)}; choose another logger.run_dir "
             f"(model.init_from={start.parent} takes its weights there)"
         )
-    if origin.train and config.data.train and os.path.abspath(config.data.train) != origin.train:
+    if origin.train != os.path.abspath(config.data.train):
         logger.warning("%s: data.train was %s, and is %s now", start, origin.train, config.data.train)
     if not keeps_reference or origin.init_from is None or Path(origin.init_from).is_dir():
         return origin
