@@ -141,6 +141,8 @@ def _named(path: Path) -> Iterator[None]:
     """What megatron and torch raise becomes a CheckpointError of that checkpoint."""
     try:
         yield
+    except torch.OutOfMemoryError:  # it says itself what it is, and what to change
+        raise
     except _LOAD_ERRORS as error:
         raise CheckpointError(
             f"{path}: cannot be loaded into this model ({_causes(error)}); it is damaged, or of another model than "
