@@ -212,12 +212,13 @@ def run_parts(folder: Path, args: argparse.Namespace) -> None:
 
 
 def report(row: dict[str, Any], file: Path | None) -> None:
-    """Print a part's row and add it to the file as a line, which any rank may do that runs out of memory."""
+    """Print a part's row and add it to the file as a line, which any rank may do that runs out of memory: once."""
     for name, value in row.items():
         print(f"{name:32} {value:.4g}" if isinstance(value, float) else f"{name:32} {value}", flush=True)
-    if file:
+    line = json.dumps(row)
+    if file and line not in (file.read_text().splitlines() if file.is_file() else []):
         with file.open("a") as lines:
-            lines.write(json.dumps(row) + "\n")
+            lines.write(line + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -163,17 +163,20 @@ def memory_advice(phase: str, config: RunConfig, *, trains: bool = True) -> str:
         )
     if phase not in ("train", "logprob"):
         return ", ".join([*offload, f"{spread}, or end other programs on this GPU"])
-    changes = [f"lower data.pack_tokens={config.data.pack_tokens}"]
-    if model.recompute is not Recompute.full:
-        changes.append(f"model.recompute=full (now {model.recompute.name})")
+    changes = []  # cheapest first, as docs/memory.md has them
+    if model.recompute is Recompute.none:
+        changes.append("model.recompute=keep_attention")
     if model.recompute is not Recompute.none and not model.offload_activations:
         changes.append("model.offload_activations=true")
-    changes.append(f"raise model.mlp_chunks={model.mlp_chunks}" if model.mlp_chunks else "set model.mlp_chunks=16")
     if parallel.tp > 1 and not parallel.sequence_parallel:
         changes.append("parallel.sequence_parallel=true")
     if not config.rollout.sleep:
         changes.append("rollout.sleep=true")
-    return ", ".join([*changes, *offload, spread])
+    changes.append(f"raise model.mlp_chunks={model.mlp_chunks}" if model.mlp_chunks else "set model.mlp_chunks=16")
+    changes += [*offload, spread]
+    if model.recompute is not Recompute.full:
+        changes.append(f"model.recompute=full (now {model.recompute.name})")
+    return ", ".join([*changes, f"lower data.pack_tokens={config.data.pack_tokens}"])
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

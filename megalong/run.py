@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import random
@@ -17,8 +18,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megalong.config.load import save_config
+from megalong.config.load import save_config, with_gpus
 from megalong.config.model_shape import ModelShape
+from megalong.config.plan import plan
+from megalong.config.plan_fit import shortages
 from megalong.config.shapes import read_model_shape
 from megalong.config.tree import SHARDED, Recompute, RunConfig
 from megalong.config.validate import TRAINING, Task, validate
@@ -30,6 +33,7 @@ from megalong.engine.build import build_model, check_states, family_of
 from megalong.engine.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from megalong.engine.trainer import Trainer
 from megalong.engines import build_engine, check_engines
+from megalong.failures import memory_advice
 from megalong.metrics import PhaseTimer, RunLogger
 from megalong.models.errors import CheckpointError
 from megalong.parallel.collectives import broadcast_object, gather_objects, max_over, sum_over
@@ -40,6 +44,8 @@ from megalong.rewards.functions import check_problem_types
 from megalong.rollout.sampler import GroupSampler
 from megalong.videos import check_store, frame_chooser, open_vision
 from megalong.vision.encode import VisionStage
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -282,6 +288,9 @@ def _start(config: RunConfig, *, task: Task, timer: PhaseTimer) -> Run:
     seed_everything(config.seed)
     if trains:
         check_states(config.optimizer, layout)
+        if layout.is_main and layout.device.type == "cuda":
+            card = torch.cuda.get_device_properties(layout.device).total_memory
+            warn_of_memory(config, task, shape, world_size=world_size, card=card)
     model = build_model(config.model, layout, sequence_parallel=config.parallel.sequence_parallel)
     tokens = family.read_tokens(Path(config.model.path))
     vision = open_vision(config, layout, model.vision, spec=model.spec, tokens=tokens)
@@ -345,6 +354,19 @@ def _start(config: RunConfig, *, task: Task, timer: PhaseTimer) -> Run:
     if writes:
         save_config(config, Path(config.logger.run_dir) / "config.yaml")
     return run
+
+
+def warn_of_memory(config: RunConfig, task: Task, shape: ModelShape, *, world_size: int, card: int) -> None:
+    """Say before the weights are read what GPUs of `card` bytes are not expected to have room for.
+
+    No error: what `megalong plan` says is an upper estimate, up to a tenth too high.
+    """
+    for what in shortages(plan(with_gpus(config, world_size), task, shape), card=card):
+        logger.warning(
+            "this run may not fit, an upper estimate says (`megalong plan` has its parts): %s. To change: %s",
+            what,
+            memory_advice("train", config),
+        )
 
 
 def layout_of(config: RunConfig, shape: ModelShape) -> ParallelLayout:

@@ -68,6 +68,14 @@ def with_run_dir(config: RunConfig, run_dir: Path, *, init_from: str | None = No
     return config
 
 
+def with_gpus(config: RunConfig, gpus: int) -> RunConfig:
+    """The same configuration for a launch of so many GPUs."""
+    config = copy.deepcopy(config)
+    with read_write(cast(Any, config)):
+        config.gpus = gpus
+    return config
+
+
 def save_config(config: RunConfig, path: str | Path) -> None:
     """Write the resolved configuration as YAML that `load_config` reads back; whole file or nothing."""
     target = Path(path)

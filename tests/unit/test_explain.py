@@ -50,7 +50,8 @@ def test_advice_names_only_what_can_still_be_changed() -> None:
     first = memory_advice("train", config)
     assert "data.pack_tokens=131072" in first
     assert "model.recompute=full (now keep_attention)" in first
-    assert "model.offload_activations=true" in first
+    assert first.startswith("model.offload_activations=true")  # what costs least
+    assert first.endswith("data.pack_tokens=131072")
     assert "optimizer.offload=true" in first
     for phase in ("start", "rollout"):
         assert "optimizer.offload=true" in memory_advice(phase, config)

@@ -1,0 +1,84 @@
+"""shortages: what a run on given GPUs is told before its weights are read."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from megalong.config.load import load_config
+from megalong.config.longvila_shape import read_longvila_shape
+from megalong.config.model_shape import ModelShape
+from megalong.config.plan import GIB, plan
+from megalong.config.plan_fit import shortages
+from megalong.config.shapes import SHIPPED_SHAPES
+from megalong.run import warn_of_memory
+
+H200 = 150_754_820_096
+RECIPE = """
+model: {path: no/such/model}
+logger: {run_dir: r}
+data: {train: t.jsonl, max_prompt_tokens: 264000, max_response_tokens: 512, pack_tokens: 268096}
+video: {num_frames: 1024}
+grpo: {batch_size: 1}
+rollout: {engine: vllm, group_size: 8}
+"""
+COLOCATED = ("gpus=4", "parallel.cp=4", "rollout.engine_tp=4", "rollout.placement=colocated")
+AWAKE = (*COLOCATED, "rollout.sleep=false", "rollout.memory_share=0.12")
+TP2 = ("gpus=2", "parallel.tp=2", "parallel.sequence_parallel=true", "rollout.engine_tp=2")
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "r.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def shape() -> ModelShape:
+    return read_longvila_shape(SHIPPED_SHAPES["longvila"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [  # the first four were run on H200s: those that are told of ran out of memory
+        (AWAKE, "no room beside the trainer's peak"),
+        ((*AWAKE, "video.num_frames=512", "data.pack_tokens=136448"), ""),
+        ((*TP2, "rollout.placement=disaggregated"), "a training process takes up to 149."),
+        ((*TP2, "rollout.placement=disaggregated", "video.num_frames=512", "data.pack_tokens=136448"), ""),
+        ((*AWAKE, "model.offload_activations=true"), ""),
+        ((*COLOCATED, "rollout.memory_share=0.3"), ""),  # asleep while the trainer works
+    ],
+)
+def test_what_1024_frames_of_a_7b_have_no_room_for(
+    recipe: Path, shape: ModelShape, overrides: tuple[str, ...], said: str
+) -> None:
+    found = list(shortages(plan(load_config(recipe, overrides), "grpo", shape), card=H200))
+    assert len(found) == bool(said)
+    assert all(said in text for text in found)
+
+
+def test_either_placement_will_do(recipe: Path, shape: ModelShape) -> None:
+    config = load_config(recipe, ("gpus=4", "parallel.cp=4", "rollout.engine_tp=4", "rollout.sleep=false"))
+    planned = plan(config, "grpo", shape)
+    assert len(planned.engine.shares) == 2
+    assert not list(shortages(planned, card=H200))
+    assert len(list(shortages(planned, card=planned.memory_total))) == 0  # an engine elsewhere has such a GPU alone
+    assert len(list(shortages(planned, card=planned.memory_total - 1))) == 1
+    assert "beside" in next(shortages(plan(load_config(recipe, AWAKE), "grpo", shape), card=130 * GIB))
+
+
+def test_a_run_says_it_with_what_to_change(recipe: Path, shape: ModelShape, caplog: pytest.LogCaptureFixture) -> None:
+    by_hand = (*TP2, "rollout.placement=disaggregated", "gpus=0")  # torchrun's number of processes is what counts
+    with caplog.at_level(logging.WARNING):
+        warn_of_memory(load_config(recipe, by_hand), "grpo", shape, world_size=2, card=H200)
+        (message,) = [record.getMessage() for record in caplog.records]
+        caplog.clear()
+        offloads = load_config(recipe, (*by_hand, "model.offload_activations=true"))
+        warn_of_memory(offloads, "grpo", shape, world_size=2, card=H200)
+    assert "takes up to 149." in message
+    assert "of a GPU's 140.4" in message
+    assert "To change: model.offload_activations=true" in message
+    assert not caplog.records
