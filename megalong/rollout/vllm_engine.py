@@ -107,7 +107,7 @@ class VllmEngine:
         return self.weights.version
 
     def load_weights(self, buckets: Iterable[WeightBucket], *, version: int) -> None:
-        """See RolloutEngine. While the engine loads a bucket, the next one is gathered and sent."""
+        """See RolloutEngine. While the engine loads a bucket, the next one is gathered (and by NCCL sent)."""
         self._make_room()
         # On the CPU vLLM keeps packed copies of whole layers (BucketTransfer.start_weight_update).
         update = self.weights.begin(version, again=self.needs_weights, in_parts=bool(self.settings.devices))
@@ -130,6 +130,8 @@ class VllmEngine:
         if not chosen.tensors:
             return
         manifest = manifest_of(chosen.tensors)
+        if self.settings.transport is not Transport.nccl:
+            self._answer_all(sent)  # until then the engine reads the last bucket, where this one goes
         packed = self._room.of(packed_bytes(manifest), device=next(iter(chosen.tensors.values())).device)
         pack_bucket(chosen.tensors, packed)
         sent.checksums.append(chosen.checksums_n)
@@ -138,9 +140,7 @@ class VllmEngine:
         if self.settings.transport is Transport.nccl:
             stream = torch.cuda.current_stream()
             self._together("update", lambda: self._group.broadcast(packed, src=0, stream=stream))
-            self._answer_all(sent, but=1)  # the engine loads it while the next one is gathered
-        else:
-            self._answer_all(sent)  # until then the engine reads the bucket
+            self._answer_all(sent, but=1)
 
     def _answer_all(self, sent: _Sent, *, but: int = 0) -> None:
         while sent.unanswered > but:
