@@ -95,21 +95,20 @@ def sample_groups(run: Run, batches: PromptBatches, *, step: int) -> tuple[list[
     if not grpo.dynamic_sampling:
         return kept, dropped
     kept, dropped = only_with_spread(kept, dropped)
-    rounds = [0] * len(kept)  # which batch of this step each kept group came from
     sampled = 1
     while count_everywhere(run, kept) < grpo.batch_size and sampled < grpo.dynamic_sampling_max_batches:
         # Embeddings of the groups that are left out may make room for the next batch's.
         run.vision.release(keep=[item for scored in kept for item in scored.group.prompt.selections])
         more, lost = only_with_spread(*sample_batch(run, batches, step=step, seen=seen))
-        rounds += [sampled] * len(more)
-        kept, dropped, sampled = [*kept, *more], [*dropped, *lost], sampled + 1
+        kept += [dataclasses.replace(item, round=sampled) for item in more]
+        dropped, sampled = [*dropped, *lost], sampled + 1
     if count_everywhere(run, kept) == 0:
         raise RuntimeError(
             f"step {step}: {sampled} batches of {grpo.batch_size} prompts gave no group with both right and wrong "
             "answers; the data is too easy or too hard for this policy: change data.train, raise "
             "rollout.group_size, or set grpo.dynamic_sampling=false"
         )
-    return trim_to_batch(run, kept, dropped, rounds=rounds)
+    return trim_to_batch(run, kept, dropped)
 
 
 def sample_batch(
@@ -152,37 +151,44 @@ def count_everywhere(run: Run, scored: Sequence[ScoredGroup]) -> int:
 
 
 def trim_to_batch(
-    run: Run, scored: list[ScoredGroup], dropped: list[Dropped], *, rounds: list[int]
+    run: Run, scored: list[ScoredGroup], dropped: list[Dropped]
 ) -> tuple[list[ScoredGroup], list[Dropped]]:
-    """Keep the first grpo.batch_size groups of all replicas; the rest is a counted drop.
-
-    First means by round of sampling, then by place in the global batch: the same groups at any DP size.
-    """
-    everywhere = gather_objects(rounds, group=run.layout.dp)
-    order = sorted((number, rank, index) for rank, part in enumerate(everywhere) for index, number in enumerate(part))
-    chosen = {index for _, rank, index in order[: run.config.grpo.batch_size] if rank == run.layout.dp_rank}
-    extra = [item.group.prompt.sample.sample_id for index, item in enumerate(scored) if index not in chosen]
+    """Keep the first grpo.batch_size groups of all replicas; the rest is a counted drop."""
+    places, size = places_of(run, scored), run.config.grpo.batch_size
+    extra = [item.group.prompt.sample.sample_id for item, place in zip(scored, places, strict=True) if place >= size]
     lost = [Dropped(sample_id=name, stage="group", reason="the refilled batch is full") for name in extra]
-    return [item for index, item in enumerate(scored) if index in chosen], [*dropped, *lost]
+    return [item for item, place in zip(scored, places, strict=True) if place < size], [*dropped, *lost]
+
+
+def places_of(run: Run, scored: Sequence[ScoredGroup]) -> list[int]:
+    """Place of each of this replica's groups among those of all replicas (collective over these).
+
+    By round of sampling, then as the samples came: the same at any DP size.
+    """
+    everywhere = gather_objects([item.round for item in scored], group=run.layout.dp)
+    order = sorted((number, rank, index) for rank, part in enumerate(everywhere) for index, number in enumerate(part))
+    place_of = {index: place for place, (_, rank, index) in enumerate(order) if rank == run.layout.dp_rank}
+    return [place_of[index] for index in range(len(scored))]
 
 
 def pack_updates(run: Run, scored: Sequence[ScoredGroup]) -> list[list[PolicyBatch]]:
     """Packs of each optimizer update of this rollout batch. Advantages see the rewards of all replicas.
 
     Update u takes every group whose place in the global batch leaves the remainder u when divided by the number of
-    updates: the same groups however many replicas share the batch, and as many from each replica. Updates without a
-    group are left out, but for one when there is no group at all.
+    updates: the same groups however many replicas share the batch, and of one round as many from each replica. Updates
+    without a group are left out, but for one when there is no group at all.
     """
     grpo, layout = run.config.grpo, run.layout
     rewards = gather_objects([item.rewards_G for item in scored], group=layout.dp)
     before = sum(len(part) for part in rewards[: layout.dp_rank])
     everyone = [rewards_G for part in rewards for rewards_G in part]
     advantages: list[Tensor] = group_advantages(everyone, kind=grpo.advantage) if everyone else []
+    places = places_of(run, scored)
     updates = []
     for update in range(max(1, min(grpo.updates_per_batch, len(everyone)))):
-        places = [place for place in range(len(scored)) if (before + place) % grpo.updates_per_batch == update]
-        groups = [scored[place].group for place in places]
-        mine = [advantages[before + place] for place in places]
+        chosen = [index for index, place in enumerate(places) if place % grpo.updates_per_batch == update]
+        groups = [scored[index].group for index in chosen]
+        mine = [advantages[before + index] for index in chosen]
         share = run.config.mr_sp.mode.name == "shared_prefix"
         updates.append(pack_rollouts(groups, mine, pack_tokens=run.config.data.pack_tokens, share_prefix=share))
     return updates

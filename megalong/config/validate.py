@@ -304,9 +304,10 @@ def _training_problems(config: RunConfig, task: Task, *, world_size: int) -> Ite
             "model.offload_activations=true moves what recomputation keeps, but model.recompute=none computes nothing "
             "again; set model.recompute=keep_attention or full, or turn the offload off"
         )
-    steps = config.sft.steps if task == "sft" else config.grpo.steps
-    if optimizer.warmup_steps > steps:
-        yield f"optimizer.warmup_steps={optimizer.warmup_steps} is more than {task}.steps={steps}; lower it"
+    steps, updates = (config.sft.steps, 1) if task == "sft" else (config.grpo.steps, config.grpo.updates_per_batch)
+    if optimizer.warmup_steps > steps * updates:  # a step of the optimizer is an update
+        many = f" x grpo.updates_per_batch={updates}" if updates > 1 else ""
+        yield f"optimizer.warmup_steps={optimizer.warmup_steps} is more than {task}.steps={steps}{many}; lower it"
     if optimizer.min_lr > optimizer.lr:
         yield f"optimizer.min_lr={optimizer.min_lr:g} is more than optimizer.lr={optimizer.lr:g}; lower it"
     yield from _batch_problems(config, task, world_size=world_size)

@@ -36,6 +36,8 @@ OPEN_ENDED = "open-ended"
 
 _ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _OPTION = re.compile(r"(?:^|(?<=[\s(]))([A-Z])[.):](?=\s*\S)")
+# Half of a character, as a text that was cut inside an escaped pair ends in: no tokenizer and no file takes it.
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 class ManifestError(ValueError):
@@ -134,6 +136,8 @@ def _text(record: dict[str, Any], name: str, where: str, *, default: str | None 
         return default
     if not isinstance(value, str):
         raise ManifestError(f"{where}: field {name!r} is {_json_type(value)}, expected a string")
+    if half := _SURROGATE.search(value):
+        raise ManifestError(f"{where}: field {name!r} has half of a character, {half[0]!r}, expected valid Unicode")
     if value.strip():
         return value.strip()
     if default is None:
@@ -182,6 +186,8 @@ def _read_paths(record: dict[str, Any], name: str, folder: Path, where: str) -> 
             raise ManifestError(f"{where}: field {name!r} holds {_json_type(path)}, expected paths")
         if not path.strip():
             raise ManifestError(f"{where}: field {name!r} holds an empty path")
+        if "\0" in path or _SURROGATE.search(path):
+            raise ManifestError(f"{where}: field {name!r} holds {path!r}, which is no path: it is not valid text")
     return tuple(str(folder / path.strip()) for path in paths)
 
 

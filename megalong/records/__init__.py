@@ -97,6 +97,7 @@ class ScoredGroup:
     rewards_G: Tensor  # [G] float32, CPU; weighted total
     parts_GK: Tensor  # [G, K] float32, CPU; one column per reward function
     part_names: tuple[str, ...]  # K names
+    round: int = 0  # which batch of its step it was sampled in: dynamic sampling has several
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -49,13 +49,14 @@ def group(name: str, texts: Sequence[str]) -> RolloutGroup:
     )
 
 
-def scored(name: str, accuracies: Sequence[float]) -> ScoredGroup:
+def scored(name: str, accuracies: Sequence[float], *, round: int = 0) -> ScoredGroup:
     column = torch.tensor(accuracies)
     return ScoredGroup(
         group=group(name, [RIGHT if value else WRONG for value in accuracies]),
         rewards_G=column,
         parts_GK=torch.stack((column, torch.ones(len(column))), dim=1),
         part_names=("accuracy", "format"),
+        round=round,
     )
 
 
@@ -149,14 +150,14 @@ def test_only_with_spread_keeps_groups_whose_accuracy_differs() -> None:
 
 
 def test_trim_to_batch_keeps_the_first_groups(layout: object) -> None:
-    items = [scored(name, [1, 0]) for name in "abcd"]
-    kept, dropped = grpo.trim_to_batch(fake_run(layout, config=config(batch_size=3)), items, [], rounds=[0, 0, 1, 1])
+    items = [scored(name, [1, 0], round=number) for name, number in zip("abcd", (0, 0, 1, 1), strict=True)]
+    kept, dropped = grpo.trim_to_batch(fake_run(layout, config=config(batch_size=3)), items, [])
     assert names(kept) == ["a", "b", "c"]
     assert [(drop.sample_id, drop.stage, drop.reason) for drop in dropped] == [
         ("d", "group", "the refilled batch is full")
     ]
     run = fake_run(layout, config=config(batch_size=9))
-    assert grpo.trim_to_batch(run, items, [], rounds=[0, 0, 1, 1]) == (items, [])
+    assert grpo.trim_to_batch(run, items, []) == (items, [])
 
 
 @pytest.mark.parametrize(
@@ -167,8 +168,8 @@ def test_trim_to_batch_takes_round_after_round_over_all_replicas(
 ) -> None:
     monkeypatch.setattr(grpo, "gather_objects", lambda item, group: [[0, 1, 2], [0, 1]])
     run = fake_run(SimpleNamespace(dp=None, dp_rank=rank), config=config(batch_size=3))
-    mine = [scored(name, [1, 0]) for name in ("abx", "cy")[rank]]
-    kept, dropped = grpo.trim_to_batch(run, mine, [], rounds=[[0, 1, 2], [0, 1]][rank])
+    mine = [scored(name, [1, 0], round=number) for number, name in enumerate(("abx", "cy")[rank])]
+    kept, dropped = grpo.trim_to_batch(run, mine, [])
     assert names(kept) == want
     assert len(kept) + len(dropped) == len(mine)
 
@@ -323,6 +324,32 @@ def test_pack_updates_shares_groups_out_and_keeps_their_advantages(layout: objec
     few = grpo.pack_updates(fake_run(layout, config=config(updates_per_batch=4)), items[:2])
     assert [len(update) for update in few] == [1, 1]  # no update without a group ..
     assert grpo.pack_updates(fake_run(layout, config=config(updates_per_batch=2)), []) == [[]]  # .. but for one
+
+
+def test_updates_have_the_same_groups_on_any_number_of_replicas_after_several_rounds(
+    layout: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two replicas hold a first round of three groups and a refill of three."""
+    replicas = [
+        [scored("a", [1, 0]), scored("b", [0, 1]), scored("d", [1, 0], round=1)],
+        [scored("c", [0, 1]), scored("e", [1, 0], round=1), scored("f", [0, 1], round=1)],
+    ]
+    monkeypatch.setattr(grpo, "pack_rollouts", lambda groups, advantages, **_: [
+        (group.prompt.sample.sample_id, of_group.sign().tolist())
+        for group, of_group in zip(groups, advantages, strict=True)
+    ])  # fmt: skip
+    in_order = sorted((item for part in replicas for item in part), key=lambda item: names([item]))
+    alone = grpo.pack_updates(fake_run(layout, config=config(updates_per_batch=2)), in_order)
+    assert alone == [[("a", [1, -1]), ("c", [-1, 1]), ("e", [1, -1])], [("b", [-1, 1]), ("d", [1, -1]), ("f", [-1, 1])]]
+
+    def gather(mine: list, group: object) -> list[list]:
+        get = "round" if isinstance(mine[0], int) else "rewards_G"
+        return [[getattr(item, get) for item in part] for part in replicas]
+
+    monkeypatch.setattr(grpo, "gather_objects", gather)
+    runs = [fake_run(SimpleNamespace(dp=None, dp_rank=rank), config=config(updates_per_batch=2)) for rank in (0, 1)]
+    parts = [grpo.pack_updates(run, part) for run, part in zip(runs, replicas, strict=True)]
+    assert [sorted([*ours, *theirs]) for ours, theirs in zip(*parts, strict=True)] == alone
 
 
 @pytest.mark.parametrize(("updates", "kl_coef"), [(1, 0.0), (1, 0.1), (2, 0.0), (2, 0.1)])

@@ -117,6 +117,11 @@ CASES: list[tuple[Task, list[str], list[str]]] = [
         ["set grpo.updates_per_batch=1"],
     ),
     ("sft", ["optimizer.warmup_steps=101"], ["optimizer.warmup_steps=101 is more than sft.steps=100"]),
+    (
+        "grpo",
+        ["optimizer.warmup_steps=201", "grpo.updates_per_batch=2"],
+        ["optimizer.warmup_steps=201 is more than grpo.steps=100 x grpo.updates_per_batch=2"],
+    ),
     ("sft", ["optimizer.min_lr=1"], ["optimizer.min_lr=1 is more than optimizer.lr=1e-06"]),
     ("sft", ["sft.batch_size=33"], ["make sft.batch_size a multiple of 2"]),
     ("grpo", ["grpo.updates_per_batch=3"], ["grpo.updates_per_batch=3 does not divide grpo.batch_size=32"]),
@@ -216,6 +221,7 @@ def test_a_contradiction_is_named(
         ("eval", ["data.train=???", "optimizer.lr=-1", "sft.batch_size=33", "model.train_llm=false"]),
         ("grpo", ["grpo.advantage=reinforce_pp", "rollout.group_size=1"]),
         ("grpo", ["grpo.kl_coef=0", "eval.manifest=null"]),
+        ("grpo", ["optimizer.warmup_steps=200", "grpo.updates_per_batch=2"]),  # 200 optimizer steps
         ("grpo", ["rollout.steps_off_policy=1", "grpo.tis_cap=2", "grpo.updates_per_batch=2"]),
         # They sample and wait; what else the recipe of a training says does not matter.
         ("eval", ["rollout.steps_off_policy=1", "rollout.engine=embedded"]),

@@ -114,6 +114,10 @@ BAD_LINES = {
     "no problem": (line(problem=...), "field 'problem' is missing, expected a string"),
     "empty problem": (line(problem=" \n"), "field 'problem' is empty, expected a string"),
     "problem not text": (line(problem=3), "field 'problem' is a number, expected a string"),
+    "problem cut inside a character": (
+        line(problem="What is \ud83d"),
+        r"field 'problem' has half of a character, '\ud83d', expected valid Unicode",
+    ),
     "no answer": (line(answer=...), "field 'answer' is missing, expected a string"),
     "null answer": (line(answer=None), "field 'answer' is missing, expected a string"),
     "empty answer": (line(answer=""), "field 'answer' is empty, expected a string"),
@@ -133,6 +137,10 @@ BAD_LINES = {
     ),
     "no videos": (line(videos=...), "field 'videos' is missing, expected a path or a list of paths"),
     "empty video": (line(videos=""), "field 'videos' holds an empty path"),
+    "video with a zero byte": (
+        line(videos=["a.mp4", "b\0.mp4"]),
+        r"field 'videos' holds 'b\x00.mp4', which is no path: it is not valid text",
+    ),
     "image not text": (line(images=["a.png", 3]), "field 'images' holds a number, expected paths"),
     "no images and no videos": (line(images=[], videos=...), "field 'videos' is missing"),
     "video not text": (line(videos=["a.mp4", 3]), "field 'videos' holds a number, expected paths"),
