@@ -71,12 +71,13 @@ class Run:
     def steps(self, total: int) -> Iterator[int]:
         """Numbers of the steps left to do (from 1), with a progress bar on the main process.
 
-        Stops early, after the step in progress, when any process got SIGTERM.
+        Stops early, after the step in progress, when any process got SIGTERM. To be used in heeding_sigterm: behind the
+        last step a checkpoint is written, which a SIGTERM, or a second one, must not end.
         """
         bar = tqdm(
             total=total, initial=self.trainer.step, disable=not self.layout.is_main, unit="step", dynamic_ncols=True
         )
-        with bar, self.heeding_sigterm():
+        with bar:
             while self.trainer.step < total and not self.stop_anywhere():
                 self.step_before = self.trainer.step
                 self.release_videos()

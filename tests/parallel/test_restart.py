@@ -63,6 +63,26 @@ def test_a_run_ended_by_sigterm_saves_and_continues_bit_for_bit(demo: DemoWorld,
     assert saved_steps(resumed) == ["step_00000002", "step_00000006"]
 
 
+@pytest.mark.parametrize(
+    ("task", "overrides", "faults", "saved"),
+    [
+        # A scheduler may tell a process twice, directly and through torchrun.
+        ("sft", SFT, ("sigterm_in_step@2", "sigterm_in_save@2"), 2),
+        ("sft", SFT, ("sigterm_in_save@6",), 6),
+        ("grpo", GRPO, ("sigterm_in_save@4",), 4),
+    ],
+)
+def test_sigterm_while_a_checkpoint_is_written_lets_it_be_written(
+    task: str, overrides: tuple[str, ...], faults: tuple[str, ...], saved: int, demo: DemoWorld, tmp_path: Path
+) -> None:
+    """Also the last one, behind which an evaluation is left out."""
+    run_dir = tmp_path / "run"
+    evaluation = (f"eval.manifest={demo.rl}", "eval.at_end=true")
+    finish(demo, run_dir, task, (*overrides, *evaluation), *faults, size=2)
+    assert saved_steps(run_dir) == [f"step_{saved:08d}"]
+    assert evaluated_steps(run_dir) == []
+
+
 @pytest.mark.parametrize(("task", "overrides"), [("sft", SFT), ("grpo", GRPO)])
 def test_a_run_that_crashed_in_a_step_continues_bit_for_bit(
     task: str, overrides: tuple[str, ...], demo: DemoWorld, runs: Path, tmp_path: Path
