@@ -27,7 +27,7 @@ from megalong.data.manifest import ManifestError, read_manifest
 from megalong.data.sampler import PromptSampler
 from megalong.data.sequence import SequenceBuilder
 from megalong.engine.build import build_model, check_states, family_of
-from megalong.engine.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from megalong.engine.checkpoint import delete_partial, load_checkpoint, load_weights, save_checkpoint
 from megalong.engine.trainer import Trainer
 from megalong.engines import build_engine, check_engines
 from megalong.metrics import PhaseTimer, RunLogger
@@ -276,6 +276,8 @@ def _start(config: RunConfig, *, task: Task, timer: PhaseTimer) -> Run:
         origin = origin_of(config, task)
     else:
         origin = resumed_origin(start, config, task, keeps_reference=keeps_reference)
+    if trains and writes:
+        delete_partial(checkpoint_folder(config))  # before anything is written: the disk may be full of it
     family = family_of(config.model)
     layout = layout_of(config, shape)
     # Another run may save one meanwhile: all ranks take what the first one found.

@@ -119,6 +119,15 @@ def test_a_kill_during_a_save_leaves_the_newest_complete_checkpoint(
     assert history(run_dir) == history(runs / "sft")
 
 
+def test_what_a_killed_save_left_is_gone_when_the_run_starts_again(demo: DemoWorld, runs: Path, tmp_path: Path) -> None:
+    """Not only at the next save: a disk that it fills has no room for the lines of a step."""
+    run_dir = shutil.copytree(runs / "sft_2", tmp_path / "run")
+    crash(demo, run_dir, "sft", (*SFT, "checkpoint.save_every=4"), "crash_half_written@4")
+    assert len(list((run_dir / "checkpoints").glob("*.partial"))) == 1
+    crash(demo, run_dir, "sft", SFT, "crash_in_step@3")
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step_00000002"]
+
+
 def test_a_run_continues_on_other_layouts(demo: DemoWorld, runs: Path, tmp_path: Path) -> None:
     """Two steps alone, then one on each of four layouts: TP2 with sequence parallelism, TP2 x PP2, PP2, DP2."""
     run_dir = shutil.copytree(runs / "sft_2", tmp_path / "run")
