@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import faulthandler
 import os
 import sys
@@ -113,6 +114,12 @@ def explain(
                 f"data.decode_workers={config.data.decode_workers} or data.pack_tokens={config.data.pack_tokens}; "
                 "model.offload_activations and optimizer.offload need host memory, too"
             )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return RunFailedError(
+            f"{place}: {error.strerror}{f': {error.filename}' if error.filename else ''}; free space on the disk of "
+            f"logger.run_dir={config.logger.run_dir}, where metrics and checkpoints go, and start again: training "
+            "continues from its newest checkpoint"
+        )
     for cause in causes:
         if is_of_another_rank(cause):
             first_line = (str(cause).splitlines() or [""])[0]
