@@ -115,10 +115,10 @@ def explain(
                 "model.offload_activations and optimizer.offload need host memory, too"
             )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = error.filename or f"where metrics and checkpoints go, logger.run_dir={config.logger.run_dir}"
         return RunFailedError(
-            f"{place}: {error.strerror}{f': {error.filename}' if error.filename else ''}; free space on the disk of "
-            f"logger.run_dir={config.logger.run_dir}, where metrics and checkpoints go, and start again: training "
-            "continues from its newest checkpoint"
+            f"{place}: {error.strerror}: {where}; free space there and start again: training continues from its newest "
+            "checkpoint"
         )
     for cause in causes:
         if is_of_another_rank(cause):

@@ -40,11 +40,11 @@ def test_a_full_disk_is_no_mistake_in_the_program() -> None:
     """What is written without a name, too; those whose own message says more keep it."""
     config = RunConfig()
     config.logger.run_dir = "runs/one"
-    for file in ((), ("/dev/shm/engine/config.json",)):
+    metrics = "where metrics and checkpoints go, logger.run_dir=runs/one"
+    for where, file in ((metrics, ()), ("/dev/shm/engine/config.json", ("/dev/shm/engine/config.json",))):
         error = OSError(errno.ENOSPC, "No space left on device", *file)
         text = str(explain(error, place="rank 0, phase 'train'", phase="train", config=config))
-        assert text.startswith("rank 0, phase 'train': No space left on device" + "".join(f": {name}" for name in file))
-        assert "logger.run_dir=runs/one" in text
+        assert text.startswith(f"rank 0, phase 'train': No space left on device: {where}; free space there and start")
         own = RolloutEngineError("give the container more shared memory")
         own.__cause__ = error
         assert explain(own, place="rank 0", phase="rollout", config=config) is None

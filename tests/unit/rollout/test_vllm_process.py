@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -178,8 +179,8 @@ def test_a_process_that_dies_in_an_update_leaves_no_weights(make: Make, method: 
 
 def test_a_process_that_does_not_start_leaves_nothing_behind(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     folders: list[str] = []
-    mkdtemp = vllm_engine.tempfile.mkdtemp
-    monkeypatch.setattr(vllm_engine.tempfile, "mkdtemp", lambda **rest: folders.append(mkdtemp(**rest)) or folders[-1])
+    mkdtemp = tempfile.mkdtemp
+    monkeypatch.setattr(tempfile, "mkdtemp", lambda **rest: folders.append(mkdtemp(**rest)) or folders[-1])
     with pytest.raises(RolloutEngineError, match=r"exit code 7\) ended in start\(\)"):
         make("exit", method="start")
     (folder,) = folders
