@@ -92,7 +92,12 @@ class VllmEngine:
         self.media = MediaRoom(
             self._folder, width=self.width, dtype=self.dtype, let_go=lambda: self._call("close_media")
         )
-        write_config(model, self._folder, max_tokens=settings.max_tokens, eos_id=eos_id)
+        try:
+            write_config(model, self._folder, max_tokens=settings.max_tokens, eos_id=eos_id)
+        except OSError as error:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            what = f"cannot be written for the rollout engine ({error.strerror}); free memory there"
+            raise RolloutEngineError(f"{self._folder}: {what}") from error
         self._connection = self._start()
         try:
             self._call("start", folder=str(self._folder), eos_id=eos_id, settings=self._llm_settings())
