@@ -7,7 +7,7 @@ import os
 import random
 import signal
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -276,8 +276,9 @@ def _start(config: RunConfig, *, task: Task, timer: PhaseTimer) -> Run:
         origin = origin_of(config, task)
     else:
         origin = resumed_origin(start, config, task, keeps_reference=keeps_reference)
-    if trains and writes:
-        delete_partial(checkpoint_folder(config))  # before anything is written: the disk may be full of it
+    if trains and writes:  # before anything else is written: the disk may be full of it
+        with suppress(OSError):  # a killed process's writers may still add to it: the next save deletes it then
+            delete_partial(checkpoint_folder(config))
     family = family_of(config.model)
     layout = layout_of(config, shape)
     # Another run may save one meanwhile: all ranks take what the first one found.
