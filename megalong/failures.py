@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import faulthandler
 import os
 import sys
@@ -113,6 +114,12 @@ def explain(
                 f"data.decode_workers={config.data.decode_workers} or data.pack_tokens={config.data.pack_tokens}; "
                 "model.offload_activations and optimizer.offload need host memory, too"
             )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = error.filename or f"where metrics and checkpoints go, logger.run_dir={config.logger.run_dir}"
+        return RunFailedError(
+            f"{place}: {error.strerror}: {where}; free space there and start again: training continues from its newest "
+            "checkpoint"
+        )
     for cause in causes:
         if is_of_another_rank(cause):
             first_line = (str(cause).splitlines() or [""])[0]

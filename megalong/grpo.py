@@ -33,7 +33,7 @@ def train_grpo(config: RunConfig, timer: PhaseTimer | None = None) -> None:
     check_weights(config.reward.weights)
     samples = read_samples(config, manifest=config.data.train, video_dir=config.data.video_dir, thinking_targets=False)
     held_out = eval_samples(config) if config.eval.manifest else []
-    with open_run(config, task="grpo", timer=timer or PhaseTimer()) as run:
+    with open_run(config, task="grpo", timer=timer or PhaseTimer()) as run, run.heeding_sigterm():
         settings = loss_settings(config)  # of a validated config
         batches = PromptBatches(run, samples, batch_size=config.grpo.batch_size)
         total = config.grpo.steps * config.grpo.updates_per_batch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -105,9 +106,7 @@ class RolloutsAhead:
             return self.batches.state_dict()
         with self.run.timer.during("rollout"):
             groups = self.run.sampler.finish(batch.pending)
-        mine = [
-            [group.prompt.sample.sample_id, group.response_ids, group.logprobs, group.truncated] for group in groups
-        ]
+        mine = [[_name_of(group.prompt), group.response_ids, group.logprobs, group.truncated] for group in groups]
         everyone = [row for part in gather_objects(mine, group=self.run.layout.dp) for row in part]
         stored = {"version": batch.pending.version, "groups": everyone}
         # As text: dist_checkpointing walks over lists, number by number.
@@ -133,7 +132,7 @@ class RolloutsAhead:
     def _restored(self, prompts: list[Prompt], stored: dict[str, Any]) -> PendingGroups | None:
         """This replica's share of a checkpoint's rollouts, at any DP size; None when they are of other prompts."""
         run = self.run
-        everywhere = gather_objects([prompt.sample.sample_id for prompt in prompts], group=run.layout.dp)
+        everywhere = gather_objects([_name_of(prompt) for prompt in prompts], group=run.layout.dp)
         names, group_size = [name for part in everywhere for name in part], run.config.rollout.group_size
         rows = stored["groups"]
         if [row[0] for row in rows] != names or any(len(row[1]) != group_size for row in rows):
@@ -154,3 +153,9 @@ class RolloutsAhead:
         version = stored["version"]
         groups = run.sampler.groups_of(prompts, sampled, version=version)
         return PendingGroups(prompts=prompts, version=version, asked=False, groups=groups)
+
+
+def _name_of(prompt: Prompt) -> str:
+    """The sample and what an engine is given of it, wherever its files are."""
+    frames = [(item.frames, item.height, item.width) for item in prompt.selections]
+    return f"{prompt.sample.sample_id}/{zlib.crc32(repr((prompt.ids_P, frames)).encode()):08x}"

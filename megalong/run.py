@@ -8,7 +8,7 @@ import os
 import random
 import signal
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -30,7 +30,7 @@ from megalong.data.manifest import ManifestError, read_manifest
 from megalong.data.sampler import PromptSampler
 from megalong.data.sequence import SequenceBuilder
 from megalong.engine.build import build_model, check_states, family_of
-from megalong.engine.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from megalong.engine.checkpoint import delete_partial, load_checkpoint, load_weights, save_checkpoint
 from megalong.engine.trainer import Trainer
 from megalong.engines import build_engine, check_engines
 from megalong.failures import memory_advice
@@ -77,12 +77,13 @@ class Run:
     def steps(self, total: int) -> Iterator[int]:
         """Numbers of the steps left to do (from 1), with a progress bar on the main process.
 
-        Stops early, after the step in progress, when any process got SIGTERM.
+        Stops early, after the step in progress, when any process got SIGTERM. To be used in heeding_sigterm: behind the
+        last step a checkpoint is written, which a SIGTERM, or a second one, must not end.
         """
         bar = tqdm(
             total=total, initial=self.trainer.step, disable=not self.layout.is_main, unit="step", dynamic_ncols=True
         )
-        with bar, self.heeding_sigterm():
+        with bar:
             while self.trainer.step < total and not self.stop_anywhere():
                 self.step_before = self.trainer.step
                 self.release_videos()
@@ -281,6 +282,9 @@ def _start(config: RunConfig, *, task: Task, timer: PhaseTimer) -> Run:
         origin = origin_of(config, task)
     else:
         origin = resumed_origin(start, config, task, keeps_reference=keeps_reference)
+    if trains and writes:  # before anything else is written: the disk may be full of it
+        with suppress(OSError):  # a killed process's writers may still add to it: the next save deletes it then
+            delete_partial(checkpoint_folder(config))
     family = family_of(config.model)
     layout = layout_of(config, shape)
     # Another run may save one meanwhile: all ranks take what the first one found.

@@ -24,7 +24,7 @@ def train_sft(config: RunConfig, timer: PhaseTimer | None = None) -> None:
     """`megalong sft`: learn the assistant turns of data.train."""
     samples = read_samples(config, manifest=config.data.train, video_dir=config.data.video_dir, thinking_targets=True)
     held_out = eval_samples(config) if config.eval.manifest else []
-    with open_run(config, task="sft", timer=timer or PhaseTimer()) as run:
+    with open_run(config, task="sft", timer=timer or PhaseTimer()) as run, run.heeding_sigterm():
         batches = PromptBatches(run, samples, batch_size=config.sft.batch_size)
         total = config.sft.steps
         if held_out:

@@ -112,6 +112,20 @@ def sigterm_in_step(step: int) -> object:
     return between_backward_and_update(step, lambda: os.kill(os.getpid(), signal.SIGTERM))
 
 
+@contextmanager
+def sigterm_in_save(step: int) -> Iterator[None]:
+    """On the last rank alone, while it writes the checkpoint of step."""
+    save = dist_checkpointing.save
+
+    def write(state: dict, path: str) -> None:
+        if _is_of(path, step) and _is_last_rank():
+            os.kill(os.getpid(), signal.SIGTERM)
+        save(state, path)
+
+    with mock.patch.object(dist_checkpointing, "save", write):
+        yield
+
+
 def sigterm_in_evaluation(step: int) -> object:
     """After `step` steps, on the last rank alone, in the second batch of questions."""
     return _in_evaluation(step, lambda: _is_last_rank() and os.kill(os.getpid(), signal.SIGTERM))
@@ -269,6 +283,7 @@ FAULTS = {
     for function in (
         crash_in_step,
         sigterm_in_step,
+        sigterm_in_save,
         sigterm_in_evaluation,
         crash_in_evaluation,
         kill_last_rank_in_step,

@@ -24,6 +24,11 @@ def vllm_problems(config: RunConfig, *, training: bool, world_size: int, model: 
             f"rollout.{cut[0]}={getattr(rollout, cut[0])}: vLLM reports log-probabilities either at temperature 1 or "
             "after the cut, and the trainer's are at the temperature and before it; change one of the two"
         )
+    if rollout.prefill_tokens < rollout.max_sequences:
+        yield (
+            f"{takes_vllm(config)}: a step of rollout.prefill_tokens={rollout.prefill_tokens} tokens has none for each "
+            f"of rollout.max_sequences={rollout.max_sequences} responses; raise the one or lower the other"
+        )
     problems = [*head_problems(model, key="rollout.engine_tp", size=rollout.engine_tp)]
     if rollout.placement is EnginePlacement.colocated:
         problems += colocated_problems(rollout, parallel, world_size=world_size)

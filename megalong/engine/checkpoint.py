@@ -55,8 +55,7 @@ def save_checkpoint(folder: Path, trainer: Trainer, *, extra: dict[str, Any], ke
     final = folder / f"step_{trainer.step:08d}"
     partial = folder / f"{final.name}.partial"
     if trainer.layout.is_main:
-        for leftover in folder.glob("*.partial"):
-            shutil.rmtree(leftover)
+        delete_partial(folder)
         if not final.exists():
             partial.mkdir(parents=True)
     dist.barrier()
@@ -75,6 +74,12 @@ def save_checkpoint(folder: Path, trainer: Trainer, *, extra: dict[str, Any], ke
             _delete(old)
     dist.barrier()
     return final
+
+
+def delete_partial(folder: Path) -> None:
+    """Delete what saves that failed or were killed have left: it may be what fills the disk."""
+    for leftover in folder.glob("*.partial"):
+        shutil.rmtree(leftover)
 
 
 def newest_checkpoint(path: Path) -> Path:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +18,8 @@ from torch.multiprocessing.reductions import reduce_tensor
 from megalong.parallel.host_tensors import pin, unpin
 from megalong.rollout.engine import RolloutEngineError
 from megalong.rollout.transfer import Transport
+
+_PREFIX, _OWNER = "megalong-engine-", "owner"
 
 
 class BucketRoom:
@@ -134,6 +139,25 @@ def shared_tensor(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Ten
     return torch.from_file(str(path), shared=True, size=num_bytes // dtype.itemsize, dtype=dtype).view(shape)
 
 
-def memory_folder() -> str | None:
+def engine_folder() -> tuple[Path, IO[str]]:
+    """A new folder in memory and what keeps it the caller's until it is closed.
+
+    Folders that are nobody's any more are deleted: a trainer and an engine that were killed at once, as by a scheduler
+    or a system out of memory, could not. Locks, not process ids: containers may share the memory, and count their own.
+    """
+    parent = memory_folder()
+    for owner in parent.glob(f"{_PREFIX}*/{_OWNER}"):
+        with suppress(OSError), owner.open() as file:  # another user's, or one that is deleted just now
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(owner.parent)
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+    held = (folder / "new").open("w")
+    with suppress(OSError):  # a file system without locks: nobody else gets one there
+        fcntl.flock(held, fcntl.LOCK_EX)
+    os.rename(folder / "new", folder / _OWNER)  # which is never seen without its lock
+    return folder, held
+
+
+def memory_folder() -> Path:
     """A folder in memory, where the system has one."""
-    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    return Path("/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir())

@@ -8,7 +8,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -26,7 +25,7 @@ from transformers import PreTrainedModel
 from megalong.records import WeightBucket
 from megalong.rollout.engine import Request, RolloutEngineError, Sampled, Sampling
 from megalong.rollout.process_group import end_group
-from megalong.rollout.shared_memory import BucketRoom, MediaRoom, memory_folder
+from megalong.rollout.shared_memory import BucketRoom, MediaRoom, engine_folder
 from megalong.rollout.transfer import Transport, manifest_of, pack_bucket, packed_bytes
 from megalong.rollout.vllm_model import write_config
 from megalong.rollout.weight_check import Update, WeightCheck
@@ -88,12 +87,17 @@ class VllmEngine:
         self._begun: Any = None  # requests, from begin() to finish()
         self._group: Any = None  # of NCCL, with the engine's workers
         self._answers: list[Any] = []  # results that came while a collective was under way
-        self._folder = Path(tempfile.mkdtemp(prefix="megalong-engine-", dir=memory_folder()))
+        self._folder, self._held = engine_folder()
         self._room = BucketRoom(settings.transport, self._folder)
         self.media = MediaRoom(
             self._folder, width=self.width, dtype=self.dtype, let_go=lambda: self._call("close_media")
         )
-        write_config(model, self._folder, max_tokens=settings.max_tokens, eos_id=eos_id)
+        try:
+            write_config(model, self._folder, max_tokens=settings.max_tokens, eos_id=eos_id)
+        except OSError as error:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            what = f"cannot be written for the rollout engine ({error.strerror}); free memory there"
+            raise RolloutEngineError(f"{self._folder}: {what}") from error
         self._connection = self._start()
         try:
             self._call("start", folder=str(self._folder), eos_id=eos_id, settings=self._llm_settings())
@@ -222,6 +226,7 @@ class VllmEngine:
         except subprocess.TimeoutExpired:
             self._kill()
         shutil.rmtree(self._folder, ignore_errors=True)
+        self._held.close()
 
     def _check(self, request: Request, *, group_size: int) -> None:
         request.check(group_size=group_size)

@@ -63,6 +63,26 @@ def test_a_run_ended_by_sigterm_saves_and_continues_bit_for_bit(demo: DemoWorld,
     assert saved_steps(resumed) == ["step_00000002", "step_00000006"]
 
 
+@pytest.mark.parametrize(
+    ("task", "overrides", "faults", "saved"),
+    [
+        # A scheduler may tell a process twice, directly and through torchrun.
+        ("sft", SFT, ("sigterm_in_step@2", "sigterm_in_save@2"), 2),
+        ("sft", SFT, ("sigterm_in_save@6",), 6),
+        ("grpo", GRPO, ("sigterm_in_save@4",), 4),
+    ],
+)
+def test_sigterm_while_a_checkpoint_is_written_lets_it_be_written(
+    task: str, overrides: tuple[str, ...], faults: tuple[str, ...], saved: int, demo: DemoWorld, tmp_path: Path
+) -> None:
+    """Also the last one, behind which an evaluation is left out."""
+    run_dir = tmp_path / "run"
+    evaluation = (f"eval.manifest={demo.rl}", "eval.at_end=true")
+    finish(demo, run_dir, task, (*overrides, *evaluation), *faults, size=2)
+    assert saved_steps(run_dir) == [f"step_{saved:08d}"]
+    assert evaluated_steps(run_dir) == []
+
+
 @pytest.mark.parametrize(("task", "overrides"), [("sft", SFT), ("grpo", GRPO)])
 def test_a_run_that_crashed_in_a_step_continues_bit_for_bit(
     task: str, overrides: tuple[str, ...], demo: DemoWorld, runs: Path, tmp_path: Path
@@ -97,6 +117,15 @@ def test_a_kill_during_a_save_leaves_the_newest_complete_checkpoint(
     assert len(list((run_dir / "checkpoints").glob("*.partial"))) == 1
     finish(demo, run_dir, "sft", SFT, "no_checkpoints")
     assert history(run_dir) == history(runs / "sft")
+
+
+def test_what_a_killed_save_left_is_gone_when_the_run_starts_again(demo: DemoWorld, runs: Path, tmp_path: Path) -> None:
+    """Not only at the next save: a disk that it fills has no room for the lines of a step."""
+    run_dir = shutil.copytree(runs / "sft_2", tmp_path / "run")
+    crash(demo, run_dir, "sft", (*SFT, "checkpoint.save_every=4"), "crash_half_written@4")
+    assert len(list((run_dir / "checkpoints").glob("*.partial"))) == 1
+    crash(demo, run_dir, "sft", SFT, "crash_in_step@3")
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step_00000002"]
 
 
 def test_a_run_continues_on_other_layouts(demo: DemoWorld, runs: Path, tmp_path: Path) -> None:

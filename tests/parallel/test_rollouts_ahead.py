@@ -331,7 +331,9 @@ def test_rollouts_of_a_checkpoint_on_other_layouts_and_settings(
     on_policy = resumed("on_policy", CAP)
     assert [row["policy_lag"] for row in on_policy] == [0, 1, 0, 0]
     assert sampled_ids(tmp_path / "on_policy") == sampled_ids(ahead[0])
-    # Rollouts that do not fit are said to be sampled anew.
+    # Rollouts that do not fit are said to be sampled anew: the same questions about other frames are other prompts.
+    frames = resumed("frames", *AHEAD, "video.num_frames=4")
+    assert [row["policy_lag"] for row in frames] == [0, 1, 0, 1]
     other = resumed("group", *AHEAD, "rollout.group_size=3")
     assert [row["policy_lag"] for row in other] == [0, 1, 0, 1]
     assert sampled_ids(tmp_path / "group") == sampled_ids(ahead[0])

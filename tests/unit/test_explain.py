@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from megalong.config.tree import Recompute, RunConfig
 from megalong.failures import OtherRankError, explain, memory_advice
+from megalong.rollout.engine import RolloutEngineError
 
 OF_ANOTHER_RANK = (
     RuntimeError("[/x/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1"),
@@ -31,6 +34,20 @@ def test_errors_of_another_rank(error: Exception) -> None:
 @pytest.mark.parametrize("error", OWN, ids=str)
 def test_errors_of_the_program_keep_their_traceback(error: Exception) -> None:
     assert explain(error, place="rank 0", phase="train", config=RunConfig()) is None
+
+
+def test_a_full_disk_is_no_mistake_in_the_program() -> None:
+    """What is written without a name, too; those whose own message says more keep it."""
+    config = RunConfig()
+    config.logger.run_dir = "runs/one"
+    metrics = "where metrics and checkpoints go, logger.run_dir=runs/one"
+    for where, file in ((metrics, ()), ("/dev/shm/engine/config.json", ("/dev/shm/engine/config.json",))):
+        error = OSError(errno.ENOSPC, "No space left on device", *file)
+        text = str(explain(error, place="rank 0, phase 'train'", phase="train", config=config))
+        assert text.startswith(f"rank 0, phase 'train': No space left on device: {where}; free space there and start")
+        own = RolloutEngineError("give the container more shared memory")
+        own.__cause__ = error
+        assert explain(own, place="rank 0", phase="rollout", config=config) is None
 
 
 def test_the_cause_counts_and_memory_before_the_collective_it_broke() -> None:

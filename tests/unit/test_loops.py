@@ -535,11 +535,13 @@ def test_run_steps_stop_after_the_step_in_progress_on_sigterm(layout: object) ->
         vision=SimpleNamespace(release=lambda *, keep: released.append((len(seen), keep))), origin=None, resumed={},
     )  # fmt: skip
     before = signal.getsignal(signal.SIGTERM)
-    for step in run.steps(9):
-        seen.append(step)
-        trainer.step += 1
-        if step == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
+    with run.heeding_sigterm():
+        for step in run.steps(9):
+            seen.append(step)
+            trainer.step += 1
+            if step == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # while the last checkpoint is written
     assert seen == [4, 5]
     assert released == [(0, []), (1, [])], "each step starts without the videos of the one before"
     assert signal.getsignal(signal.SIGTERM) is before

@@ -180,6 +180,11 @@ CASES: list[tuple[Task, list[str], list[str]]] = [
         ["rollout.engine=vllm", "rollout.temperature=0.7", "rollout.top_p=0.9"],
         ["rollout.engine=vllm, with rollout.temperature=0.7 and rollout.top_p=0.9"],
     ),
+    (
+        "grpo",
+        ["rollout.engine=vllm", "rollout.prefill_tokens=255"],
+        ["a step of rollout.prefill_tokens=255 tokens has none for each of rollout.max_sequences=256 responses"],
+    ),
     ("sft", ["rollout.engine=vllm", "rollout.engine_tp=0"], ["rollout.engine_tp=0 must be at least 1"]),
     ("eval", ["eval.manifest=null"], ["megalong eval needs a manifest"]),
     ("sft", ["eval.manifest=null", "eval.at_end=true"], ["eval.at_end=true needs a manifest"]),
@@ -227,6 +232,7 @@ def test_a_contradiction_is_named(
         ("eval", ["rollout.steps_off_policy=1", "rollout.engine=embedded"]),
         ("check-sync", ["rollout.steps_off_policy=1", "rollout.placement=colocated"]),
         ("grpo", ["rollout.engine_tp=3", "rollout.engine=embedded"]),
+        ("grpo", ["rollout.engine=vllm", "rollout.prefill_tokens=256"]),
         # An evaluation reads no log-probabilities.
         ("eval", ["rollout.engine=vllm", "rollout.temperature=0.7", "rollout.top_p=0.9", "rollout.engine_tp=2"]),
         ("eval", ["model.attention=te"]),

@@ -17,6 +17,7 @@ import torch
 from engines import HAS_VLLM
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from megalong.rollout import shared_memory
 from megalong.rollout.engine import RolloutEngineError
 from megalong.rollout.shared_memory import BucketRoom, MediaRoom, shared_tensor
 from megalong.rollout.transfer import Transport
@@ -29,6 +30,36 @@ command = [sys.executable, "-m", "megalong.rollout.vllm_server", fd, str(os.getp
 print(subprocess.Popen(command, pass_fds=[int(fd)], start_new_session=True).pid, flush=True)
 time.sleep(600)
 """
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from megalong.rollout import shared_memory
+shared_memory.memory_folder = lambda: Path(sys.argv[1])
+folder, held = shared_memory.engine_folder()
+(folder / "media1").write_bytes(bytes(1000))
+print(folder, flush=True)
+time.sleep(600)
+"""
+
+
+def test_what_was_left_by_a_trainer_and_an_engine_that_were_killed_at_once_is_deleted_by_the_next_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_memory, "memory_folder", lambda: tmp_path)
+    (tmp_path / "megalong-engine-of-old").mkdir()  # nobody says whose it is
+    other = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        folder = Path(other.stdout.readline().strip())
+        mine, held = shared_memory.engine_folder()
+        assert folder.is_dir()
+    finally:
+        other.kill()
+        other.wait()
+    again, held_again = shared_memory.engine_folder()
+    assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "megalong-engine-of-old", mine, again])
+    held.close()
+    held_again.close()
 
 
 def test_a_shared_tensor_is_the_file(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
+import tempfile
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -20,7 +22,7 @@ from engines import make_request
 from megalong.config.tree import ModelConfig
 from megalong.engine.build import family_of
 from megalong.records import WeightBucket
-from megalong.rollout import vllm_engine
+from megalong.rollout import shared_memory, vllm_engine
 from megalong.rollout.engine import RolloutEngineError, Sampling
 from megalong.rollout.transfer import Transport
 from megalong.rollout.vllm_engine import VllmEngine, VllmSettings
@@ -178,12 +180,23 @@ def test_a_process_that_dies_in_an_update_leaves_no_weights(make: Make, method: 
 
 def test_a_process_that_does_not_start_leaves_nothing_behind(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     folders: list[str] = []
-    mkdtemp = vllm_engine.tempfile.mkdtemp
-    monkeypatch.setattr(vllm_engine.tempfile, "mkdtemp", lambda **rest: folders.append(mkdtemp(**rest)) or folders[-1])
+    mkdtemp = tempfile.mkdtemp
+    monkeypatch.setattr(tempfile, "mkdtemp", lambda **rest: folders.append(mkdtemp(**rest)) or folders[-1])
     with pytest.raises(RolloutEngineError, match=r"exit code 7\) ended in start\(\)"):
         make("exit", method="start")
     (folder,) = folders
     assert not os.path.exists(folder)
+
+
+def test_a_full_memory_folder_is_named(make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(*_: object, **settings: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shared_memory, "memory_folder", lambda: tmp_path)
+    monkeypatch.setattr(vllm_engine, "write_config", full)
+    with pytest.raises(RolloutEngineError, match=rf"{tmp_path}/megalong-engine-\w+: cannot be written .*No space left"):
+        make("")
+    assert list(tmp_path.glob("megalong-engine-*")) == []
 
 
 # ---- collectives that the engine's workers take part in, over NCCL: tried with other things that wait
