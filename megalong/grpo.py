@@ -23,7 +23,7 @@ from megalong.records import Dropped, PolicyBatch, RolloutGroup, ScoredGroup, St
 from megalong.rewards.functions import check_weights
 from megalong.rewards.score import score_groups
 from megalong.rollouts import RolloutsAhead, begin_rollouts
-from megalong.run import PromptBatches, Run, open_run, read_samples
+from megalong.run import PromptBatches, Run, checked_shape, open_run, read_samples
 from megalong.sft import log_step
 from megalong.timeline import plot_timeline
 
@@ -31,6 +31,7 @@ from megalong.timeline import plot_timeline
 def train_grpo(config: RunConfig, timer: PhaseTimer | None = None) -> None:
     """`megalong grpo`: reinforcement learning on data.train with verifiable rewards."""
     check_weights(config.reward.weights)
+    checked_shape(config, task="grpo")
     samples = read_samples(config, manifest=config.data.train, video_dir=config.data.video_dir, thinking_targets=False)
     held_out = eval_samples(config) if config.eval.manifest else []
     with open_run(config, task="grpo", timer=timer or PhaseTimer()) as run:

@@ -253,6 +253,13 @@ def read_samples(config: RunConfig, *, manifest: str, video_dir: str | None, thi
     return samples
 
 
+def checked_shape(config: RunConfig, *, task: Task) -> ModelShape:
+    """The model's sizes, after the configuration was checked against them: before a manifest is read, too."""
+    shape = read_model_shape(config.model.path, family=config.model.family, video=config.video)
+    validate(config, task=task, world_size=int(os.environ.get("WORLD_SIZE", "1")), model=shape)
+    return shape
+
+
 def open_run(config: RunConfig, *, task: Task, timer: PhaseTimer) -> Run:
     """Check the configuration, join the other processes, build the model, load or resume (collective)."""
     with timer.during("start"):
@@ -260,11 +267,9 @@ def open_run(config: RunConfig, *, task: Task, timer: PhaseTimer) -> Run:
 
 
 def _start(config: RunConfig, *, task: Task, timer: PhaseTimer) -> Run:
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    shape = read_model_shape(config.model.path, family=config.model.family, video=config.video)
-    validate(config, task=task, world_size=world_size, model=shape)
+    shape = checked_shape(config, task=task)
     check_store(config)
-    check_engines(config, task=task, world_size=world_size, shape=shape)
+    check_engines(config, task=task, world_size=int(os.environ.get("WORLD_SIZE", "1")), shape=shape)
     trains = task in TRAINING
     # A check leaves the folder of the run that it checks as it is.
     writes = task != "check-sync" and os.environ.get("RANK", "0") == "0"

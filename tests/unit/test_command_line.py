@@ -218,6 +218,24 @@ def test_manifest_that_is_not_there(recipe: Path, capsys: pytest.CaptureFixture[
     assert "gone.jsonl: no such file" in failure(capsys, "grpo", str(recipe), "data.train=gone.jsonl")
 
 
+@pytest.mark.parametrize(
+    ("verb", "key"), [("sft", "data.train"), ("grpo", "data.train"), ("eval", "eval.manifest")], ids=str
+)
+def test_no_manifest_at_all(recipe: Path, capsys: pytest.CaptureFixture[str], verb: str, key: str) -> None:
+    recipe.write_text(recipe.read_text().replace(f"train: {recipe.parent}/train.jsonl, ", ""))
+    line = failure(capsys, verb, str(recipe))
+    assert "needs a manifest to" in line
+    assert line.endswith(f": set {key}")
+
+
+def test_the_configuration_is_checked_before_a_manifest_is_read(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for verb, bad in (("sft", "sft.steps=0"), ("grpo", "grpo.steps=0"), ("eval", "eval.num_samples=0")):
+        manifests = ["data.train=gone.jsonl", "eval.manifest=gone.jsonl"]
+        assert f"{bad} must be at least 1" in failure(capsys, verb, str(recipe), *manifests, bad)
+
+
 def test_chain_of_thought_needs_reasoning(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = failure(capsys, "sft", str(recipe), "data.thinking=true")
     assert "1 of 1 samples have no reasoning (first: '1')" in line
