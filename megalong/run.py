@@ -30,7 +30,7 @@ from megalong.engine.build import build_model, check_states, family_of
 from megalong.engine.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from megalong.engine.trainer import Trainer
 from megalong.engines import build_engine, check_engines
-from megalong.metrics import PhaseTimer, RunLogger
+from megalong.metrics import PhaseTimer, RunLogger, open_wandb
 from megalong.models.errors import CheckpointError
 from megalong.parallel.collectives import broadcast_object, gather_objects, max_over, sum_over
 from megalong.parallel.layout import ParallelLayout, make_layout
@@ -280,6 +280,9 @@ def _start(config: RunConfig, *, task: Task, timer: PhaseTimer) -> Run:
         origin = origin_of(config, task)
     else:
         origin = resumed_origin(start, config, task, keeps_reference=keeps_reference)
+    wandb_run = None
+    if writes and config.logger.wandb:  # before the model: without a login the run ends here
+        wandb_run = open_wandb(Path(config.logger.run_dir), project=config.logger.wandb_project, config=config)
     family = family_of(config.model)
     layout = layout_of(config, shape)
     # Another run may save one meanwhile: all ranks take what the first one found.
@@ -334,8 +337,7 @@ def _start(config: RunConfig, *, task: Task, timer: PhaseTimer) -> Run:
         logger=RunLogger(
             config.logger.run_dir,
             tensorboard=config.logger.tensorboard,
-            wandb=config.logger.wandb,
-            wandb_project=config.logger.wandb_project,
+            wandb_run=wandb_run,
             config=config,
             is_main=writes,
             resume_step=trainer.step,

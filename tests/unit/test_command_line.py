@@ -236,6 +236,26 @@ def test_the_configuration_is_checked_before_a_manifest_is_read(
         assert f"{bad} must be at least 1" in failure(capsys, verb, str(recipe), *manifests, bad)
 
 
+def test_wandb_refuses_before_anything_is_built(
+    recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = pytest.importorskip("wandb")
+
+    def refuse(**_: object) -> None:
+        raise wandb.UsageError("No API key configured.")
+
+    def build(*_: object, **__: object) -> None:
+        pytest.fail("the model is built, or other processes are waited for, before W&B was asked")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    monkeypatch.setattr("megalong.run.make_layout", build)
+    monkeypatch.setattr("megalong.run.build_model", build)
+    for verb in ("sft", "grpo", "eval"):
+        places = [f"eval.manifest={recipe.parent}/train.jsonl", f"logger.run_dir={recipe.parent}/{verb}"]
+        line = failure(capsys, verb, str(recipe), "logger.wandb=true", *places)
+        assert "logger.wandb=true, but W&B does not start the run (No API key configured.)" in line
+
+
 def test_chain_of_thought_needs_reasoning(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = failure(capsys, "sft", str(recipe), "data.thinking=true")
     assert "1 of 1 samples have no reasoning (first: '1')" in line
