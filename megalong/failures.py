@@ -18,6 +18,7 @@ from megalong.config.errors import ConfigError
 from megalong.config.tree import Recompute, RunConfig
 from megalong.data.manifest import ManifestError
 from megalong.data.video_process import DecoderProcessError
+from megalong.engine.trainer import TooManySkippedStepsError
 from megalong.metrics import PhaseTimer
 from megalong.models.errors import CheckpointError
 from megalong.rollout.engine import RolloutEngineError, WeightSyncError
@@ -37,9 +38,9 @@ for all errors."""
 
 MISTAKES = (
     ConfigError, ManifestError, CheckpointError, EmbeddingCacheError, FileNotFoundError, RolloutEngineError,
-    WeightSyncError, DecoderProcessError,
+    WeightSyncError, DecoderProcessError, TooManySkippedStepsError,
 )  # fmt: skip
-"""Errors about what the user gave, and of the processes beside this one: their message says it all."""
+"""Errors about what the user gave, what came of it, and of the processes beside this one: their message says it all."""
 
 
 class RunFailedError(RuntimeError):

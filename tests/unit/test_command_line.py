@@ -256,6 +256,23 @@ def test_wandb_refuses_before_anything_is_built(
         assert "logger.wandb=true, but W&B does not start the run (No API key configured.)" in line
 
 
+def test_a_run_whose_videos_are_all_elsewhere_says_where_it_looked(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (recipe.parent / "train.jsonl").write_text(json.dumps({**LINE, "videos": ["gone.mp4"]}) + "\n")
+    code = (
+        "import sys; from megalong.__main__ import main; "
+        "sys.exit(main(['sft', sys.argv[1], 'sft.steps=9', 'optimizer.max_skipped_in_a_row=2']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(recipe)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "gone.mp4" in done.stdout
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("megalong sft: step 2, skipped as 2 in a row: every sample was dropped, dropped.jsonl of")
+    assert "relative video paths start from data.video_dir" in last
+
+
 def test_chain_of_thought_needs_reasoning(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = failure(capsys, "sft", str(recipe), "data.thinking=true")
     assert "1 of 1 samples have no reasoning (first: '1')" in line
