@@ -256,21 +256,33 @@ def test_wandb_refuses_before_anything_is_built(
         assert "logger.wandb=true, but W&B does not start the run (No API key configured.)" in line
 
 
-def test_a_run_whose_videos_are_all_elsewhere_says_where_it_looked(
-    recipe: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+ELSEWHERE = {
+    "sft": (
+        ["sft.steps=9", "optimizer.max_skipped_in_a_row=2"],
+        "step 2, skipped as 2 in a row: every sample was dropped, dropped.jsonl of the run folder says why; relative "
+        "video paths start from data.video_dir",
+    ),
+    "grpo": (
+        ["grpo.dynamic_sampling=true", "grpo.dynamic_sampling_max_batches=2"],
+        "step 1: 2 batches of 1 prompts gave no group with both right and wrong answers, dropped.jsonl of the run "
+        "folder says why; where samples cannot be used, look at data.video_dir",
+    ),
+}
+
+
+@pytest.mark.parametrize("verb", ELSEWHERE)
+def test_a_run_whose_videos_are_all_elsewhere_says_where_it_looked(recipe: Path, verb: str) -> None:
+    overrides, message = ELSEWHERE[verb]
     (recipe.parent / "train.jsonl").write_text(json.dumps({**LINE, "videos": ["gone.mp4"]}) + "\n")
-    code = (
-        "import sys; from megalong.__main__ import main; "
-        "sys.exit(main(['sft', sys.argv[1], 'sft.steps=9', 'optimizer.max_skipped_in_a_row=2']))"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(recipe)], capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-m", "megalong", verb, str(recipe), *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert "gone.mp4" in done.stdout
-    last = done.stderr.splitlines()[-1]
-    assert last.startswith("megalong sft: step 2, skipped as 2 in a row: every sample was dropped, dropped.jsonl of")
-    assert "relative video paths start from data.video_dir" in last
+    assert done.stderr.splitlines()[-1].startswith(f"megalong {verb}: {message}")
+    rows = [json.loads(line) for line in (recipe.parent / "run" / "dropped.jsonl").read_text().splitlines()]
+    assert rows
+    assert all("gone.mp4" in row["reason"] for row in rows)
 
 
 def test_chain_of_thought_needs_reasoning(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
