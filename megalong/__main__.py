@@ -17,8 +17,10 @@ RECIPE_VERBS = {
     "plan": "print the resolved config, layout, tokens per prompt and memory per GPU; needs no GPU",
 }
 
-FAILURES = ("RunFailedError", "RolloutEngineError", "WeightSyncError", "DecoderProcessError")
-"""Errors of the machine, of the rollout engine or of the decoding process, by name as in _is."""
+FAILURES = (
+    "RunFailedError", "RolloutEngineError", "WeightSyncError", "DecoderProcessError", "TooManySkippedStepsError",
+)  # fmt: skip
+"""Errors of the machine, of the rollout engine, of the decoding process or of the steps, by name as in _is."""
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,9 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megalong.config.shapes import read_model_shape
 from megalong.config.tree import RunConfig
-from megalong.config.validate import validate
 from megalong.engine.build import build_encoder, family_of
 from megalong.engine.checkpoint import load_encoder_weights, newest_checkpoint
 from megalong.evaluating import eval_samples
@@ -22,7 +19,7 @@ from megalong.metrics import DROPPED_FILE, PhaseTimer
 from megalong.parallel.collectives import gather_objects
 from megalong.parallel.layout import ParallelLayout, make_layout
 from megalong.records import Dropped, FrameSelection, Sample
-from megalong.run import read_samples
+from megalong.run import checked_shape, read_samples
 from megalong.videos import check_store, frame_chooser, open_vision
 from megalong.vision.encode import VisionStage
 
@@ -56,9 +53,7 @@ def cache_embeddings(config: RunConfig, timer: PhaseTimer | None = None) -> Fill
     <video.cache_dir>/dropped.jsonl. Returns the totals of all processes.
     """
     started, since = time.perf_counter(), time.time()
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    shape = read_model_shape(config.model.path, family=config.model.family, video=config.video)
-    validate(config, task="cache-embeddings", world_size=world_size, model=shape)
+    checked_shape(config, task="cache-embeddings")
     samples = read_samples(config, manifest=config.data.train, video_dir=config.data.video_dir, thinking_targets=False)
     samples += eval_samples(config) if config.eval.manifest else []
     check_store(config)

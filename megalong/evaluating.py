@@ -24,7 +24,7 @@ from megalong.parallel.collectives import broadcast_object, gather_objects
 from megalong.parallel.split import shard_range
 from megalong.records import Dropped, RolloutGroup, Sample
 from megalong.rollout.engine import Sampling
-from megalong.run import Run, make_ready, open_run, owned_embeddings, plan_prompts, read_samples
+from megalong.run import Run, checked_shape, make_ready, open_run, owned_embeddings, plan_prompts, read_samples
 
 
 @dataclass(kw_only=True, slots=True)
@@ -43,6 +43,7 @@ def evaluate(config: RunConfig, timer: PhaseTimer | None = None) -> EvalReport:
     <logger.run_dir>/eval/<name of the manifest>: the folder may be a training run's. Raises ManifestError when
     no question's videos can be read, RunFailedError at SIGTERM; there is no report then.
     """
+    checked_shape(config, task="eval")
     samples = eval_samples(config)
     run_dir = Path(config.logger.run_dir) / "eval" / Path(str(config.eval.manifest)).stem
     checkpoint = newest_checkpoint(Path(config.model.init_from)) if config.model.init_from else None

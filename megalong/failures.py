@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import faulthandler
+import logging
 import os
 import sys
 import time
@@ -16,16 +17,23 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from megalong.config.errors import ConfigError
+from megalong.config.load import with_gpus
+from megalong.config.model_shape import ModelShape
+from megalong.config.plan import GIB, plan
+from megalong.config.plan_fit import shortages
 from megalong.config.tree import Recompute, RunConfig
+from megalong.config.validate import Task
 from megalong.data.manifest import ManifestError
 from megalong.data.video_process import DecoderProcessError
+from megalong.engine.trainer import TooManySkippedStepsError
 from megalong.metrics import PhaseTimer
 from megalong.models.errors import CheckpointError
 from megalong.rollout.engine import RolloutEngineError, WeightSyncError
 from megalong.vision.disk import EmbeddingCacheError
 from megalong.watchdog import Watchdog
 
-GIB = 1 << 30
+logger = logging.getLogger(__name__)
+
 PAUSE_SECONDS = 2.0
 """How long a rank that lost another one waits before it ends: torchrun looks every 0.1 s, and reports the rank that it
 sees ending first as the cause."""
@@ -38,9 +46,9 @@ for all errors."""
 
 MISTAKES = (
     ConfigError, ManifestError, CheckpointError, EmbeddingCacheError, FileNotFoundError, RolloutEngineError,
-    WeightSyncError, DecoderProcessError,
+    WeightSyncError, DecoderProcessError, TooManySkippedStepsError,
 )  # fmt: skip
-"""Errors about what the user gave, and of the processes beside this one: their message says it all."""
+"""Errors about what the user gave, what came of it, and of the processes beside this one: their message says it all."""
 
 
 class RunFailedError(RuntimeError):
@@ -184,6 +192,19 @@ def memory_advice(phase: str, config: RunConfig, *, trains: bool = True) -> str:
     if model.recompute is not Recompute.full:
         changes.append(f"model.recompute=full (now {model.recompute.name})")
     return ", ".join([*changes, f"lower data.pack_tokens={config.data.pack_tokens}"])
+
+
+def warn_of_memory(config: RunConfig, task: Task, shape: ModelShape, *, world_size: int, card: int) -> None:
+    """Say before the weights are read what GPUs of `card` bytes are not expected to have room for.
+
+    No error: what `megalong plan` says is an upper estimate, up to a tenth too high.
+    """
+    for what in shortages(plan(with_gpus(config, world_size), task, shape), card=card):
+        logger.warning(
+            "this run may not fit, an upper estimate says (`megalong plan` has its parts): %s. To change: %s",
+            what,
+            memory_advice("train", config),
+        )
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

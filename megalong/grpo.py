@@ -14,6 +14,7 @@ from megalong.config.tree import RunConfig
 from megalong.data.packing import pack_rollouts
 from megalong.engine.trainer import LossOf, merge_sums
 from megalong.evaluating import eval_samples, evaluate_before_loop, evaluate_if_due
+from megalong.failures import RunFailedError
 from megalong.metrics import PhaseTimer, end_table, plot_rewards
 from megalong.objectives.advantages import group_advantages, has_spread
 from megalong.objectives.aggregation import row_weights
@@ -23,7 +24,7 @@ from megalong.records import Dropped, PolicyBatch, RolloutGroup, ScoredGroup, St
 from megalong.rewards.functions import check_weights
 from megalong.rewards.score import score_groups
 from megalong.rollouts import RolloutsAhead, begin_rollouts
-from megalong.run import PromptBatches, Run, open_run, read_samples
+from megalong.run import PromptBatches, Run, checked_shape, open_run, read_samples
 from megalong.sft import log_step
 from megalong.timeline import plot_timeline
 
@@ -31,6 +32,7 @@ from megalong.timeline import plot_timeline
 def train_grpo(config: RunConfig, timer: PhaseTimer | None = None) -> None:
     """`megalong grpo`: reinforcement learning on data.train with verifiable rewards."""
     check_weights(config.reward.weights)
+    checked_shape(config, task="grpo")
     samples = read_samples(config, manifest=config.data.train, video_dir=config.data.video_dir, thinking_targets=False)
     held_out = eval_samples(config) if config.eval.manifest else []
     with open_run(config, task="grpo", timer=timer or PhaseTimer()) as run, run.heeding_sigterm():
@@ -87,7 +89,7 @@ def sample_groups(run: Run, batches: PromptBatches, *, step: int) -> tuple[list[
     """This replica's scored groups of one rollout batch.
 
     With dynamic sampling (DAPO), groups whose accuracy has no spread are dropped and more prompts are sampled until
-    the global batch is full. Raises RuntimeError when grpo.dynamic_sampling_max_batches batches gave no usable group.
+    the global batch is full. Raises RunFailedError when grpo.dynamic_sampling_max_batches batches gave no usable group.
     """
     grpo = run.config.grpo
     seen: Counter[str] = Counter()  # samples that this step has had, over all replicas
@@ -103,10 +105,12 @@ def sample_groups(run: Run, batches: PromptBatches, *, step: int) -> tuple[list[
         kept += [dataclasses.replace(item, round=sampled) for item in more]
         dropped, sampled = [*dropped, *lost], sampled + 1
     if count_everywhere(run, kept) == 0:
-        raise RuntimeError(
+        run.report_dropped(dropped)
+        raise RunFailedError(
             f"step {step}: {sampled} batches of {grpo.batch_size} prompts gave no group with both right and wrong "
-            "answers; the data is too easy or too hard for this policy: change data.train, raise "
-            "rollout.group_size, or set grpo.dynamic_sampling=false"
+            "answers, dropped.jsonl of the run folder says why; where samples cannot be used, look at data.video_dir "
+            "and data.max_prompt_tokens, else the data is too easy or too hard for this policy: change data.train, "
+            "raise rollout.group_size, or set grpo.dynamic_sampling=false"
         )
     return trim_to_batch(run, kept, dropped)
 

@@ -71,18 +71,17 @@ class RunLogger:
         run_dir: str | Path,
         *,
         tensorboard: bool,
-        wandb: bool,
-        wandb_project: str,
+        wandb_run: Any = None,
         config: RunConfig,
         is_main: bool,
         resume_step: int = 0,
     ) -> None:
-        """Raises ConfigError when `wandb` is asked for and not installed, or W&B refuses the run."""
+        """wandb_run: what open_wandb gave the main process; None without W&B."""
         self.run_dir = Path(run_dir)
         self._is_main = is_main
         self._step = resume_step
         self._board: SummaryWriter | None = None
-        self._wandb: Any = None
+        self._wandb = wandb_run
         self._told_of_drops = False
         if not is_main:
             return
@@ -92,8 +91,6 @@ class RunLogger:
         if tensorboard:
             self._board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=resume_step + 1)
             self._board.add_text("config", f"```yaml\n{config_yaml(config)}```", resume_step)
-        if wandb:
-            self._wandb = _open_wandb(self.run_dir, project=wandb_project, config=config)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record one training step everywhere and show its line. Steps must increase."""
@@ -306,8 +303,11 @@ def _append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         file.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
 
 
-def _open_wandb(run_dir: Path, *, project: str, config: RunConfig) -> Any:
-    """Start or continue the W&B run whose id is kept in the run folder."""
+def open_wandb(run_dir: Path, *, project: str, config: RunConfig) -> Any:
+    """Start or continue the W&B run whose id is kept in the run folder, which is there.
+
+    Raises ConfigError when W&B is not installed or refuses the run.
+    """
     try:
         import wandb
     except ImportError as error:

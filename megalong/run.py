@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import random
@@ -18,10 +17,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megalong.config.load import save_config, with_gpus
+from megalong.config.load import save_config
 from megalong.config.model_shape import ModelShape
-from megalong.config.plan import plan
-from megalong.config.plan_fit import shortages
 from megalong.config.shapes import read_model_shape
 from megalong.config.tree import SHARDED, Recompute, RunConfig
 from megalong.config.validate import TRAINING, Task, validate
@@ -33,8 +30,8 @@ from megalong.engine.build import build_model, check_states, family_of
 from megalong.engine.checkpoint import delete_partial, load_checkpoint, load_weights, save_checkpoint
 from megalong.engine.trainer import Trainer
 from megalong.engines import build_engine, check_engines
-from megalong.failures import memory_advice
-from megalong.metrics import PhaseTimer, RunLogger
+from megalong.failures import warn_of_memory
+from megalong.metrics import PhaseTimer, RunLogger, open_wandb
 from megalong.models.errors import CheckpointError
 from megalong.parallel.collectives import broadcast_object, gather_objects, max_over, sum_over
 from megalong.parallel.layout import ParallelLayout, make_layout
@@ -44,8 +41,6 @@ from megalong.rewards.functions import check_problem_types
 from megalong.rollout.sampler import GroupSampler
 from megalong.videos import check_store, frame_chooser, open_vision
 from megalong.vision.encode import VisionStage
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -260,6 +255,13 @@ def read_samples(config: RunConfig, *, manifest: str, video_dir: str | None, thi
     return samples
 
 
+def checked_shape(config: RunConfig, *, task: Task) -> ModelShape:
+    """The model's sizes, after the configuration was checked against them: before a manifest is read, too."""
+    shape = read_model_shape(config.model.path, family=config.model.family, video=config.video)
+    validate(config, task=task, world_size=int(os.environ.get("WORLD_SIZE", "1")), model=shape)
+    return shape
+
+
 def open_run(config: RunConfig, *, task: Task, timer: PhaseTimer) -> Run:
     """Check the configuration, join the other processes, build the model, load or resume (collective)."""
     with timer.during("start"):
@@ -267,11 +269,9 @@ def open_run(config: RunConfig, *, task: Task, timer: PhaseTimer) -> Run:
 
 
 def _start(config: RunConfig, *, task: Task, timer: PhaseTimer) -> Run:
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    shape = read_model_shape(config.model.path, family=config.model.family, video=config.video)
-    validate(config, task=task, world_size=world_size, model=shape)
+    shape = checked_shape(config, task=task)
     check_store(config)
-    check_engines(config, task=task, world_size=world_size, shape=shape)
+    check_engines(config, task=task, world_size=int(os.environ.get("WORLD_SIZE", "1")), shape=shape)
     trains = task in TRAINING
     # A check leaves the folder of the run that it checks as it is.
     writes = task != "check-sync" and os.environ.get("RANK", "0") == "0"
@@ -285,6 +285,9 @@ def _start(config: RunConfig, *, task: Task, timer: PhaseTimer) -> Run:
     if trains and writes:  # before anything else is written: the disk may be full of it
         with suppress(OSError):  # a killed process's writers may still add to it: the next save deletes it then
             delete_partial(checkpoint_folder(config))
+    wandb_run = None
+    if writes and config.logger.wandb:  # before the model: without a login the run ends here
+        wandb_run = open_wandb(Path(config.logger.run_dir), project=config.logger.wandb_project, config=config)
     family = family_of(config.model)
     layout = layout_of(config, shape)
     # Another run may save one meanwhile: all ranks take what the first one found.
@@ -294,7 +297,7 @@ def _start(config: RunConfig, *, task: Task, timer: PhaseTimer) -> Run:
         check_states(config.optimizer, layout)
         if layout.is_main and layout.device.type == "cuda":
             card = torch.cuda.get_device_properties(layout.device).total_memory
-            warn_of_memory(config, task, shape, world_size=world_size, card=card)
+            warn_of_memory(config, task, shape, world_size=layout.world_size, card=card)
     model = build_model(config.model, layout, sequence_parallel=config.parallel.sequence_parallel)
     tokens = family.read_tokens(Path(config.model.path))
     vision = open_vision(config, layout, model.vision, spec=model.spec, tokens=tokens)
@@ -342,8 +345,7 @@ def _start(config: RunConfig, *, task: Task, timer: PhaseTimer) -> Run:
         logger=RunLogger(
             config.logger.run_dir,
             tensorboard=config.logger.tensorboard,
-            wandb=config.logger.wandb,
-            wandb_project=config.logger.wandb_project,
+            wandb_run=wandb_run,
             config=config,
             is_main=writes,
             resume_step=trainer.step,
@@ -358,19 +360,6 @@ def _start(config: RunConfig, *, task: Task, timer: PhaseTimer) -> Run:
     if writes:
         save_config(config, Path(config.logger.run_dir) / "config.yaml")
     return run
-
-
-def warn_of_memory(config: RunConfig, task: Task, shape: ModelShape, *, world_size: int, card: int) -> None:
-    """Say before the weights are read what GPUs of `card` bytes are not expected to have room for.
-
-    No error: what `megalong plan` says is an upper estimate, up to a tenth too high.
-    """
-    for what in shortages(plan(with_gpus(config, world_size), task, shape), card=card):
-        logger.warning(
-            "this run may not fit, an upper estimate says (`megalong plan` has its parts): %s. To change: %s",
-            what,
-            memory_advice("train", config),
-        )
 
 
 def layout_of(config: RunConfig, shape: ModelShape) -> ParallelLayout:

@@ -16,12 +16,13 @@ from megalong.objectives.aggregation import row_weights
 from megalong.objectives.sft_loss import sft_loss
 from megalong.parallel.collectives import sum_over
 from megalong.records import Dropped, Prompt, StepStats, TokenBatch
-from megalong.run import PromptBatches, Run, open_run, read_samples
+from megalong.run import PromptBatches, Run, checked_shape, open_run, read_samples
 from megalong.timeline import plot_timeline, timeline_row
 
 
 def train_sft(config: RunConfig, timer: PhaseTimer | None = None) -> None:
     """`megalong sft`: learn the assistant turns of data.train."""
+    checked_shape(config, task="sft")
     samples = read_samples(config, manifest=config.data.train, video_dir=config.data.video_dir, thinking_targets=True)
     held_out = eval_samples(config) if config.eval.manifest else []
     with open_run(config, task="sft", timer=timer or PhaseTimer()) as run, run.heeding_sigterm():

@@ -36,6 +36,11 @@ class Part:
 
 def read_json(file: Path, *, asked_by: str = "model.path") -> dict[str, Any]:
     """The JSON object in a file; asked_by: the setting or key that names it. Raises ConfigError."""
+    if asked_by == "model.path" and not file.parent.is_dir():
+        raise ConfigError(
+            f"model.path={file.parent} is no folder; expected that of a Hugging Face checkpoint on this machine, its "
+            "name on the Hub is not enough: download it and set model.path to its folder"
+        )
     try:
         text = file.read_text(encoding="utf-8")
     except OSError as error:

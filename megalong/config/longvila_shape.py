@@ -67,6 +67,11 @@ def read_longvila_shape(path: str | Path) -> ModelShape:
     """
     folder = Path(path)
     top = read_json(folder / "config.json")
+    if "llm_cfg" not in top and not (folder / "llm").is_dir():  # a stock checkpoint, and the default family
+        raise ConfigError(
+            f"{folder / 'config.json'}: model_type is {top.get('model_type')!r}, and neither llm_cfg nor a folder llm/ "
+            "is there, as model.family=longvila expects; set model.family or model.path"
+        )
     return llm_shape(checkpoint_part(folder, top, "llm"), vision=vision_shape(read_siglip_shape(path)))
 
 

@@ -239,10 +239,11 @@ def _length_problems(config: RunConfig, task: Task, *, model: ModelShape) -> Ite
     if vision and frames < vision.frames_per_step:
         yield f"{key}={frames} is less than the {vision.frames_per_step} frames the model takes at a time; raise it"
     if vision and needed > data.max_prompt_tokens:
+        fitting = (data.max_prompt_tokens - TEXT_TOKENS) // vision.tokens_per_frame
+        lower = f"lower {key} to {fitting} or " if fitting >= vision.frames_per_step else ""
         yield (
             f"{key}={frames} at {vision.tokens_per_frame} tokens per frame and {TEXT_TOKENS} for text makes prompts of "
-            f"{needed} tokens, over data.max_prompt_tokens={data.max_prompt_tokens}; lower {key} to "
-            f"{max(0, data.max_prompt_tokens - TEXT_TOKENS) // vision.tokens_per_frame} or raise "
+            f"{needed} tokens, over data.max_prompt_tokens={data.max_prompt_tokens}; {lower}raise "
             f"data.max_prompt_tokens to {needed}"
         )
     if vision and not model.mrope:

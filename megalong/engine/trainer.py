@@ -207,7 +207,10 @@ class Trainer:
         self.num_skipped += 1
         if self.skipped_in_a_row < self.settings.max_skipped_in_a_row:
             return
-        why = "every sample was dropped; dropped.jsonl says why"
+        why = (
+            "every sample was dropped, dropped.jsonl of the run folder says why; relative video paths start from "
+            "data.video_dir, and lengths are limited by data.max_prompt_tokens and data.max_response_tokens"
+        )
         if rows:
             why = (
                 f"loss {loss}, gradient norm {norm} here, not finite on some rank; lower optimizer.lr, look at these "

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from torch.distributed import ProcessGroup
 
+from megalong.config.errors import ConfigError
 from megalong.parallel.cpu import enable_megatron_on_cpu
 
 MORE_MINUTES = 5.0
@@ -86,9 +87,9 @@ def start_process_group(*, timeout: datetime.timedelta) -> torch.device:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if use_gpu:
         if local_rank >= torch.cuda.device_count():
-            raise RuntimeError(
-                f"LOCAL_RANK={local_rank} but this node has {torch.cuda.device_count()} GPU(s); "
-                "start at most one process per GPU (torchrun --nproc-per-node)"
+            raise ConfigError(
+                f"LOCAL_RANK={local_rank} but this node has {torch.cuda.device_count()} GPU(s); start at most one "
+                "process per GPU: lower torchrun's --nproc-per-node (GPUS of the launch scripts)"
             )
         torch.cuda.set_device(local_rank)
     else:

@@ -218,6 +218,73 @@ def test_manifest_that_is_not_there(recipe: Path, capsys: pytest.CaptureFixture[
     assert "gone.jsonl: no such file" in failure(capsys, "grpo", str(recipe), "data.train=gone.jsonl")
 
 
+@pytest.mark.parametrize(
+    ("verb", "key"), [("sft", "data.train"), ("grpo", "data.train"), ("eval", "eval.manifest")], ids=str
+)
+def test_no_manifest_at_all(recipe: Path, capsys: pytest.CaptureFixture[str], verb: str, key: str) -> None:
+    recipe.write_text(recipe.read_text().replace(f"train: {recipe.parent}/train.jsonl, ", ""))
+    line = failure(capsys, verb, str(recipe))
+    assert "needs a manifest to" in line
+    assert line.endswith(f": set {key}")
+
+
+def test_the_configuration_is_checked_before_a_manifest_is_read(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for verb, bad in (("sft", "sft.steps=0"), ("grpo", "grpo.steps=0"), ("eval", "eval.num_samples=0")):
+        manifests = ["data.train=gone.jsonl", "eval.manifest=gone.jsonl"]
+        assert f"{bad} must be at least 1" in failure(capsys, verb, str(recipe), *manifests, bad)
+
+
+def test_wandb_refuses_before_anything_is_built(
+    recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = pytest.importorskip("wandb")
+
+    def refuse(**_: object) -> None:
+        raise wandb.UsageError("No API key configured.")
+
+    def build(*_: object, **__: object) -> None:
+        pytest.fail("the model is built, or other processes are waited for, before W&B was asked")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    monkeypatch.setattr("megalong.run.make_layout", build)
+    monkeypatch.setattr("megalong.run.build_model", build)
+    for verb in ("sft", "grpo", "eval"):
+        places = [f"eval.manifest={recipe.parent}/train.jsonl", f"logger.run_dir={recipe.parent}/{verb}"]
+        line = failure(capsys, verb, str(recipe), "logger.wandb=true", *places)
+        assert "logger.wandb=true, but W&B does not start the run (No API key configured.)" in line
+
+
+ELSEWHERE = {
+    "sft": (
+        ["sft.steps=9", "optimizer.max_skipped_in_a_row=2"],
+        "step 2, skipped as 2 in a row: every sample was dropped, dropped.jsonl of the run folder says why; relative "
+        "video paths start from data.video_dir",
+    ),
+    "grpo": (
+        ["grpo.dynamic_sampling=true", "grpo.dynamic_sampling_max_batches=2"],
+        "step 1: 2 batches of 1 prompts gave no group with both right and wrong answers, dropped.jsonl of the run "
+        "folder says why; where samples cannot be used, look at data.video_dir",
+    ),
+}
+
+
+@pytest.mark.parametrize("verb", ELSEWHERE)
+def test_a_run_whose_videos_are_all_elsewhere_says_where_it_looked(recipe: Path, verb: str) -> None:
+    overrides, message = ELSEWHERE[verb]
+    (recipe.parent / "train.jsonl").write_text(json.dumps({**LINE, "videos": ["gone.mp4"]}) + "\n")
+    command = [sys.executable, "-m", "megalong", verb, str(recipe), *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "gone.mp4" in done.stdout
+    assert done.stderr.splitlines()[-1].startswith(f"megalong {verb}: {message}")
+    rows = [json.loads(line) for line in (recipe.parent / "run" / "dropped.jsonl").read_text().splitlines()]
+    assert rows
+    assert all("gone.mp4" in row["reason"] for row in rows)
+
+
 def test_chain_of_thought_needs_reasoning(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = failure(capsys, "sft", str(recipe), "data.thinking=true")
     assert "1 of 1 samples have no reasoning (first: '1')" in line

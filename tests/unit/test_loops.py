@@ -225,7 +225,7 @@ class Sampler:
 
 def sampling_run(layout: object, sampler: Sampler, *, on_gpu: bool = False, **settings: object) -> SimpleNamespace:
     return fake_run(
-        layout, config=config(batch_size=2, **settings), sampler=sampler, sync_weights=lambda: None,
+        layout, config=config(batch_size=2, **settings), sampler=sampler, sync_weights=lambda: None, report_dropped=len,
         vision=SimpleNamespace(
             embeddings_of=lambda prompts, owners, room_ND: [None] * len(prompts), release=lambda *, keep: None,
             decoder=SimpleNamespace(on_gpu=on_gpu),

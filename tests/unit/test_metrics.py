@@ -18,7 +18,7 @@ from megalong import metrics
 from megalong.config.errors import ConfigError
 from megalong.config.load import load_config
 from megalong.config.tree import RunConfig
-from megalong.metrics import PhaseTimer, RunLogger, drop_later_steps, end_table, plot_rewards, read_jsonl
+from megalong.metrics import PhaseTimer, RunLogger, drop_later_steps, end_table, open_wandb, plot_rewards, read_jsonl
 from megalong.records import Dropped
 
 
@@ -29,8 +29,13 @@ def config(tmp_path: Path) -> RunConfig:
     return load_config(recipe)
 
 
-def open_logger(run_dir: Path, config: RunConfig, **options: Any) -> RunLogger:
-    defaults = {"tensorboard": False, "wandb": False, "wandb_project": "p", "is_main": True}
+def open_logger(
+    run_dir: Path, config: RunConfig, *, wandb: bool = False, wandb_project: str = "p", **options: Any
+) -> RunLogger:
+    defaults: dict[str, Any] = {"tensorboard": False, "is_main": True}
+    if wandb:
+        run_dir.mkdir(exist_ok=True)
+        defaults["wandb_run"] = open_wandb(run_dir, project=wandb_project, config=config)
     return RunLogger(run_dir, config=config, **{**defaults, **options})
 
 
@@ -116,7 +121,7 @@ def test_texts_may_hold_line_separators_and_a_torn_last_line_may_end_within_a_ch
 
 
 def test_other_processes_write_nothing(tmp_path: Path, config: RunConfig) -> None:
-    logger = open_logger(tmp_path / "run", config, tensorboard=True, wandb=True, is_main=False)
+    logger = open_logger(tmp_path / "run", config, tensorboard=True, is_main=False)
     logger.log(1, {"reward": 1.0})
     logger.log_evaluation(1, {"strict": 1.0})
     logger.samples(1, [{"a": 1}])

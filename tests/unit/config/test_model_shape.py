@@ -117,8 +117,18 @@ def test_errors_name_file_and_key(tmp_path: Path, top: dict[str, Any], where: st
 
 
 def test_absent_folder_names_the_setting(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"nowhere/config.json: cannot read .*model.path"):
+    with pytest.raises(
+        ConfigError, match=r"^model.path=.*nowhere is no folder; expected that of .* download it and set"
+    ):
         read_longvila_shape(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match=r"/config.json: cannot read .*model.path"):
+        read_longvila_shape(tmp_path)
+
+
+def test_a_stock_checkpoint_with_the_default_family_names_the_family(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_5_vl", "vision_config": {}}))
+    with pytest.raises(ConfigError, match=r"model_type is 'qwen2_5_vl', .*; set model.family or model.path$"):
+        read_longvila_shape(tmp_path)
 
 
 def test_pooled_frames_count_by_the_step(tmp_path: Path) -> None:

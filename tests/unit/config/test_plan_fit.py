@@ -13,7 +13,7 @@ from megalong.config.model_shape import ModelShape
 from megalong.config.plan import GIB, plan
 from megalong.config.plan_fit import shortages
 from megalong.config.shapes import SHIPPED_SHAPES
-from megalong.run import warn_of_memory
+from megalong.failures import warn_of_memory
 
 H200 = 150_754_820_096
 RECIPE = """

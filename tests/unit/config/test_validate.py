@@ -74,6 +74,7 @@ CASES: list[tuple[Task, list[str], list[str]]] = [
     ("sft", ["parallel.cp=4"], ["parallel.cp=4 x parallel.pp=1 = 16"]),
     ("sft", ["gpus=6"], ["gpus=6 is not a multiple"]),
     ("sft", ["video.num_frames=512"], ["lower video.num_frames to 509 or raise data.max_prompt_tokens to 131840"]),
+    ("sft", ["data.max_prompt_tokens=260"], ["over data.max_prompt_tokens=260; raise data.max_prompt_tokens to 66048"]),
     ("sft", ["video.sampling=fps"], ["video.max_frames=8192 at 257 tokens per frame"]),
     ("sft", ["data.max_prompt_tokens=1048576"], ["lower data.max_prompt_tokens to 1046528"]),
     ("sft", ["model.train_tower=true"], ["model.train_tower=true makes stale; set video.cache_embeddings=false"]),

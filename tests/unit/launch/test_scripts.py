@@ -157,6 +157,18 @@ def test_slurm_script(tmp_path: Path) -> None:
         *("model.path=/ckpt", "data.train=train.jsonl", "grpo.batch_size=64"),
     ]
     check_recipe_and_overrides(command, task="grpo")
+    # As many processes as Slurm gave GPUs; fewer where engines have the others; never more.
+    for given, asked, processes in (("4", None, "4"), ("8", "4", "4"), (None, "2", "2")):
+        gpus = {"SLURM_GPUS_ON_NODE": given, "GPUS_PER_NODE": asked}
+        gpus = {name: value for name, value in gpus.items() if value is not None}
+        (command,) = commands(dry_run(str(spooled), *args, **slurm, **gpus))
+        assert command[command.index("--nproc-per-node") + 1] == processes
+        assert f"gpus={4 * int(processes)}" in command
+    for given, asked in (("4", "8"), ("8", "0"), ("8", "eight")):
+        done = dry_run(str(spooled), *args, **slurm, SLURM_GPUS_ON_NODE=given, GPUS_PER_NODE=asked)
+        assert done.returncode == 2
+        assert f"GPUS_PER_NODE={asked} is how many processes" in done.stderr
+        assert f"from 1 to the {given} GPUs that Slurm gave: change it, or sbatch --gpus-per-node" in done.stderr
 
 
 def test_demo_runs_four_commands_with_one_seed_and_folder() -> None:

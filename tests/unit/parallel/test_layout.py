@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import datetime
 
+import pytest
 import torch
 from torch.distributed import ProcessGroup
 
-from megalong.parallel.layout import ParallelLayout
+from megalong.config.errors import ConfigError
+from megalong.parallel.layout import ParallelLayout, start_process_group
 
 
 def test_all_groups_wait_longer_than_a_phase_may_last(layout: ParallelLayout) -> None:
@@ -19,3 +21,11 @@ def test_all_groups_wait_longer_than_a_phase_may_last(layout: ParallelLayout) ->
     waits = {name: group._get_backend(torch.device("cpu")).options._timeout for name, group in groups.items()}
     assert len(waits) >= 8
     assert set(waits.values()) == {datetime.timedelta(minutes=35)}
+
+
+def test_more_processes_than_gpus_is_a_mistake_of_the_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    with pytest.raises(ConfigError, match=r"LOCAL_RANK=4 but this node has 4 GPU.*lower torchrun's --nproc-per-node"):
+        start_process_group(timeout=datetime.timedelta(minutes=1))
