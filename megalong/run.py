@@ -42,6 +42,9 @@ from megalong.rollout.sampler import GroupSampler
 from megalong.videos import check_store, frame_chooser, open_vision
 from megalong.vision.encode import VisionStage
 
+_LOOKED_AT = 16
+"""Videos of a manifest that are looked for before a model is built."""
+
 
 @dataclass(kw_only=True)
 class Run:
@@ -240,6 +243,13 @@ def read_samples(config: RunConfig, *, manifest: str, video_dir: str | None, thi
         raise ManifestError(
             f"{manifest}: {len(with_videos)} of {len(samples)} samples have videos (first: {with_videos[0]!r}), and "
             f"model.family={config.model.family} has no vision; choose another family or take them out"
+        )
+    first = [path for sample in samples for path in sample.videos][:_LOOKED_AT]
+    if first and not any(Path(path).exists() for path in first):  # single ones are dropped, and counted
+        section = "eval" if manifest == config.eval.manifest else "data"
+        raise ManifestError(
+            f"{manifest}: none of its first {len(first)} videos is there, {first[0]} for one; relative paths start "
+            f"from {section}.video_dir={video_dir}, or from the manifest's folder where that is not set"
         )
     try:
         check_problem_types(samples)

@@ -256,7 +256,22 @@ def test_wandb_refuses_before_anything_is_built(
         assert "logger.wandb=true, but W&B does not start the run (No API key configured.)" in line
 
 
-ELSEWHERE = {
+@pytest.mark.parametrize("verb", ["sft", "grpo", "eval", "cache-embeddings"])
+def test_videos_that_are_all_elsewhere_are_missed_before_anything_is_built(
+    recipe: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, verb: str
+) -> None:
+    manifest = recipe.parent / "train.jsonl"
+    rows = [{**LINE, "id": str(number), "videos": [f"{number}.mp4"]} for number in range(20)]
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    section = "eval" if verb == "eval" else "data"
+    asked = [f"{section}.video_dir={tmp_path}/films", "video.cache_dir=d"]
+    asked += [f"eval.manifest={manifest}"] if verb == "eval" else []
+    line = failure(capsys, verb, str(recipe), *asked)
+    assert f"{manifest}: none of its first 16 videos is there, {tmp_path}/films/0.mp4 for one" in line
+    assert f"{section}.video_dir={tmp_path}/films" in line
+
+
+UNREADABLE = {
     "sft": (
         ["sft.steps=9", "optimizer.max_skipped_in_a_row=2"],
         "step 2, skipped as 2 in a row: every sample was dropped, dropped.jsonl of the run folder says why; relative "
@@ -270,19 +285,20 @@ ELSEWHERE = {
 }
 
 
-@pytest.mark.parametrize("verb", ELSEWHERE)
-def test_a_run_whose_videos_are_all_elsewhere_says_where_it_looked(recipe: Path, verb: str) -> None:
-    overrides, message = ELSEWHERE[verb]
-    (recipe.parent / "train.jsonl").write_text(json.dumps({**LINE, "videos": ["gone.mp4"]}) + "\n")
+@pytest.mark.parametrize("verb", UNREADABLE)
+def test_a_run_whose_videos_cannot_be_read_says_where_the_reasons_are(recipe: Path, verb: str) -> None:
+    overrides, message = UNREADABLE[verb]
+    (recipe.parent / "train.jsonl").write_text(json.dumps({**LINE, "videos": ["torn.mp4"]}) + "\n")
+    (recipe.parent / "torn.mp4").write_text("no video")
     command = [sys.executable, "-m", "megalong", verb, str(recipe), *overrides]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    assert "gone.mp4" in done.stdout
+    assert "torn.mp4" in done.stdout
     assert done.stderr.splitlines()[-1].startswith(f"megalong {verb}: {message}")
     rows = [json.loads(line) for line in (recipe.parent / "run" / "dropped.jsonl").read_text().splitlines()]
     assert rows
-    assert all("gone.mp4" in row["reason"] for row in rows)
+    assert all("torn.mp4" in row["reason"] for row in rows)
 
 
 def test_chain_of_thought_needs_reasoning(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
