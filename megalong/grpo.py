@@ -49,13 +49,14 @@ def train_grpo(config: RunConfig, timer: PhaseTimer | None = None) -> None:
                 scored = score(run, groups)
             else:
                 scored, dropped = sample_groups(run, batches, step=step)
+            num_dropped = run.report_dropped(dropped)  # before a step that may end the run for them
             with run.timer("logprob"):
                 updates = add_logprobs(run, pack_updates(run, scored))
             with run.timer("train"):
                 stats = [run.trainer.train_step(tokens_of(b), grpo_loss(run, b, settings), temperature=temperature(run))
                          for b in updates]  # fmt: skip
                 run.trainer.step += config.grpo.updates_per_batch - len(updates)  # those that no group was left for
-            log_rollouts(run, step, scored, stats, dropped, seconds=time.perf_counter() - started)
+            log_rollouts(run, step, scored, stats, num_dropped, seconds=time.perf_counter() - started)
             run.save_if_due(ahead or batches)
             if held_out and run.trainer.step < total:
                 evaluate_if_due(run, held_out, step=run.trainer.step, total=total)
@@ -259,8 +260,7 @@ def grpo_loss(run: Run, batches: Sequence[PolicyBatch], settings: PolicyLossSett
 
 
 def log_rollouts(
-    run: Run, step: int, scored: Sequence[ScoredGroup], stats: Sequence[StepStats], dropped: Sequence[Dropped], *,
-    seconds: float,
+    run: Run, step: int, scored: Sequence[ScoredGroup], stats: Sequence[StepStats], num_dropped: int, *, seconds: float
 ) -> None:  # fmt: skip
     """Rewards and lengths over all replicas on top of the train step's metrics; a few rollouts to samples.jsonl."""
     names = ("responses", "reward", "response_tokens", "truncated", "policy_lag", "spread", "groups")
@@ -285,7 +285,7 @@ def log_rollouts(
     run.logger.samples(
         step, [row for item in scored for row in sample_rows(item)][: run.config.logger.samples_per_step]
     )
-    log_step(run, run.trainer.step, merged, dropped, seconds=seconds)
+    log_step(run, run.trainer.step, merged, num_dropped, seconds=seconds)
 
 
 def merge_updates(stats: Sequence[StepStats]) -> StepStats:

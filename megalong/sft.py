@@ -36,9 +36,10 @@ def train_sft(config: RunConfig, timer: PhaseTimer | None = None) -> None:
                 prompts, dropped = next(batches)
                 batches.decode_ahead()
                 packs, too_long = pack_targets(run, prompts)
+            num_dropped = run.report_dropped([*dropped, *too_long])  # before a step that may end the run for them
             with run.timer("train"):
                 stats = run.trainer.train_step(packs, token_mean_loss(run, packs), temperature=1.0)
-            log_step(run, step, stats, [*dropped, *too_long], seconds=time.perf_counter() - started)
+            log_step(run, step, stats, num_dropped, seconds=time.perf_counter() - started)
             run.save_if_due(batches)
             if held_out and step < total:
                 evaluate_if_due(run, held_out, step=step, total=total)
@@ -85,9 +86,8 @@ def token_mean_loss(run: Run, packs: Sequence[TokenBatch]) -> LossOf:
     return lambda index, logprobs_R, _: (sft_loss(logprobs_R, weights_R=weights[index]), {})
 
 
-def log_step(run: Run, step: int, stats: StepStats, dropped: Sequence[Dropped], *, seconds: float) -> None:
+def log_step(run: Run, step: int, stats: StepStats, num_dropped: int, *, seconds: float) -> None:
     """Metrics every task has; run.timer's phases and what stats.metrics holds come on top."""
-    num_dropped = run.report_dropped(dropped)
     run.logger.timeline(step, timeline_row(run.timer.take_spans(), run.vision.take_decoding()))
     run.logger.log(
         step,
