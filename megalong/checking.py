@@ -113,7 +113,7 @@ def _samples(config: RunConfig) -> list[Sample]:
     if not OmegaConf.is_missing(config.data, "train"):
         manifest, video_dir = config.data.train, config.data.video_dir
     if manifest is None:
-        raise ConfigError("megalong check-sync needs a manifest to sample from: set data.train or eval.manifest")
+        raise ConfigError("a check needs a manifest to sample from: set data.train or eval.manifest")
     return read_samples(config, manifest=manifest, video_dir=video_dir, thinking_targets=False)
 
 
@@ -127,7 +127,8 @@ def compare(run: Run, samples: list[Sample]) -> SyncReport:
         embeds = owned_embeddings(run, prompts)
     count = sum_over({"prompts": float(len(prompts))}, group=layout.dp, device=layout.device)
     if not count["prompts"]:
-        raise ManifestError(f"none of the first samples can be used, for example {dropped[0]}")
+        first = dropped[0]
+        raise ManifestError(f"none of the first samples can be used, for example {first.sample_id}: {first.reason}")
 
     def sampled(*, group_size: int, temperature: float) -> list[RolloutGroup]:
         sampling = Sampling(

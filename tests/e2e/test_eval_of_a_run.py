@@ -64,19 +64,20 @@ def test_a_report_names_its_weights_and_their_step(demo: DemoWorld, tmp_path: Pa
         assert json.loads((folder / "evaluations.jsonl").read_text())["step"] == step
 
 
-def partly_readable(demo: DemoWorld, folder: Path, *, num_there: int) -> list[str]:
-    """Overrides: eval.video_dir is a folder that has the videos of the manifest's first questions alone."""
+def partly_readable(demo: DemoWorld, folder: Path, *, readable: int) -> list[str]:
+    """Overrides: eval.video_dir is a folder where the videos of the manifest's first questions alone can be read. Of
+    the others one is torn, the rest is not there."""
     rows = [json.loads(line) for line in demo.rl.read_text().splitlines()]
-    folder.mkdir()
-    for row in rows[:num_there]:
+    for row in rows[: readable + 1]:
         (folder / row["videos"]).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(demo.rl.parent / row["videos"], folder / row["videos"])
+    (folder / rows[readable]["videos"]).write_text("torn")
     return [f"eval.manifest={demo.rl}", f"eval.video_dir={folder}"]
 
 
 def test_questions_whose_videos_cannot_be_read_are_counted_and_said(demo: DemoWorld, tmp_path: Path) -> None:
     """On two replicas: those of both."""
-    overrides = partly_readable(demo, tmp_path / "videos", num_there=3)
+    overrides = partly_readable(demo, tmp_path / "videos", readable=3)
     world = World(2, command_line, demo, tmp_path / "run", "eval", tuple(overrides), folder=tmp_path / "world")
     assert world.exit_codes() == [0, 0], world.log()
     folder = tmp_path / "run" / "eval" / demo.rl.stem
@@ -90,8 +91,8 @@ def test_questions_whose_videos_cannot_be_read_are_counted_and_said(demo: DemoWo
     assert f"{folder}/dropped.jsonl; relative video paths start from eval.video_dir={tmp_path}/videos" in logs[0]
 
 
-def test_a_wrong_folder_of_videos_ends_an_evaluation_without_a_report(demo: DemoWorld, tmp_path: Path) -> None:
-    overrides = partly_readable(demo, tmp_path / "videos", num_there=0)
+def test_an_evaluation_that_can_read_nothing_ends_without_a_report(demo: DemoWorld, tmp_path: Path) -> None:
+    overrides = partly_readable(demo, tmp_path / "videos", readable=0)
     world = World(1, command_line, demo, tmp_path / "run", "eval", tuple(overrides), folder=tmp_path / "world")
     assert world.exit_codes() == [2]
     assert "megalong eval: NONE of 8 questions has a response; the first: " in world.log()
@@ -102,7 +103,7 @@ def test_a_wrong_folder_of_videos_ends_an_evaluation_without_a_report(demo: Demo
 
 
 def test_training_goes_on_where_no_question_can_be_read(demo: DemoWorld, tmp_path: Path) -> None:
-    overrides = partly_readable(demo, tmp_path / "videos", num_there=0)
+    overrides = partly_readable(demo, tmp_path / "videos", readable=0)
     settings = ("sft.steps=2", "eval.every=1", "eval.at_end=true", *overrides)
     world = World(1, train, demo, tmp_path / "run", "sft", settings, "no_checkpoints", folder=tmp_path / "world")
     assert world.exit_codes() == [0]

@@ -104,7 +104,8 @@ def test_no_usable_prompt_is_an_error(demo: DemoWorld, tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     codes, _, log = checked(demo, tmp_path, f"data.train={tmp_path}/bad.jsonl")
     assert codes == [2], log
-    assert "none of the first samples can be used" in log
+    assert "none of the first samples can be used, for example " in log
+    assert "Dropped(" not in log
 
 
 NEEDS_VLLM = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
