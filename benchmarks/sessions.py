@@ -35,8 +35,8 @@ def passes(expected: float) -> int:
 def measure(bench: Bench, point: dict[str, Any], *, expected: float) -> dict[str, Any]:
     """The median step of a point (the faster of two); expected: seconds a step may take.
 
-    A long step is warmed up by a shorter one of the same mode, and by page-locking what it will offload. That one must
-    not be too short: after one of 8 frames, a forward on 1,024 took 27 s longer than its FLOPs explain.
+    A long step is warmed up by a shorter one of the same mode, which is long enough for the kernels of long sequences
+    (attention.kernels.LONG_FROM_TOKENS), and by page-locking what it will offload.
     """
     case, how = Case(**point["case"]), {"mode": point["mode"], "recompute": point["recompute"]}
     count = passes(expected)
