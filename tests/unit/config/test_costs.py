@@ -8,17 +8,12 @@ import itertools
 import pytest
 
 from megalong.config import costs
-from megalong.config.longvila_shape import projector_params, read_longvila_shape, read_siglip_shape
+from megalong.config.longvila_shape import projector_params, read_siglip_shape
 from megalong.config.model_shape import ModelShape
 from megalong.config.shapes import SHIPPED_SHAPES
 from megalong.config.tree import Recompute
 
 PROMPT_3600 = 3600 * 257 + 256
-
-
-@pytest.fixture(scope="module")
-def shape() -> ModelShape:
-    return read_longvila_shape(SHIPPED_SHAPES["longvila"])
 
 
 def test_llm_parameters_are_qwen2_7b_s(shape: ModelShape) -> None:

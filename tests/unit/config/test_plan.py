@@ -11,7 +11,6 @@ import pytest
 from megalong.config import costs
 from megalong.config.errors import ConfigError
 from megalong.config.load import load_config
-from megalong.config.longvila_shape import read_longvila_shape
 from megalong.config.model_shape import ModelShape
 from megalong.config.plan import GIB, GPU_STORE, RUNTIME_BYTES, Plan, plan, planned_processes, shape_for_planning
 from megalong.config.plan_engine import ENGINE_BUCKET, EnginePlan
@@ -29,18 +28,6 @@ gpus: 8
 parallel: {tp: 4, cp: 2, sequence_parallel: true}
 grpo: {batch_size: 4}
 """
-
-
-@pytest.fixture
-def recipe(tmp_path: Path) -> Path:
-    path = tmp_path / "r.yaml"
-    path.write_text(RECIPE)
-    return path
-
-
-@pytest.fixture(scope="module")
-def shape() -> ModelShape:
-    return read_longvila_shape(SHIPPED_SHAPES["longvila"])
 
 
 def planned(recipe: Path, shape: ModelShape, *, task: Task = "grpo", overrides: tuple[str, ...] = ()) -> Plan:

@@ -8,11 +8,9 @@ from pathlib import Path
 import pytest
 
 from megalong.config.load import load_config
-from megalong.config.longvila_shape import read_longvila_shape
 from megalong.config.model_shape import ModelShape
 from megalong.config.plan import GIB, plan
 from megalong.config.plan_fit import shortages
-from megalong.config.shapes import SHIPPED_SHAPES
 from megalong.failures import warn_of_memory
 
 H200 = 150_754_820_096
@@ -27,18 +25,6 @@ rollout: {engine: vllm, group_size: 8}
 COLOCATED = ("gpus=4", "parallel.cp=4", "rollout.engine_tp=4", "rollout.placement=colocated")
 AWAKE = (*COLOCATED, "rollout.sleep=false", "rollout.memory_share=0.12")
 TP2 = ("gpus=2", "parallel.tp=2", "parallel.sequence_parallel=true", "rollout.engine_tp=2")
-
-
-@pytest.fixture
-def recipe(tmp_path: Path) -> Path:
-    path = tmp_path / "r.yaml"
-    path.write_text(RECIPE)
-    return path
-
-
-@pytest.fixture(scope="module")
-def shape() -> ModelShape:
-    return read_longvila_shape(SHIPPED_SHAPES["longvila"])
 
 
 @pytest.mark.parametrize(
