@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ class ExportPlan:
     folder: HfFolder  # --like
     blueprint: Blueprint
     dtypes: dict[str, torch.dtype]  # canonical name of each tensor that comes from the checkpoint
+    cast: torch.dtype | None  # what was asked for: the configs say it then
     layout: dict[str, dict[str, list[Slot]]]  # sub-folder -> file name -> tensors
     copied: tuple[Path, ...]  # files of --like
 
@@ -40,6 +42,8 @@ class ExportPlan:
 
     def notes(self) -> tuple[str, ...]:
         """Where the config says another dtype than the tensors get: loaders that follow it would cast."""
+        if self.cast is not None:
+            return ()
         notes = []
         for sub in self.layout:
             written = {str(dtype).removeprefix("torch.") for name, dtype in self.dtypes.items() if name.startswith(sub)}
@@ -74,6 +78,7 @@ def plan_export(
         folder=folder,
         blueprint=blueprint,
         dtypes=dtypes,
+        cast=dtype,
         layout=_layout(folder, dtypes, shard_bytes),
         copied=_copied_files(folder),
     )
@@ -84,7 +89,11 @@ def write_export(plan: ExportPlan, target: Path, *, progress: Callable[[int], ob
     for file in plan.copied:
         copy = target / file.relative_to(plan.folder.path)
         copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, copy)
+        if plan.cast is not None and file.name == "config.json":
+            config = with_dtype(json.loads(file.read_text(encoding="utf-8")), str(plan.cast))
+            copy.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        else:
+            shutil.copyfile(file, copy)
     with ExitStack() as stack:
         file_of: dict[str, SafetensorsFile] = {}
         opened: list[SafetensorsFile] = []
@@ -114,6 +123,19 @@ def write_export(plan: ExportPlan, target: Path, *, progress: Callable[[int], ob
                 put(name, plan.folder.read(tensor))
         for file in opened:
             file.close()
+
+
+def with_dtype(value: Any, dtype: str) -> Any:
+    """A config whose dtypes, those of nested configs too, are `dtype` (torch.bfloat16, say): loaders follow them."""
+    if isinstance(value, list):
+        return [with_dtype(item, dtype) for item in value]
+    if not isinstance(value, dict):
+        return value
+    names = {"dtype": dtype.removeprefix("torch."), "torch_dtype": dtype.removeprefix("torch."), "model_dtype": dtype}
+    return {
+        key: names[key] if key in names and isinstance(item, str) else with_dtype(item, dtype)
+        for key, item in value.items()
+    }
 
 
 def _layout(

@@ -132,7 +132,7 @@ class Trainer:
         The update is skipped, and counted, when anything is non-finite or there is no row at all.
 
         Losses of all packs and replicas are added up, so loss_of weighs its rows by the global batch. Raises
-        TooManySkippedStepsError after optimizer.max_skipped_in_a_row skips.
+        TooManySkippedStepsError after optimizer.max_skipped_in_a_row skips, or when all steps of a run were skipped.
         """
         self.ddp.zero_grad_buffer()
 
@@ -205,7 +205,7 @@ class Trainer:
             return
         self.skipped_in_a_row += 1
         self.num_skipped += 1
-        if self.skipped_in_a_row < self.settings.max_skipped_in_a_row:
+        if self.skipped_in_a_row < min(self.settings.max_skipped_in_a_row, self.total_steps):
             return
         why = (
             "every sample was dropped, dropped.jsonl of the run folder says why; relative video paths start from "

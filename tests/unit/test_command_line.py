@@ -271,23 +271,27 @@ def test_videos_that_are_all_elsewhere_are_missed_before_anything_is_built(
     assert f"{section}.video_dir={tmp_path}/films" in line
 
 
-UNREADABLE = {
-    "sft": (
+UNREADABLE = (
+    (
+        "sft",
         ["sft.steps=9", "optimizer.max_skipped_in_a_row=2"],
         "step 2, skipped as 2 in a row: every sample was dropped, dropped.jsonl of the run folder says why; relative "
         "video paths start from data.video_dir",
     ),
-    "grpo": (
+    ("grpo", ["grpo.steps=1"], "step 1, skipped as 1 in a row: every sample was dropped"),
+    (
+        "grpo",
         ["grpo.dynamic_sampling=true", "grpo.dynamic_sampling_max_batches=2"],
         "step 1: 2 batches of 1 prompts gave no group with both right and wrong answers, dropped.jsonl of the run "
         "folder says why; where samples cannot be used, look at data.video_dir",
     ),
-}
+)
 
 
-@pytest.mark.parametrize("verb", UNREADABLE)
-def test_a_run_whose_videos_cannot_be_read_says_where_the_reasons_are(recipe: Path, verb: str) -> None:
-    overrides, message = UNREADABLE[verb]
+@pytest.mark.parametrize(("verb", "overrides", "message"), UNREADABLE)
+def test_a_run_whose_videos_cannot_be_read_says_where_the_reasons_are(
+    recipe: Path, verb: str, overrides: list[str], message: str
+) -> None:
     (recipe.parent / "train.jsonl").write_text(json.dumps({**LINE, "videos": ["torn.mp4"]}) + "\n")
     (recipe.parent / "torn.mp4").write_text("no video")
     command = [sys.executable, "-m", "megalong", verb, str(recipe), *overrides]

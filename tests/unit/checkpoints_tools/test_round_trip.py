@@ -16,6 +16,7 @@ from transformers import Qwen2ForCausalLM, SiglipVisionModel
 from checkpoints_tools.compare import verify
 from checkpoints_tools.convert import hf_to_megatron, megatron_to_hf
 from checkpoints_tools.describe import describe
+from checkpoints_tools.export import with_dtype
 from megalong.config.tree import Dtype, ModelConfig, OptimizerConfig, Recompute
 from megalong.engine.build import build_model
 from megalong.engine.checkpoint import load_weights, save_checkpoint
@@ -104,6 +105,29 @@ def test_dtype_casts_the_model_and_nothing_else(hf: Path, tmp_path: Path) -> Non
         assert torch.equal(after[name], tensor if carried else tensor.to(torch.bfloat16)), name
     assert not verify(hf, tmp_path / "megatron").equal
     assert verify(hf, tmp_path / "megatron", dtype=torch.bfloat16).equal
+
+
+def test_an_export_that_is_cast_says_so_in_its_configs(hf: Path, megatron: Path, tmp_path: Path) -> None:
+    done = megatron_to_hf(megatron, hf, tmp_path / "back", dtype=torch.bfloat16)
+    assert done.notes == ()
+    assert Qwen2ForCausalLM.from_pretrained(tmp_path / "back/llm").dtype == torch.bfloat16
+    assert SiglipVisionModel.from_pretrained(tmp_path / "back/vision_tower").dtype == torch.bfloat16
+    for sub in ("", "llm", "vision_tower", "mm_projector"):
+        before, after = (json.loads((root / sub / "config.json").read_text()) for root in (hf, tmp_path / "back"))
+        assert after.keys() == before.keys()
+        for name in before.keys() - {"dtype", "torch_dtype", "model_dtype"}:
+            assert after[name] == before[name]
+    assert json.loads((tmp_path / "back/config.json").read_text())["model_dtype"] == "torch.bfloat16"
+
+
+def test_dtypes_of_nested_configs_change_and_nothing_else_does() -> None:
+    config = {"dtype": "float32", "text_config": {"torch_dtype": "float32", "names": [{"dtype": "x"}]}, "size": 3}
+    assert with_dtype(config, "torch.bfloat16") == {
+        "dtype": "bfloat16",
+        "text_config": {"torch_dtype": "bfloat16", "names": [{"dtype": "bfloat16"}]},
+        "size": 3,
+    }
+    assert with_dtype({"dtype": None, "model_dtype": 1}, "torch.float32") == {"dtype": None, "model_dtype": 1}
 
 
 def test_dry_run_writes_nothing(hf: Path, megatron: Path, tmp_path: Path) -> None:
