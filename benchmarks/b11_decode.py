@@ -12,8 +12,8 @@ run, in its process. pyav: pyav16, 16 threads, each a segment of the hour, and p
 whole file, one stream, as its documentation shows it, at the hour's start and at its end (does it slow down?). small:
 milliseconds for one short video after the other, of one size and of changing sizes, where a stream's fixed costs count;
 the rule of video.decoder=auto stands on it.
-One stream and one thread are timed on --part seconds of the hour, the others on --limit; what is timed on a part is
-scaled to the hour, and says so.
+One stream is timed on --part seconds of the hour, one thread and dali_file on a fifth of that, the others on --limit;
+what is timed on a part is scaled to the hour, and says so.
 """
 
 from __future__ import annotations

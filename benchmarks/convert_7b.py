@@ -9,7 +9,7 @@ end with their output flushed to disk.
 
 The naive way is what one writes without this tool: build the model, load the weights into it, save it with
 megatron-core's dist_checkpointing. It holds the whole model in memory, so it is measured at --naive-layers, beside the
-converter at the same size; all 28 layers need about 20 GB of free memory.
+converter at the same size; all 28 layers need about 25 GB of free memory.
 """
 
 from __future__ import annotations

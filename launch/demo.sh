@@ -6,7 +6,7 @@
 # SEED  environment: seed of data, model and training (default 1)
 # OUT   environment: folder of everything it writes (default runs/demo); OUT/sft and OUT/grpo are made anew
 # GPUS  environment: how many GPUs to use (default 0: two CPU processes). With GPUs the same recipes run on NCCL,
-#       Transformer Engine layers and bf16.
+#       Transformer Engine layers and bf16, with vLLM as the sampler where it is installed.
 # Overrides go to both training stages. MEGALONG_DRY_RUN=1 prints the commands instead of running them.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
@@ -24,7 +24,7 @@ fi
 COMMON=("seed=$SEED" "data.seed=$SEED" "model.path=$OUT/model" "eval.manifest=$OUT/data/heldout.jsonl")
 
 if ((GPUS > 0)); then
-  COMMON+=("model.dtype=bfloat16" "model.layer_spec=te")
+  COMMON+=("model.dtype=bfloat16" "model.layer_spec=te" "rollout.engine=auto")
 fi
 
 # stage NAME COMMAND...: run it and note its seconds.

@@ -5,7 +5,8 @@
 #
 # MODEL_PATH  checkpoint folder (default runs/demo/model)
 # DATA        training manifest (default runs/demo/data/train_rl.jsonl)
-# The recipe starts from the SFT weights of the demo; model.init_from=null starts from MODEL_PATH's own.
+# The run's folder is runs/tiny_grpo (logger.run_dir=..): the demo's own run is complete. It starts from the SFT weights of
+# the demo; model.init_from=null starts from MODEL_PATH's own.
 # MEGALONG_DRY_RUN=1 prints the command instead of running it.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
@@ -18,4 +19,5 @@ fi
 # One thread per process: two processes with a pool each are slower than two without. No GPU even where there is one.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} CUDA_VISIBLE_DEVICES=
 
-torchrun_local 2 grpo "$ROOT/launch/recipes/demo_grpo.yaml" "model.path=$MODEL_PATH" "data.train=$DATA" "$@"
+torchrun_local 2 grpo "$ROOT/launch/recipes/demo_grpo.yaml" "model.path=$MODEL_PATH" "data.train=$DATA" \
+  logger.run_dir=runs/tiny_grpo "$@"

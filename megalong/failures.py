@@ -178,7 +178,7 @@ def memory_advice(phase: str, config: RunConfig, *, trains: bool = True) -> str:
         )
     if phase not in ("train", "logprob"):
         return ", ".join([*offload, f"{spread}, or end other programs on this GPU"])
-    changes = []  # cheapest first, as docs/memory.md has them
+    changes = []  # cheapest first
     if model.recompute is Recompute.none:
         changes.append("model.recompute=keep_attention")
     if model.recompute is not Recompute.none and not model.offload_activations:
@@ -197,7 +197,8 @@ def memory_advice(phase: str, config: RunConfig, *, trains: bool = True) -> str:
 def warn_of_memory(config: RunConfig, task: Task, shape: ModelShape, *, world_size: int, card: int) -> None:
     """Say before the weights are read what GPUs of `card` bytes are not expected to have room for.
 
-    No error: what `megalong plan` says is an upper estimate, up to a tenth too high.
+    No error: what `megalong plan` says is an upper estimate, a tenth too high, with
+    activations in host memory a quarter.
     """
     for what in shortages(plan(with_gpus(config, world_size), task, shape), card=card):
         logger.warning(

@@ -295,7 +295,8 @@ class OptimizerConfig:
     schedule: LearningRateSchedule = LearningRateSchedule.constant
     min_lr: float = 0.0
     max_skipped_in_a_row: int = 5
-    """Stop when this many steps in a row had a non-finite loss or gradient, or no sample that could be used."""
+    """Stop when this many steps in a row, or all of a shorter run, had a non-finite loss or gradient, or no sample that
+    could be used."""
     offload: bool = False
     """Master copies and moments (12 bytes a parameter, 8 of a float32 one) live in pinned host memory and visit the GPU
     in pieces for each update, which gives equal bits and takes as long as the copies there, beside those back. Needs a
@@ -344,7 +345,7 @@ class RunConfig:
 
     seed: int = 1
     gpus: int = 0
-    """Processes the launch starts; read by `megalong plan` and the launch scripts. 0: CPU."""
+    """Processes the launch starts: set by the launch scripts, read by `megalong plan`. 0: CPU."""
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     mr_sp: MrSpConfig = field(default_factory=MrSpConfig)

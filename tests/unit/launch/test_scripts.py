@@ -131,7 +131,7 @@ def test_tiny_cpu_script(args: list[str], model: str, data: str, rest: list[str]
     (command,) = commands(dry_run("grpo_tiny_cpu.sh", *args))
     words = ("--standalone", "--nproc-per-node", "2", "--max-restarts", "0", "-m", "megalong", "grpo")
     assert command[:11] == [*TORCHRUN, *words]
-    assert command[12:] == [f"model.path={model}", f"data.train={data}", *rest]
+    assert command[12:] == [f"model.path={model}", f"data.train={data}", "logger.run_dir=runs/tiny_grpo", *rest]
     check_recipe_and_overrides(command, task="grpo")
 
 
