@@ -193,7 +193,7 @@ def most_likely_options(run: Run, groups: Sequence[RolloutGroup]) -> dict[str, t
             prompt = continued(group.prompt, answers[0][:shared])
             options.append(GroupTokens(prompt=prompt, responses=tuple(answer[shared:] for answer in answers)))
             asked.append((group.prompt.sample.sample_id, letters))
-    plan = plan_packs([tokens.length for tokens in options], pack_tokens=run.config.data.pack_tokens)
+    plan = plan_packs(options, pack_tokens=run.config.data.pack_tokens)
     packs = [pack_groups([options[index] for index in pack]) for pack in plan]
     sums: list[float] = []  # of each letter of each option list
     for tokens, logprobs_R in zip(packs, run.trainer.logprobs(packs, temperature=1.0) if packs else [], strict=True):

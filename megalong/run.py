@@ -175,8 +175,9 @@ class PromptBatches:
         self.run, self.samples = run, samples
         config, layout = run.config.data, run.layout
         self._order = PromptSampler(
-            len(samples), batch_size, layout.dp_rank, layout.dp_size, seed=config.seed, shuffle=config.shuffle
-        )
+            len(samples), batch_size, layout.dp_rank, layout.dp_size, seed=config.seed, shuffle=config.shuffle,
+            questions_per_video=config.questions_per_video, videos=[s.videos or s.sample_id for s in samples],
+        )  # fmt: skip
         if "sampler" in run.resumed:
             try:
                 self._order.load_state_dict(run.resumed["sampler"])

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 from megalong.config.tree import Aggregation, RunConfig
-from megalong.data.packing import GroupTokens, pack_groups, plan_packs
+from megalong.data.packing import GroupTokens, by_videos, pack_groups, plan_packs
 from megalong.engine.trainer import LossOf
 from megalong.evaluating import eval_samples, evaluate_before_loop, evaluate_if_due
 from megalong.metrics import PhaseTimer, end_table
@@ -53,18 +53,21 @@ def train_sft(config: RunConfig, timer: PhaseTimer | None = None) -> None:
 
 
 def pack_targets(run: Run, prompts: Sequence[Prompt]) -> tuple[list[TokenBatch], list[Dropped]]:
-    """Prompt and target of each sample, packed; targets over data.max_response_tokens are dropped."""
+    """Prompt and target of each sample, packed; targets over data.max_response_tokens are dropped.
+
+    Questions about the same videos come to stand side by side.
+    """
     config = run.config.data
     groups, dropped = [], []
-    for prompt in prompts:
+    for prompt in [prompts[index] for index in by_videos(prompts)]:
         target = run.builder.target(prompt.sample)
         if len(target) > config.max_response_tokens:
             reason = f"target of {len(target)} tokens is over data.max_response_tokens={config.max_response_tokens}"
             dropped.append(Dropped(sample_id=prompt.sample.sample_id, stage="target", reason=reason))
         else:
             groups.append(GroupTokens(prompt=prompt, responses=(target,)))
-    packs = plan_packs([group.length for group in groups], pack_tokens=config.pack_tokens)
     share = run.config.mr_sp.mode.name == "shared_prefix"
+    packs = plan_packs(groups, pack_tokens=config.pack_tokens, share_videos=share)
     return [pack_groups([groups[index] for index in pack], share_videos=share) for pack in packs], dropped
 
 

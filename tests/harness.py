@@ -65,6 +65,7 @@ class DemoWorld:
     tied: Path  # another checkpoint: the same, but the embedding is the head
     sft: Path  # manifest
     rl: Path
+    pairs: Path  # of rl, two questions about a video
 
     def overrides(self, run_dir: Path, *, task: str) -> list[str]:
         """Where the model, the data and the run folder are; SFT trains the vision side, GRPO keeps it frozen."""
@@ -90,7 +91,18 @@ def make_demo_world(folder: Path) -> DemoWorld:
     tied = _with_tied_head(model, folder / "tied_model")
     recipe = folder / "recipe.yaml"
     recipe.write_text(BASE.replace("model: {", f"model: {{path: {model}, "), encoding="utf-8")
-    return DemoWorld(folder=folder, recipe=recipe, tied=tied, sft=data.train_sft, rl=data.train_rl)
+    return DemoWorld(
+        folder=folder, recipe=recipe, tied=tied, sft=data.train_sft, rl=data.train_rl, pairs=ask_twice(data.train_rl)
+    )
+
+
+def ask_twice(manifest: Path) -> Path:
+    """A manifest of the same questions, two about each of its first videos, which stand apart in it."""
+    lines = [json.loads(line) for line in manifest.read_text().splitlines()]
+    paired = [{**line, "videos": lines[index % (len(lines) // 2)]["videos"]} for index, line in enumerate(lines)]
+    written = manifest.with_name("pairs.jsonl")
+    written.write_text("".join(json.dumps(line) + "\n" for line in paired))
+    return written
 
 
 def make_model_for_vllm(demo: DemoWorld, folder: Path) -> Path:

@@ -43,7 +43,12 @@ VARIANTS = {
     ),
 }
 """Name -> task and overrides."""
-EXACT = {f"{name}_float64": VARIANTS[name] for name in ("sft", "sft_one_frame", "sft_tied", "grpo", "grpo_vision")}
+PAIRED = ("data.train={pairs}", "data.questions_per_video=2")
+EXACT = {f"{name}_float64": VARIANTS[name] for name in ("sft", "sft_one_frame", "sft_tied", "grpo", "grpo_vision")} | {
+    # Two questions about a video share it in a pack, and, what must be the same, do not.
+    "pairs_float64": ("grpo", PAIRED),
+    "pairs_apart_float64": ("grpo", (*PAIRED, "data.pack_tokens=1")),
+}
 """Again in float64, where any difference beyond 1e-10 is a defect: no sum in another order makes one."""
 
 
@@ -72,7 +77,7 @@ def record_all(
     layouts.start()
     for name in names:
         task, overrides = {**VARIANTS, **EXACT}[name]
-        overrides = [override.format(tied=demo.tied) for override in overrides]
+        overrides = [override.format(tied=demo.tied, pairs=demo.pairs) for override in overrides]
         config = demo.config(folder / name, *overrides, *parallel, task=task)
         recorded = Recorded()
         wide = mock.patch.dict(TORCH_DTYPE, {Dtype.float32: torch.float64}) if name in EXACT else nullcontext()

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import DemoWorld
+from harness import DemoWorld, ask_twice
 from PIL import Image
 from tokenizers import AddedToken
 from transformers import (
@@ -167,7 +167,8 @@ def make_world(folder: Path, *, family: str) -> DemoWorld:
     model = WRITERS[family](folder / "model", texts=texts)
     recipe = folder / "recipe.yaml"
     recipe.write_text(RECIPE.format(family=family, model=model), encoding="utf-8")
-    return DemoWorld(folder=folder, recipe=recipe, sft=data.train_sft, rl=data.train_rl, tied=model)
+    pairs = ask_twice(data.train_rl)
+    return DemoWorld(folder=folder, recipe=recipe, sft=data.train_sft, rl=data.train_rl, pairs=pairs, tied=model)
 
 
 WRITERS = {"qwen2_5_vl": write_qwen2_5_vl, "qwen3_vl": write_qwen3_vl}

@@ -116,6 +116,7 @@ _BOUNDS: tuple[_Bound, ...] = (
     _Bound("data.max_response_tokens", 1),
     _Bound("data.pack_tokens", 1),
     _Bound("data.seed", 0),
+    _Bound("data.questions_per_video", 1),
     _Bound("data.decode_workers", 1),
     _Bound("eval.every", 0),
     _Bound("eval.num_samples", 1),
@@ -309,6 +310,11 @@ def _training_problems(config: RunConfig, task: Task, *, world_size: int) -> Ite
     if optimizer.warmup_steps > steps * updates:  # a step of the optimizer is an update
         many = f" x grpo.updates_per_batch={updates}" if updates > 1 else ""
         yield f"optimizer.warmup_steps={optimizer.warmup_steps} is more than {task}.steps={steps}{many}; lower it"
+    if config.data.questions_per_video > 1 and not config.data.shuffle:
+        yield (
+            f"data.questions_per_video={config.data.questions_per_video} arranges a shuffled order, and data.shuffle="
+            "false keeps the manifest's; set data.shuffle=true or data.questions_per_video=1"
+        )
     if optimizer.min_lr > optimizer.lr:
         yield f"optimizer.min_lr={optimizer.min_lr:g} is more than optimizer.lr={optimizer.lr:g}; lower it"
     yield from _batch_problems(config, task, world_size=world_size)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -24,21 +23,58 @@ class GroupTokens:
         return len(self.prompt.ids_P) + sum(len(response) for response in self.responses)
 
 
-def plan_packs(lengths: Sequence[int], *, pack_tokens: int) -> list[list[int]]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Neighbours:
+    """Groups side by side about the same videos: what all their prompts begin with stands in the pack once."""
+
+    groups: tuple[GroupTokens, ...]
+    common: int = 0  # tokens that the prompts of several groups begin with
+
+    @property
+    def length(self) -> int:
+        return sum(group.length for group in self.groups) - self.common * (len(self.groups) - 1)
+
+    def takes(self, group: GroupTokens) -> bool:
+        """Whether the group is about the same videos; groups without any share nothing."""
+        selections = group.prompt.selections
+        return bool(selections) and selections == self.groups[0].prompt.selections
+
+    def joined(self, group: GroupTokens) -> _Neighbours:
+        common = _common_prefix(self.groups[0].prompt, group.prompt)
+        if len(self.groups) > 1:
+            common = min(common, self.common)
+        return _Neighbours(groups=(*self.groups, group), common=common)
+
+
+def plan_packs(groups: Sequence[GroupTokens], *, pack_tokens: int, share_videos: bool = True) -> list[list[int]]:
     """Indexes of the groups of each pack: in order, as many as fit in pack_tokens; a longer group is alone.
 
-    Order is kept so that results do not depend on how lengths happen to fall.
+    share_videos: what pack_groups has neighbours share counts once. Order is kept so that results do not depend on how
+    lengths happen to fall.
     """
     packs: list[list[int]] = []
-    held = 0
-    for index, length in enumerate(lengths):
-        if packs and held + length <= pack_tokens:
+    held, last = 0, None
+    for index, group in enumerate(groups):
+        alone = _Neighbours(groups=(group,))
+        if share_videos and last is not None and last.takes(group):
+            now = last.joined(group)
+            more = now.length - last.length
+        else:
+            now, more = alone, alone.length
+        if packs and held + more <= pack_tokens:
             packs[-1].append(index)
-            held += length
+            held, last = held + more, now
         else:
             packs.append([index])
-            held = length
+            held, last = alone.length, alone
     return packs
+
+
+def by_videos(prompts: Sequence[Prompt]) -> list[int]:
+    """An order of the prompts in which those about the same videos are neighbours: where the first of them stood."""
+    first_of = {prompt.selections: index for index, prompt in reversed(list(enumerate(prompts)))}
+    places = [first_of[prompt.selections] if prompt.selections else index for index, prompt in enumerate(prompts)]
+    return sorted(range(len(prompts)), key=places.__getitem__)
 
 
 class _PackBuilder:
@@ -92,15 +128,13 @@ def pack_groups(groups: Sequence[GroupTokens], *, share_videos: bool = True) -> 
     Raises ValueError on an empty response.
     """
     pack = _PackBuilder()
-    for _, run in groupby(groups, key=_videos_of):
-        same = list(run)
-        common = _common_prefix([group.prompt for group in same]) if share_videos and len(same) > 1 else 0
-        video = -1
+    for same in _neighbours(groups, share_videos=share_videos):
+        common, video = same.common, -1
         if common:
-            first = same[0].prompt
+            first = same.groups[0].prompt
             video = pack.add(first.ids_P[:common], first.positions_P[..., :common], parent=-1)
             pack.selections += first.selections
-        for group in same:
+        for group in same.groups:
             prompt = group.prompt
             prefix = pack.add(prompt.ids_P[common:], prompt.positions_P[..., common:], parent=video)
             pack.selections += () if common else prompt.selections
@@ -108,20 +142,28 @@ def pack_groups(groups: Sequence[GroupTokens], *, share_videos: bool = True) -> 
     return pack.build()
 
 
-def _videos_of(group: GroupTokens) -> object:
-    """What neighbours must have in common to share a prefix: their videos. Groups without any share nothing."""
-    return group.prompt.selections or id(group)
+def _neighbours(groups: Sequence[GroupTokens], *, share_videos: bool) -> list[_Neighbours]:
+    found: list[_Neighbours] = []
+    for group in groups:
+        if share_videos and found and found[-1].takes(group):
+            found[-1] = found[-1].joined(group)
+        else:
+            found.append(_Neighbours(groups=(group,)))
+    return found
 
 
-def _common_prefix(prompts: Sequence[Prompt]) -> int:
-    """Tokens that all prompts begin with: at least all their vision tokens, and not the whole of any; else 0."""
-    shortest = min(len(prompt.ids_P) for prompt in prompts) - 1
-    ids_BP = torch.tensor([prompt.ids_P[:shortest] for prompt in prompts])
-    positions_BP = torch.stack([torch.atleast_2d(prompt.positions_P)[:, :shortest] for prompt in prompts])
-    same_P = (ids_BP == ids_BP[0]).all(0) & (positions_BP == positions_BP[0]).flatten(0, 1).all(0)
-    common = shortest if bool(same_P.all()) else int(same_P.int().argmin())
-    media = [MEDIA_TOKEN in prompt.ids_P[common:] for prompt in prompts]
-    return 0 if any(media) else common
+def _common_prefix(one: Prompt, other: Prompt) -> int:
+    """Tokens that both prompts begin with: at least all their vision tokens, and not the whole of either; else 0."""
+    shortest = min(len(one.ids_P), len(other.ids_P)) - 1
+    ids, other_ids = one.ids_P[:shortest], other.ids_P[:shortest]
+    common = shortest
+    if ids != other_ids:
+        common = next(index for index, (token, its) in enumerate(zip(ids, other_ids, strict=True)) if token != its)
+    differ_P = torch.atleast_2d(one.positions_P[..., :common] != other.positions_P[..., :common]).any(0)
+    if bool(differ_P.any()):
+        common = int(differ_P.int().argmax())
+    media = any(MEDIA_TOKEN in prompt.ids_P[common:] for prompt in (one, other))
+    return 0 if media else common
 
 
 def pack_rollouts(
@@ -132,10 +174,8 @@ def pack_rollouts(
     Questions about the same videos come to stand side by side. share_prefix=False: every response is a sequence of its
     own, with its own copy of the prompt.
     """
-    first_of = {group.prompt.selections: index for index, group in reversed(list(enumerate(groups)))}
-    order = sorted(range(len(groups)), key=lambda index: (first_of[groups[index].prompt.selections], index))
     items: list[tuple[GroupTokens, list[tuple[float, ...]], Tensor]] = []
-    for index in order:
+    for index in by_videos([group.prompt for group in groups]):
         group, advantages_G = groups[index], advantages[index]
         cuts = [slice(0, None)] if share_prefix else [slice(i, i + 1) for i in range(len(group.response_ids))]
         items += [
@@ -147,13 +187,13 @@ def pack_rollouts(
             for cut in cuts
         ]
     batches = []
-    for pack in plan_packs([tokens.length for tokens, _, _ in items], pack_tokens=pack_tokens):
+    groups_of = [tokens for tokens, _, _ in items]
+    for pack in plan_packs(groups_of, pack_tokens=pack_tokens, share_videos=share_prefix):
         chosen = [items[index] for index in pack]
         sampler = [value for _, logprobs, _ in chosen for response in logprobs for value in response]
-        tokens = [tokens for tokens, _, _ in chosen]
         batches.append(
             PolicyBatch(
-                tokens=pack_groups(tokens, share_videos=share_prefix),
+                tokens=pack_groups([tokens for tokens, _, _ in chosen], share_videos=share_prefix),
                 advantages_S=torch.cat([advantages_G for _, _, advantages_G in chosen]),
                 sampler_logprobs_R=torch.tensor(sampler, dtype=torch.float32),
                 old_logprobs_R=None,

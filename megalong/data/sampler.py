@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 
 import numpy as np
 
@@ -18,11 +18,15 @@ class PromptSampler:
     batch_size < dp_size): joined in rank order they are the same batch for every dp_size. The state is
     the position in the sequence and nothing of the ranks, so a run may resume with another dp_size or
     batch_size.
+
+    questions_per_video > 1, with shuffle: that many samples whose entries of `videos` are equal stand side by side, and
+    begin at a multiple of it, so that a share of such a size holds them all.
     """
 
     def __init__(
-        self, num_samples: int, batch_size: int, dp_rank: int, dp_size: int, *, seed: int, shuffle: bool
-    ) -> None:
+        self, num_samples: int, batch_size: int, dp_rank: int, dp_size: int, *,
+        seed: int, shuffle: bool, questions_per_video: int = 1, videos: Sequence[Hashable] = (),
+    ) -> None:  # fmt: skip
         if num_samples < 1:
             raise ValueError(f"num_samples is {num_samples}, expected at least 1; check data.train")
         if batch_size < 1:
@@ -33,6 +37,8 @@ class PromptSampler:
         self.batch_size = batch_size
         self.seed = seed
         self.shuffle = shuffle
+        self.questions_per_video = questions_per_video
+        self._videos = videos
         self.position = 0  # samples of the endless sequence handed out so far, over all ranks
         self._share = shard_range(batch_size, dp_rank, dp_size)
         self._epoch = -1
@@ -56,13 +62,14 @@ class PromptSampler:
             "num_samples": self.num_samples,
             "seed": self.seed,
             "shuffle": self.shuffle,
+            "questions_per_video": self.questions_per_video,
         }
 
     def load_state_dict(self, state: dict[str, int | bool]) -> None:
         """Continue after the last batch of the saved run. Raises ValueError when the order differs."""
-        knobs = {"num_samples": "data.train", "seed": "data.seed", "shuffle": "data.shuffle"}
-        for name, knob in knobs.items():
-            here = getattr(self, name)
+        state = {"questions_per_video": 1, **state}  # a checkpoint from before there was the setting has none
+        for name in ("num_samples", "seed", "shuffle", "questions_per_video"):
+            knob, here = "data.train" if name == "num_samples" else f"data.{name}", getattr(self, name)
             if state[name] != here:
                 raise ValueError(
                     f"sampler state has {name}={state[name]}, this run has {name}={here}: the order of samples "
@@ -79,6 +86,35 @@ class PromptSampler:
             return offset
         if epoch != self._epoch:
             # The pair seeds the generator: seed + epoch would give seed 1's second epoch to seed 2's first.
-            self._order = np.random.default_rng((self.seed, epoch)).permutation(self.num_samples)
+            rng = np.random.default_rng((self.seed, epoch))
+            self._order = rng.permutation(self.num_samples)
+            if self.questions_per_video > 1:
+                first = epoch * self.num_samples
+                self._order = neighbouring(self._order, self._videos, self.questions_per_video, first=first, rng=rng)
             self._epoch = epoch
         return int(self._order[offset])
+
+
+def neighbouring(
+    order: np.ndarray, videos: Sequence[Hashable], together: int, *, first: int, rng: np.random.Generator
+) -> np.ndarray:
+    """`order` (sample indexes, [N] int64) rearranged: `together` samples of a video side by side, where it has as many.
+
+    What is left of a video shares such a place with the rests of others, none torn apart where they fit. first: the
+    order's position in the endless sequence, in which the places begin at multiples of `together`.
+    """
+    samples_of: dict[Hashable, list[int]] = {}
+    for sample in order.tolist():
+        samples_of.setdefault(videos[sample], []).append(sample)
+    parts = [own[at : at + together] for own in samples_of.values() for at in range(0, len(own), together)]
+    places: list[list[list[int]]] = [[] for _ in range(together + 1)]  # by how many samples they still take
+    for part in sorted(parts, key=len, reverse=True):
+        fitting = next((with_room for with_room in places[len(part) : together] if with_room), None)
+        place = [*(fitting.pop() if fitting else ()), *part]
+        places[together - len(place)].append(place)
+    whole = [places[0][index] for index in rng.permutation(len(places[0]))]
+    rest = [sample for with_room in places[1:] for place in with_room for sample in place]
+    lead = min(-first % together, len(order))  # samples before the first place
+    while len(rest) < lead:
+        rest += whole.pop()
+    return np.array([*rest[:lead], *(sample for place in whole for sample in place), *rest[lead:]], dtype=np.int64)

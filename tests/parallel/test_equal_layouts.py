@@ -33,10 +33,16 @@ LAYOUTS = {
 """Name -> number of processes and overrides."""
 IN_FLOAT32 = ("tp2", "tp2_sp", "dp2", "tp2_dp2", "pp2", "cp2")
 """Layouts that run every variant; the others run those in float64, where the bound is 1e-10."""
+IN_PAIRS = ("tp2_sp", "dp2", "pp2", "cp2_ring", "tp2_cp2_sp")
+"""Layouts that run the questions about one video."""
+
+
+def exact_variants(layout: str) -> list[str]:
+    return [name for name in EXACT if not name.startswith("pairs") or (layout in IN_PAIRS and "apart" not in name)]
 
 
 def variants_of(layout: str) -> list[str]:
-    return [*(VARIANTS if layout in IN_FLOAT32 else ()), *EXACT]
+    return [*(VARIANTS if layout in IN_FLOAT32 else ()), *exact_variants(layout)]
 
 
 REPEATING = {"tp2_none", "cp2_none", "cp2_stage1", "cp2_stage1+2"}
@@ -87,8 +93,9 @@ def test_a_layout_trains_like_one_process(
         assert_equal_runs(recorded[variant], reference(alone, variant), same_tokens=layout not in REPEATING)
 
 
-@pytest.mark.parametrize("variant", EXACT)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "variant"), [(name, variant) for name in LAYOUTS for variant in exact_variants(name)]
+)
 def test_a_layout_in_float64_differs_by_no_more_than_its_rounding(
     layout: str, variant: str, alone: dict[str, Recorded], split: Callable[[str], Ranks]
 ) -> None:
@@ -103,6 +110,16 @@ def test_one_process_trains_alike_for_any_micro_batches(variant: str, alone: dic
     assert alone[variant].stats[0].num_tokens > 0
 
 
+def test_questions_about_one_video_share_it_and_train_as_if_they_did_not(alone: dict[str, Recorded]) -> None:
+    together, apart = alone["pairs_float64"], alone["pairs_apart_float64"]
+    assert_equal_runs(together, apart, exact=True, same_tokens=False)
+    for step, groups in enumerate(together.sampled):
+        prompts = [group.group.prompt for group in groups]
+        assert len({prompt.selections for prompt in prompts}) == len(prompts) / 2
+        videos = sum(len(prompt.ids_P) for prompt in prompts[::2])
+        assert together.stats[step].num_tokens < apart.stats[step].num_tokens - 0.5 * videos
+
+
 def test_what_is_compared_moves(alone: dict[str, Recorded]) -> None:
     """Equality proves nothing about gradients that are zero or weights that stay where they are."""
     for name, recorded in alone.items():
@@ -113,7 +130,8 @@ def test_what_is_compared_moves(alone: dict[str, Recorded]) -> None:
         }
         vision = {key for key in recorded.weights if not key.startswith("llm/") and not is_tower_key_bias(key)}
         language = {key for key in recorded.weights if key.startswith("llm/")}
-        only = {"sft_vision_only": vision, "grpo": language, "grpo_split": language, "grpo_one_update": language}
+        frozen = ("grpo", "grpo_split", "grpo_one_update", "pairs", "pairs_apart")
+        only = {"sft_vision_only": vision, **dict.fromkeys(frozen, language)}
         expected = only.get(name.removesuffix("_float64"), language | vision)
         assert expected <= trained
         assert all(0 < stats.grad_norm < 100 for stats in recorded.stats)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megalong.data.packing import GroupTokens, pack_groups, pack_rollouts, plan_packs
+from megalong.data.packing import GroupTokens, by_videos, pack_groups, pack_rollouts, plan_packs
 from megalong.records import MEDIA_TOKEN, FrameSelection, Prompt, RolloutGroup, Sample
 
 VIDEO = FrameSelection(path="v.mp4", frames=(0,), seconds=(0.0,), height=8, width=8)
@@ -108,9 +108,13 @@ def test_every_row_predicts_the_token_that_follows_it_in_its_own_sequence(
     assert at == len(tokens.rows_R)
 
 
-@given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 60))
+def lone(length: int) -> GroupTokens:
+    return GroupTokens(prompt=prompt(str(length), tuple(range(length - 1))), responses=((1,),))
+
+
+@given(st.lists(st.integers(2, 50), max_size=30), st.integers(1, 60))
 def test_plan_packs(lengths: list[int], pack_tokens: int) -> None:
-    packs = plan_packs(lengths, pack_tokens=pack_tokens)
+    packs = plan_packs([lone(length) for length in lengths], pack_tokens=pack_tokens)
     assert [index for pack in packs for index in pack] == list(range(len(lengths)))
     totals = [sum(lengths[index] for index in pack) for pack in packs]
     for pack, total in zip(packs, totals, strict=True):
@@ -120,8 +124,56 @@ def test_plan_packs(lengths: list[int], pack_tokens: int) -> None:
 
 
 def test_a_group_longer_than_a_pack_is_alone() -> None:
-    assert plan_packs([3, 9, 2, 2, 4, 1], pack_tokens=5) == [[0], [1], [2, 3], [4, 5]]
+    assert plan_packs([lone(length) for length in (3, 9, 2, 2, 4, 2)], pack_tokens=6) == [[0], [1], [2, 3], [4, 5]]
     assert plan_packs([], pack_tokens=5) == []
+
+
+def about(video: int, question: tuple[int, ...], responses: tuple[tuple[int, ...], ...]) -> GroupTokens:
+    """A question behind the five tokens of a video."""
+    selection = replace(VIDEO, path=f"{video}.mp4")
+    ids = (1, *(MEDIA_TOKEN,) * 3, 2, *question)
+    return GroupTokens(prompt=prompt(f"{video}{question}", ids, (selection,)), responses=responses)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 2),
+            st.lists(st.integers(3, 5), max_size=4).map(tuple),
+            st.lists(st.lists(st.integers(6, 9), min_size=1, max_size=4).map(tuple), min_size=1, max_size=3).map(tuple),
+        ),
+        max_size=12,
+    ),
+    st.integers(1, 80),
+    st.booleans(),
+)
+def test_packs_hold_as_many_questions_about_a_video_as_fit(
+    drawn: list[tuple[int, tuple[int, ...], tuple[tuple[int, ...], ...]]], pack_tokens: int, share: bool
+) -> None:
+    groups = [about(*item) for item in drawn]
+    packs = plan_packs(groups, pack_tokens=pack_tokens, share_videos=share)
+    assert [index for pack in packs for index in pack] == list(range(len(groups)))
+    for pack in packs:
+        made = pack_groups([groups[index] for index in pack], share_videos=share)
+        assert len(made.ids_T) <= pack_tokens or len(pack) == 1
+    for pack, after in zip(packs, packs[1:], strict=False):
+        longer = pack_groups([groups[index] for index in (*pack, after[0])], share_videos=share)
+        assert len(longer.ids_T) > pack_tokens, "the next group would have fitted"
+
+
+def test_questions_about_one_video_fill_a_pack_that_has_room_for_the_video_once() -> None:
+    groups = [about(0, (3, number), ((6, 7), (8,))) for number in range(4)]
+    assert [group.length for group in groups] == [10] * 4
+    # Six tokens of each question's ten are the first one's, too: 10 + 3 * 4.
+    assert plan_packs(groups, pack_tokens=22) == [[0, 1, 2, 3]]
+    assert plan_packs(groups, pack_tokens=21) == [[0, 1, 2], [3]]
+    assert plan_packs(groups, pack_tokens=22, share_videos=False) == [[0, 1], [2, 3]]
+    assert len(pack_groups(groups).ids_T) == 22
+
+
+def test_questions_about_one_video_become_neighbours_where_the_first_stood() -> None:
+    groups = [about(0, (3,), ((6,),)), lone(4), about(1, (3,), ((6,),)), about(0, (4,), ((6,),)), lone(5)]
+    assert by_videos([group.prompt for group in groups]) == [0, 3, 1, 2, 4]
 
 
 def test_pack_rollouts_keeps_logprobs_and_advantages_beside_their_responses() -> None:

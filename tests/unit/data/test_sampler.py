@@ -88,9 +88,48 @@ def test_uneven_and_empty_shares():
     assert shares == [[0], [1], [2], []]
 
 
+def share_of(rank, dp_size, videos, *, batch_size, together, epochs):
+    """What a rank gets, batch by batch."""
+    sampler = PromptSampler(
+        len(videos), batch_size, rank, dp_size, seed=5, shuffle=True, questions_per_video=together, videos=videos
+    )
+    return list(islice(sampler, epochs * len(videos) // batch_size))
+
+
+@given(
+    sizes=st.lists(st.integers(1, 7), min_size=1, max_size=12),
+    together=st.integers(2, 4),
+    dp_size=st.integers(1, 3),
+)
+def test_questions_of_a_video_come_together_and_each_epoch_has_each_once(sizes, together, dp_size):
+    videos = [number for number, size in enumerate(sizes) for _ in range(size)]
+    batch_size = together * dp_size
+    shares = [
+        share_of(rank, dp_size, videos, batch_size=batch_size, together=together, epochs=3) for rank in range(dp_size)
+    ]
+    stream = [index for batch in zip(*shares, strict=True) for share in batch for index in share]
+    for epoch in range(len(stream) // len(videos)):
+        assert sorted(stream[epoch * len(videos) : (epoch + 1) * len(videos)]) == list(range(len(videos)))
+    # A share is one place. Over an epoch all whole ones of a video are shares, but one that makes room at its ends.
+    epoch = [
+        [videos[index] for index in share]
+        for batch in zip(*shares, strict=True) for share in batch
+    ][: len(videos) // together]  # fmt: skip
+    whole = sum(len(set(places)) == 1 for places in epoch)
+    assert whole >= sum(size // together for size in sizes) - 1
+
+
+def test_rests_of_videos_are_not_torn_apart():
+    videos = ["a"] * 5 + ["b"] * 3 + ["c"] * 3 + ["d"] + ["e"] * 2 + ["f"] * 2
+    batches = share_of(0, 1, videos, batch_size=4, together=4, epochs=1)
+    found = sorted("".join(sorted(videos[index] for index in batch)) for batch in batches)
+    assert found == ["aaaa", "abbb", "cccd", "eeff"] or found == ["aaaa", "accc", "bbbd", "eeff"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"questions_per_video": 2}, r"questions_per_video=2, this run has questions_per_video=1.*data\.questions_per"),
         ({"num_samples": 8}, r"num_samples=8, this run has num_samples=9.*data\.train"),
         ({"seed": 4}, r"seed=4, this run has seed=0.*data\.seed"),
         ({"shuffle": True}, r"shuffle=True, this run has shuffle=False.*data\.shuffle"),
@@ -101,6 +140,14 @@ def test_state_of_another_order_is_refused(change, message):
     sampler = PromptSampler(9, 3, 0, 1, seed=0, shuffle=False)
     with pytest.raises(ValueError, match=message):
         sampler.load_state_dict({**sampler.state_dict(), **change})
+
+
+def test_a_checkpoint_from_before_the_setting_is_taken():
+    sampler = PromptSampler(9, 3, 0, 1, seed=0, shuffle=False)
+    state = sampler.state_dict()
+    del state["questions_per_video"]
+    sampler.load_state_dict({**state, "position": 6})
+    assert sampler.position == 6
 
 
 @pytest.mark.parametrize(
