@@ -34,7 +34,7 @@ def our_logits(bench: Bench, tokens: TokenBatch) -> Tensor:
     config, layout = bench.config, bench.layout
     model = build_model(config.model, layout, sequence_parallel=config.parallel.sequence_parallel, load=False)
     fill_randomly(model, layout)
-    hidden_RD = model(shard_tokens(tokens, layout.context, multiple=model.llm.sequence_multiple), None)
+    hidden_RD = model(shard_tokens(tokens, layout.context, part=model.llm.sequence_part), None)
     local_RV = (hidden_RD @ model.llm.head_weight.t()).float()
     shards = [torch.empty_like(local_RV) for _ in range(layout.tp_size)]
     dist.all_gather(shards, local_RV, group=layout.tp)

@@ -194,7 +194,7 @@ def gap(session: Session, *, prompt: int, length: int) -> None:
     session.engine.release()
     layout, llm = session.bench.layout, session.model.llm
     with torch.no_grad():
-        hidden_RD = session.model(shard_tokens(tokens, layout.context, multiple=llm.sequence_multiple), None)
+        hidden_RD = session.model(shard_tokens(tokens, layout.context, part=llm.sequence_part), None)
         targets_R = tokens.targets_R.to(layout.device)
         vocab = session.bench.shape.vocab
         trained_R, _ = vocab_parallel_logprobs(hidden_RD, llm.head_weight, targets_R, group=layout.tp, real_vocab=vocab)

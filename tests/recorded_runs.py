@@ -17,6 +17,7 @@ from torch import Tensor
 from megalong import grpo, run
 from megalong.config.tree import Dtype
 from megalong.engine.build import TORCH_DTYPE
+from megalong.engine.pipeline import PackRunner
 from megalong.engine.trainer import Trainer
 from megalong.grpo import train_grpo
 from megalong.parallel.collectives import gather_objects
@@ -61,6 +62,7 @@ class Recorded:
     weights: dict[str, Tensor] = field(default_factory=dict)  # after the last update
     sampled: list[list[ScoredGroup]] = field(default_factory=list)  # by rollout batch, over all replicas
     frames_encoded: int = 0  # by this rank
+    embeddings: list[int] = field(default_factory=list)  # rows that this rank got in each pass over a pack with videos
 
 
 def record_all(
@@ -92,6 +94,7 @@ def record_all(
 def recording(recorded: Recorded, rollouts: list[list[ScoredGroup]] | None) -> Iterator[None]:
     """Fill `recorded` from the run inside this context; the run writes no checkpoint."""
     train_step, finish_gradients, sample_groups = Trainer.train_step, Trainer._finish_gradients, grpo.sample_groups
+    embed = PackRunner._embed
 
     def step_and_record(trainer: Trainer, *args: object, **settings: object) -> StepStats:
         recorded.stats.append(train_step(trainer, *args, **settings))
@@ -101,6 +104,12 @@ def recording(recorded: Recorded, rollouts: list[list[ScoredGroup]] | None) -> I
         finish_gradients(trainer)
         if not recorded.gradients:
             recorded.gradients = exported(trainer, gradients=True)
+
+    def embed_and_record(runner: PackRunner, turn: object) -> Tensor | None:
+        embeds_nD = embed(runner, turn)
+        if embeds_nD is not None:
+            recorded.embeddings.append(len(embeds_nD))
+        return embeds_nD
 
     def sample_and_record(this: run.Run, *args: object, **settings: object) -> tuple[list[ScoredGroup], list]:
         scored, dropped = sample_groups(this, *args, **settings)
@@ -117,6 +126,7 @@ def recording(recorded: Recorded, rollouts: list[list[ScoredGroup]] | None) -> I
     with (
         mock.patch.object(Trainer, "train_step", step_and_record),
         mock.patch.object(Trainer, "_finish_gradients", finish_and_record),
+        mock.patch.object(PackRunner, "_embed", embed_and_record),
         mock.patch.object(grpo, "sample_groups", sample_and_record),
         mock.patch.object(run.Run, "save", keep_weights),
     ):

@@ -16,7 +16,7 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
-from megalong.attention.shard import PackShard, shard_tokens
+from megalong.attention.shard import PackShard, media_of_parts, shard_tokens
 from megalong.parallel.collectives import broadcast_object, gather_objects
 from megalong.parallel.layout import ParallelLayout
 from megalong.records import MEDIA_TOKEN, TokenBatch
@@ -63,38 +63,39 @@ class PackRunner:
     def _turns(self, packs: Sequence[TokenBatch]) -> list[_Turn]:
         """What this rank does in turn; as many turns on every rank of the replica."""
         context = self.layout.context
-        multiple = self.ddp.module.llm.sequence_multiple
+        part = self.ddp.module.llm.sequence_part
         if self.sharded or context.size == 1:
-            return [
-                _Turn([tokens], i, shard_tokens(tokens, context, multiple=multiple)) for i, tokens in enumerate(packs)
-            ]
+            return [_Turn([tokens], i, shard_tokens(tokens, context, part=part)) for i, tokens in enumerate(packs)]
         turns = []
         for first in range(0, len(packs), context.size):
             together = packs[first : first + context.size]
             mine = first + context.rank
             index = mine if mine < len(packs) else None
-            shard = shard_tokens(packs[mine], context.alone, multiple=multiple) if index is not None else None
+            shard = shard_tokens(packs[mine], context.alone, part=part) if index is not None else None
             turns.append(_Turn(together, index, shard))
         return turns
 
     def _embed(self, turn: _Turn) -> Tensor | None:
-        """[n, D'] embeddings for this rank's MEDIA_TOKEN places (none but on the first pipeline stage)."""
+        """[n, D'] embeddings for the MEDIA_TOKEN places that this rank embeds (on the first pipeline stage alone)."""
         layout = self.layout
         selections = [selection for tokens in turn.packs for selection in tokens.selections]
         if not selections:
             return None
         if layout.replica_size == 1:
             return self.embeddings(selections)
-        if layout.context.size > 1 and not self.sharded:
-            counts = [int((tokens.ids_T == MEDIA_TOKEN).sum()) for tokens in turn.packs]
-            media = [torch.arange(count) + sum(counts[:i]) for i, count in enumerate(counts)]
-            media += [torch.empty(0, dtype=torch.int64)] * (layout.context.size - len(media))
-        else:
-            media = turn.shard.media
+        _, parts = self.ddp.module.llm.sequence_part
+        context = layout.context if self.sharded else layout.context.alone
+        before, media = 0, []  # by context-parallel rank, then by slice of its rows
+        for tokens in turn.packs:
+            for slices in media_of_parts(tokens, context, parts=parts):
+                media.append([rows_n + before for rows_n in slices])
+            before += int((tokens.ids_T == MEDIA_TOKEN).sum())
         nothing = torch.empty(0, dtype=torch.int64)
-        wanted = [media[cp] if pp == 0 else nothing for _, cp, pp in layout.places]
-        # Tensor-parallel ranks compute the same from the same rows: the first one's gradient is everyone's.
-        return self.embeddings(selections, wanted, returns=[tp == 0 for tp, _, _ in layout.places])
+        media += [[nothing] * parts] * (layout.context.size - len(media))
+        wanted = [media[cp][tp % parts] if pp == 0 else nothing for tp, cp, pp in layout.places]
+        # Tensor-parallel ranks without slices of their own compute the same from the same rows: the first one's
+        # gradient is everyone's.
+        return self.embeddings(selections, wanted, returns=[tp < parts for tp, _, _ in layout.places])
 
     def _through_stages(
         self, packs: Sequence[TokenBatch], finish: Finish, *, backward: bool

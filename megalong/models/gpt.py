@@ -17,7 +17,6 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
-    scatter_to_sequence_parallel_region,
 )
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -132,7 +131,7 @@ class PackGpt(GPTModel):
             share_embeddings_and_output_weights=shape.tied,
             position_embedding_type="mrope",
             rotary_base=shape.rope_theta,
-            # Vision embeddings are put in before the sequence is split.
+            # embed() puts text and vision rows into this rank's slice of the sequence.
             scatter_embedding_sequence_parallel=False,
         )
         if self.post_process:
@@ -148,44 +147,45 @@ class PackGpt(GPTModel):
     def embed(self, pack: PackShard, embeds_nD: Tensor | None) -> Tensor:
         """Hidden states that go into the first layer: vision and text embeddings, each at its place, zeros as padding.
 
-        embeds_nD: [n, (1 + levels) * D] vision embeddings of this context-parallel rank's rows, equal over TP; here
-        the first D columns are read. Returns [t (/tp with sequence parallel), 1, D] in the model's dtype. Raises
-        ValueError when places and embeddings differ in number.
+        embeds_nD: [n, (1 + levels) * D] vision embeddings of the rows that this rank embeds, its slice of the
+        context-parallel rank's with sequence parallel, otherwise all of them, equal over TP; here the first D columns
+        are read. Returns [s, 1, D] in the model's dtype, s = t (/tp with sequence parallel). Raises ValueError when
+        places and embeddings differ in number.
         """
         device = next(self.parameters()).device
-        places, given = len(pack.media[pack.context.rank]), 0 if embeds_nD is None else len(embeds_nD)
-        if places != given:
-            raise ValueError(f"the pack has {places} vision-token places but {given} embeddings were given")
+        given = 0 if embeds_nD is None else len(embeds_nD)
+        if pack.num_media != given:
+            raise ValueError(f"the pack has {pack.num_media} vision-token places but {given} embeddings were given")
         # Looked up for text rows alone: over TP every row is summed, and most are vision tokens.
         text_MD = self.embedding.word_embeddings(pack.text_M.to(device)[None])[0]
+        if self.config.sequence_parallel:
+            # A row's gradient comes from the slice that it is in, and goes to the rank that has the token's weights.
+            text_MD = copy_to_tensor_model_parallel_region(text_MD)
         frames_nD = text_MD[:0] if embeds_nD is None else embeds_nD[:, : text_MD.shape[1]].to(text_MD.dtype)
-        hidden = shard_rows(frames_nD, text_MD, pack.source_t.to(device))[:, None]
+        hidden = shard_rows(frames_nD, text_MD, pack.source_s.to(device))[:, None]
         if torch.is_grad_enabled() and not hidden.requires_grad:
             # A frozen LLM on a pack without videos: its layers are differentiated like those of every other pack.
             hidden.requires_grad_()
-        return scatter_to_sequence_parallel_region(hidden) if self.config.sequence_parallel else hidden
+        return hidden
 
     def deepstack(self, pack: PackShard, embeds_nD: Tensor | None) -> Tensor | None:
-        """[t (/tp with sequence parallel), levels, D]: what the first layers add, 0 where no vision token is.
+        """[s, levels, D], rows as those of embed(): what the first layers add, 0 where no vision token is.
 
         None for a family without deepstack, and for a pack without videos.
         """
         if embeds_nD is None or not self.num_deepstack:
             return None
         levels_nD = embeds_nD[:, self.config.hidden_size :].to(self.config.params_dtype)
-        source_t = pack.source_t.masked_fill(pack.source_t >= len(levels_nD), PADDING).to(levels_nD.device)
-        placed = shard_rows(levels_nD, levels_nD[:0], source_t)
-        if self.config.sequence_parallel:
-            placed = scatter_to_sequence_parallel_region(placed)
-        return placed.unflatten(1, (self.num_deepstack, -1))
+        source_s = pack.source_s.masked_fill(pack.source_s >= len(levels_nD), PADDING).to(levels_nD.device)
+        return shard_rows(levels_nD, levels_nD[:0], source_s).unflatten(1, (self.num_deepstack, -1))
 
     def response_hidden(self, pack: PackShard, embeds_nD: Tensor | None) -> Tensor:
         """Final hidden states of the response rows that this rank scores.
 
-        embeds_nD: [n, (1 + levels) * D] vision embeddings of this rank's rows of the pack, replicated over TP; read by
-        the first pipeline stage alone. Returns [r, D], replicated over TP, in the model's dtype; its backward sums the
-        gradient over the TP group, so each rank hands in the part that comes from its own vocabulary rows. Before the
-        last stage: what the next stage takes, [t (/tp with sequence parallel), 1, D].
+        embeds_nD: [n, (1 + levels) * D], as for embed(); read by the first pipeline stage alone. Returns [r, D],
+        replicated over TP, in the model's dtype; its backward sums the gradient over the TP group, so each rank hands
+        in the part that comes from its own vocabulary rows. Before the last stage: what the next stage takes,
+        [t (/tp with sequence parallel), 1, D].
         """
         device = next(self.parameters()).device
         given = {
@@ -224,9 +224,11 @@ class PackGpt(GPTModel):
             layer.mlp_chunks = chunks
 
     @property
-    def sequence_multiple(self) -> int:
-        """What the number of a rank's rows must be divisible by."""
-        return self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+    def sequence_part(self) -> tuple[int, int]:
+        """(which, of how many) equal slices of a context-parallel rank's rows are between this rank's layers."""
+        if not self.config.sequence_parallel:
+            return 0, 1
+        return parallel_state.get_tensor_model_parallel_rank(), self.config.tensor_model_parallel_size
 
     @property
     def head_weight(self) -> Tensor:

@@ -162,3 +162,19 @@ def test_frames_are_shared_out_over_a_replica(
     if layout.startswith("tp2"):
         shares = [recorded["sft_float64"].frames_encoded for recorded in ranks]
         assert max(shares) < alone["sft_float64"].frames_encoded
+
+
+@pytest.mark.parametrize("layout", ["tp2", "tp2_sp", "tp2_pp2", "cp2", "tp2_cp2_sp", "tp4_sp"])
+def test_no_embedding_is_on_two_ranks_that_have_rows_of_their_own(
+    layout: str, alone: dict[str, Recorded], split: Callable[[str], Ranks]
+) -> None:
+    """Context and sequence parallelism cut the rows; without the latter every tensor-parallel rank has them all."""
+    ranks, copies = split(layout), 2 if layout in ("tp2", "tp2_pp2") else 1
+    for variant in ("sft_float64", "sft_tied_float64"):
+        whole = alone[variant].embeddings
+        assert min(whole) > 0
+        assert [sum(rows) for rows in zip(*(recorded[variant].embeddings for recorded in ranks), strict=True)] == [
+            copies * count for count in whole
+        ]
+        if copies == 1:
+            assert all(max(recorded[variant].embeddings) < max(whole) for recorded in ranks)

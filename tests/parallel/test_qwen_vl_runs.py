@@ -111,6 +111,14 @@ def test_two_processes_train_like_one(family: str, layout: str, task: str, alone
 
 
 @pytest.mark.parametrize("family", tiny_vl.WRITERS)
+def test_sequence_parallel_processes_share_the_embeddings(family: str, alone: dict, split: list[dict]) -> None:
+    """Every row of a video, with its deepstack levels, is on the one rank whose slice of the sequence has its place."""
+    parts = [rank[family, "tp2_sp", "sft"].embeddings for rank in split]
+    assert [sum(rows) for rows in zip(*parts, strict=True)] == alone[family, "alone", "sft"].embeddings
+    assert all(min(rows) > 0 for rows in zip(*parts, strict=True))
+
+
+@pytest.mark.parametrize("family", tiny_vl.WRITERS)
 def test_two_processes_share_the_frames(family: str, alone: dict, split: list[dict]) -> None:
     """Five frames, the last one twice, are three steps of two frames: each rank encodes some, none both."""
     for layout in LAYOUTS:

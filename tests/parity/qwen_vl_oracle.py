@@ -223,7 +223,7 @@ def check_vocabulary_rows(
     tokens = pack_groups([item])
     with torch.no_grad():
         embeds_ND = trainer.runner.embeddings(tokens.selections)
-        hidden_RD = trainer.model(shard_tokens(tokens, layout.context, multiple=1), embeds_ND)
+        hidden_RD = trainer.model(shard_tokens(tokens, layout.context, part=(0, 1)), embeds_ND)
         got_RV = (hidden_RD @ trainer.model.llm.head_weight.T).log_softmax(-1)
         positions = tokens.positions_T if with_positions else None
         logits = oracle.logits((*item.prompt.ids_P, *item.responses[0]), videos, positions=positions)

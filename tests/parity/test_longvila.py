@@ -358,7 +358,7 @@ def test_wrong_number_of_embeddings_is_refused(tmp_path: Path, layout: object) -
     folder = write_checkpoint(tmp_path, Variant())
     model = build_model(ModelConfig(path=str(folder), dtype=Dtype.float32), layout, sequence_parallel=False)
     packs, frames = build_case(model.spec.vision.embeds_per_step, 16)
-    pack = shard_tokens(pack_groups(packs[0]), layout.context, multiple=1)
+    pack = shard_tokens(pack_groups(packs[0]), layout.context, part=(0, 1))
     with pytest.raises(ValueError, match="4 vision-token places but 0 embeddings"):
         model(pack, None)
     with pytest.raises(ValueError, match="4 vision-token places but 16 embeddings"):
