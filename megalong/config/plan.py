@@ -174,8 +174,9 @@ def _memory(
     under way in the stage, pp on the first and one on the last, or those of two layers when they are offloaded; one
     live layer for S.
     The buffer for a colocated engine's weights is counted where the run may have one (bucket_memory).
-    Embeddings lie on the first stage, and with pp > 1 those of all packs of a step; those of an evaluation, prompt by
-    prompt, on the ranks that drive engines. An evaluation computes a forward only with eval.likelihood.
+    Embeddings lie on the first stage, with sequence parallel those of S / tp rows, all of which may be vision tokens,
+    and with pp > 1 those of all packs of a step; those of an evaluation, prompt by prompt, on the ranks that drive
+    engines. An evaluation computes a forward only with eval.likelihood.
     """
     element = _element(config)
     memory = _standing_memory(config, task, shape, layout=layout, stage=stage)
@@ -183,6 +184,9 @@ def _memory(
     if shape.vision:
         of_video = _video_embeddings(config, shape, lengths=lengths)
         of_pack = lengths.on_rank(of_video * lengths.pack // lengths.longest, cp=layout.cp)
+        if layout.sequence_parallel:
+            rows = -(-lengths.on_rank(lengths.pack, cp=layout.cp) // layout.tp)
+            of_pack = min(of_pack, rows * shape.vision.embed_width * element)
         if task == "eval":
             memory["vision embeddings of a prompt, for its engine"] = of_video
         if forwards and layout.pp == 1:

@@ -50,7 +50,10 @@ def test_an_hour_of_video_on_8_gpus(recipe: Path, shape: ModelShape) -> None:
     assert memory["one layer in backward, without its MLP"] == (84_992 // 4 + 4 * 3584) * local
     # 29 slices: ceil(466,824 / 16,384). A row takes 12 x 18944 / 4 bytes.
     assert memory["its MLP in 29 slice(s)"] == 3 * 18_944 * 16_098
-    assert memory["vision embeddings of a pack"] == 3600 * 256 * 3584 * 2 // 2
+    # Of a slice of the rows, all of them vision tokens; without sequence parallelism of its context-parallel rank.
+    assert memory["vision embeddings of a pack"] == 3584 * 2 * local // 4
+    whole = planned(recipe, shape, overrides=("parallel.sequence_parallel=false",))
+    assert whole.memory["vision embeddings of a pack"] == 3600 * 256 * 3584 * 2 // 2
     assert memory["runtime: context, NCCL, sleeping sampler"] == RUNTIME_BYTES
     assert 100e9 < result.memory_total < 140 * GIB
 
@@ -126,7 +129,7 @@ def test_each_pipeline_stage_has_its_own_memory(recipe: Path, shape: ModelShape)
     table, layers = 152_064 * 3584 // 2, 7 * ((233_046_016 + 4608) // 2 + 7168)
     # Four packs are under way in the first stage, one less in the next; two weights (policy and reference), gradients
     # and states take 2 + 2 + 4 + 12 bytes; the embeddings of all packs lie on the first.
-    embeddings = 4 * 3600 * 256 * 3584 * 2
+    embeddings = 4 * 3584 * 2 * 933_648 // 2
     assert result.stages[0] - result.stages[1] == one + 20 * table + embeddings
     assert result.stages[1] - result.stages[2] == one
     assert result.memory["kept activations (recompute full)"] == 4 * one
@@ -328,7 +331,8 @@ def test_modes_that_share_less_have_their_own_packs_and_work(recipe: Path, shape
     assert kept["stage1+2"] / kept["shared_prefix"] == pytest.approx(one / shared.pack)
     assert kept["stage1"] == kept["none"] == 2 * kept["stage1+2"]
     embeddings = {mode: plan.memory["vision embeddings of a pack"] for mode, plan in plans.items()}
-    assert embeddings["stage1"] == 2 * embeddings["stage1+2"] == 2 * embeddings["shared_prefix"]
+    assert embeddings["stage1"] == embeddings["none"] == 2 * embeddings["stage1+2"] == 2 * 3584 * one // 2
+    assert embeddings["shared_prefix"] == 2 * 3584 * shared.pack // 4, "as many rows, more of them text"
     # Eight copies of the video in each pass, the reference's and the training's, on both ranks of tp; and one.
     once, anew = "vision: encode every frame once", "vision: encode every frame 33 times"
     assert plans["none"].flops[anew] == 33 * plans["stage1"].flops[once]
