@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import random
 import signal
@@ -22,6 +21,7 @@ from megalong.config.model_shape import ModelShape
 from megalong.config.shapes import read_model_shape
 from megalong.config.tree import SHARDED, Recompute, RunConfig
 from megalong.config.validate import TRAINING, Task, validate
+from megalong.config.validate_attention import a2a_ranks
 from megalong.data.batches import build_prompts
 from megalong.data.manifest import ManifestError, read_manifest
 from megalong.data.sampler import PromptSampler
@@ -380,7 +380,7 @@ def layout_of(config: RunConfig, shape: ModelShape) -> ParallelLayout:
         tp=parallel.tp,
         cp=parallel.cp,
         pp=parallel.pp,
-        cp_a2a=parallel.cp_a2a or math.gcd(parallel.cp, max(1, shape.kv_heads // parallel.tp)),
+        cp_a2a=a2a_ranks(parallel, shape),
         seed=config.seed,
         timeout_minutes=parallel.timeout_minutes,
     )

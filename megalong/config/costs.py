@@ -250,6 +250,17 @@ def live_bytes_per_token(shape: ModelShape, *, element: int, tp: int, sequence_p
     return element * (width + (5 * query + 6 * key) // tp)
 
 
+def gathered_bytes_per_token(shape: ModelShape, *, element: int, tp: int, a2a: int, train: bool) -> int:
+    """What each rank of a context-parallel ring holds of every token of a pack in one layer: keys are gathered.
+
+    Key and value, of the heads that the rank computes, and in a backward the float32 sums of their gradients and
+    what the last call adds to them, or those sums in the keys' dtype: 4 + 8 + 4 bytes an element of bfloat16. The
+    all-reduce behind that is of less: 4 + 8. A forward has what it received beside what it is put together to.
+    """
+    width = max(1, shape.kv_heads // tp) // a2a * shape.head_dim
+    return width * (4 * element + (8 if train else 0))
+
+
 def mlp_bytes_per_row(shape: ModelShape, *, element: int, tp: int) -> int:
     """What an MLP in its backward holds of a row on one rank: gate, up, product, and their gradients."""
     return element * 6 * shape.ffn // tp

@@ -10,10 +10,12 @@ from megalong.config.errors import ConfigError
 from megalong.config.load import config_yaml
 from megalong.config.model_shape import ModelShape, VisionShape
 from megalong.config.plan_engine import EnginePlan, bucket_memory, plan_engine, samples_by_vllm, samples_embedded
-from megalong.config.plan_lengths import Lengths, lengths_of, options_per_pack
+from megalong.config.plan_flops import step_flops
+from megalong.config.plan_lengths import Lengths, lengths_of
 from megalong.config.shapes import SHIPPED_SHAPES, read_model_shape
 from megalong.config.tree import Dtype, MrSpMode, Recompute, RunConfig, keeps_embeddings
-from megalong.config.validate import Task
+from megalong.config.validate import TRAINING, Task
+from megalong.config.validate_attention import a2a_ranks
 from megalong.config.validate_rollout import vllm_problems
 
 GIB = 1 << 30
@@ -31,12 +33,18 @@ class Layout:
     dp: int
     tp: int
     cp: int
+    a2a: int  # of the cp ranks, those that trade rows for heads
     pp: int
     sequence_parallel: bool
 
     @property
     def replica(self) -> int:
         return self.tp * self.cp * self.pp
+
+    @property
+    def ring(self) -> int:
+        """Of the cp ranks, those that gather keys."""
+        return self.cp // self.a2a
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,7 +118,7 @@ def check_engine(config: RunConfig, task: Task, shape: ModelShape) -> None:
 
 def plan(config: RunConfig, task: Task, shape: ModelShape, *, note: str = "") -> Plan:
     """Work out the plan of a configuration that `validate` accepts."""
-    layout = _layout(config)
+    layout = _layout(config, shape)
     lengths = lengths_of(config, task, shape, dp=layout.dp, cp=layout.cp)
     batch_size = {"sft": config.sft.batch_size, "grpo": config.grpo.batch_size, "eval": 1}[task]
     kept = shape.vision is not None and keeps_embeddings(config)
@@ -136,20 +144,23 @@ def plan(config: RunConfig, task: Task, shape: ModelShape, *, note: str = "") ->
         step_store=batches * -(-batch_size // layout.dp) * (1 << (share - 1).bit_length()) if kept else 0,
         host_activations=0 if task == "eval" else _host_activations(config, shape, layout=layout, lengths=lengths),
         host_states=0 if task == "eval" else _host_states(config, shape, layout=layout),
-        flops=_flops(config, task, shape, lengths=lengths, batch_size=batch_size, shared=not lengths.repeats),
+        flops=step_flops(config, task, shape, lengths=lengths, batch_size=batch_size, shared=not lengths.repeats),
         engine=_engine(config, task, shape, layout=layout, lengths=lengths, peak=max(totals)),
-        flops_repeated=sum(_flops(config, task, shape, lengths=lengths, batch_size=batch_size, shared=False).values()),
+        flops_repeated=sum(
+            step_flops(config, task, shape, lengths=lengths, batch_size=batch_size, shared=False).values()
+        ),
         timeout_minutes=config.parallel.timeout_minutes,
     )
 
 
-def _layout(config: RunConfig) -> Layout:
+def _layout(config: RunConfig, shape: ModelShape) -> Layout:
     parallel, world_size = config.parallel, planned_processes(config)
     return Layout(
         world_size=world_size,
         dp=world_size // (parallel.tp * parallel.cp * parallel.pp),
         tp=parallel.tp,
         cp=parallel.cp,
+        a2a=a2a_ranks(parallel, shape),
         pp=parallel.pp,
         sequence_parallel=parallel.sequence_parallel,
     )
@@ -172,7 +183,7 @@ def _memory(
     this rank owns, dealt whole over dp * cp ranks, or the pieces of them that visit when they are offloaded; the tower
     and projector whole on every rank; kept activations for every layer of the stage and S, as many times as packs are
     under way in the stage, pp on the first and one on the last, or those of two layers when they are offloaded; one
-    live layer for S.
+    live layer for S, and the keys of the whole pack where a ring gathers them.
     The buffer for a colocated engine's weights is counted where the run may have one (bucket_memory).
     Embeddings lie on the first stage, with sequence parallel those of S / tp rows, all of which may be vision tokens,
     and with pp > 1 those of all packs of a step; those of an evaluation, prompt by prompt, on the ranks that drive
@@ -302,6 +313,11 @@ def _activation_memory(
             f"kept activations (recompute {model.recompute.name})": of_layer * layers,
             "one layer in backward, without its MLP": live * tokens,
         }
+    if lengths.sharded and layout.ring > 1:
+        of_token = costs.gathered_bytes_per_token(
+            shape, element=element, tp=layout.tp, a2a=layout.a2a, train=task in TRAINING
+        )
+        memory[f"its keys gathered over a ring of {layout.ring}"] = of_token * lengths.pack
     memory[f"its MLP in {slices} slice(s)"] = mlp * -(-tokens // slices)
     if stage == layout.pp - 1:
         rows = lengths.copies_per_pack * lengths.responses * lengths.response
@@ -346,47 +362,3 @@ def _engine(
         config.rollout, shape, prompt=lengths.prompt, response=lengths.response, group=lengths.group,
         element=_element(config), trainer=kept if config.rollout.sleep else peak,
     )  # fmt: skip
-
-
-def _encodings(config: RunConfig, task: Task, lengths: Lengths) -> int:
-    """How often a frame goes through the tower in a step, over all ranks: by every pass where nothing is kept, there
-    with each copy of its prompt, and with mr_sp.mode=none on every tensor-parallel rank."""
-    if keeps_embeddings(config) or task == "eval":
-        return 1
-    grpo = config.grpo
-    passes = 1 if task == "sft" else 1 + (grpo.updates_per_batch > 1) + (grpo.kl_coef > 0)
-    copies = lengths.group // lengths.responses
-    ranks = config.parallel.tp if config.mr_sp.mode.name == "none" else 1
-    return copies * passes * ranks + (task == "grpo")  # once for the sampler
-
-
-def _flops(
-    config: RunConfig, task: Task, shape: ModelShape, *, lengths: Lengths, batch_size: int, shared: bool
-) -> dict[str, int]:
-    """FLOPs of one step by part. `shared=False`: log-probability and training passes repeat the prompt."""
-    size = {"prompt": lengths.prompt, "response": lengths.response, "group": lengths.group}
-    work = (costs.shared_work if shared else costs.repeated_work)(**size)
-    one_pass = costs.forward_flops(shape, work)
-    parts = {}
-    if shape.vision:
-        times = _encodings(config, task, lengths)
-        name = "vision: encode every frame once" if times == 1 else f"vision: encode every frame {times} times"
-        parts[name] = times * lengths.frames * shape.vision.frame_flops
-    if task != "sft":
-        own = lengths.prompt * (lengths.prompt + 1) // 2
-        parts["rollout: prefill, once per prompt"] = costs.forward_flops(
-            shape, costs.whole_work(tokens=lengths.prompt, pairs=own, rows=1)
-        )
-        parts["rollout: decode"] = costs.decode_flops(shape, **size)
-    if task == "grpo" and config.grpo.updates_per_batch > 1:
-        parts["old log-probabilities"] = one_pass
-    if task == "grpo" and config.grpo.kl_coef > 0:
-        parts["reference log-probabilities"] = one_pass
-    if task == "eval" and config.eval.likelihood:
-        again = -(-lengths.group // options_per_pack(config, lengths.prompt, lengths.response)) - 1
-        parts["likelihood of the options"] = one_pass + again * parts["rollout: prefill, once per prompt"]
-    if task != "eval":
-        parts["forward and backward"] = costs.train_flops(
-            shape, work, recompute=config.model.recompute, mlp_chunks=config.model.mlp_chunks
-        )
-    return {name: batch_size * value for name, value in parts.items()}

@@ -37,6 +37,8 @@ def _table(title: str, rows: list[tuple[str, str]]) -> str:
 def _layout_text(layout: Layout) -> str:
     rows = [("processes", layout.world_size), ("replicas (dp)", layout.dp), ("ranks per replica", layout.replica)]
     rows += [("tensor (tp)", layout.tp), ("context (cp)", layout.cp), ("pipeline (pp)", layout.pp)]
+    if layout.cp > 1:
+        rows[-1:-1] = [("- all-to-all, heads for rows", layout.a2a), ("- ring, keys gathered", layout.ring)]
     text = [(name, str(value)) for name, value in rows]
     return _table("parallel layout", [*text, ("sequence parallel", "on" if layout.sequence_parallel else "off")])
 

@@ -6,9 +6,14 @@ import math
 from collections.abc import Iterator
 
 from megalong.config.model_shape import ModelShape
-from megalong.config.tree import AttentionKernel, RunConfig
+from megalong.config.tree import AttentionKernel, ParallelConfig, RunConfig
 
 ALONE = "model.attention=te computes sequences that stand alone"
+
+
+def a2a_ranks(parallel: ParallelConfig, model: ModelShape) -> int:
+    """Of the context-parallel ranks, how many trade rows for heads; the others are a ring, and gather keys."""
+    return parallel.cp_a2a or math.gcd(parallel.cp, max(1, model.kv_heads // parallel.tp))
 
 
 def attention_problems(config: RunConfig, *, model: ModelShape) -> Iterator[str]:
@@ -21,8 +26,7 @@ def attention_problems(config: RunConfig, *, model: ModelShape) -> Iterator[str]
             "model.attention=auto"
         )
     cp, kv_heads = config.parallel.cp, max(1, model.kv_heads // config.parallel.tp)
-    a2a = config.parallel.cp_a2a or math.gcd(cp, kv_heads)
-    if config.mr_sp.mode.name == "stage1+2" and a2a < cp:
+    if config.mr_sp.mode.name == "stage1+2" and a2a_ranks(config.parallel, model) < cp:
         yield (
             f"{ALONE}, but parallel.cp={cp} over parallel.cp_a2a={config.parallel.cp_a2a} ({kv_heads} key-value heads "
             "per tensor-parallel rank) cuts them over a ring; set parallel.cp to a divisor of the heads and "

@@ -58,6 +58,30 @@ def test_an_hour_of_video_on_8_gpus(recipe: Path, shape: ModelShape) -> None:
     assert 100e9 < result.memory_total < 140 * GIB
 
 
+def test_a_ring_holds_the_keys_of_the_whole_pack(recipe: Path, shape: ModelShape) -> None:
+    """cp 8 over 4 key-value heads of 128: ranks that trade rows for heads have fewer heads each."""
+    cp8 = ("parallel.tp=1", "parallel.cp=8", "parallel.sequence_parallel=false")
+
+    def ring(*overrides: str, task: Task = "grpo") -> dict[str, int]:
+        memory = planned(recipe, shape, task=task, overrides=(*cp8, *overrides)).memory
+        return {name: value for name, value in memory.items() if "ring" in name}
+
+    # 16 bytes an element of one head's key and value: both, float32 sums of their gradients, and those in bfloat16.
+    for a2a, ring_size in ((1, 8), (2, 4), (4, 2)):
+        row = {f"its keys gathered over a ring of {ring_size}": 933_648 * 4 // a2a * 128 * 16}
+        assert ring(f"parallel.cp_a2a={a2a}") == row
+    assert ring() == row, "as many as the heads allow trade rows"
+    assert ring("parallel.tp=2", "parallel.cp=2", "gpus=4") == {}
+    # Eight ranks of tp share each head by two.
+    assert costs.gathered_bytes_per_token(shape, element=2, tp=8, a2a=1, train=True) == 128 * 16
+    assert list(ring("model.dtype=float32").values()) == [933_648 * 128 * 24]
+    assert ring("mr_sp.mode=stage1") == {}, "sequences are whole"
+    asked = ("eval.manifest=e.jsonl", "eval.likelihood=true", "eval.batch_prompts=1")
+    assert list(ring(*asked, task="eval").values()) == [(925_456 + 1024) * 128 * 8], "a forward alone"
+    text = " ".join(render(planned(recipe, shape, overrides=(*cp8, "parallel.cp_a2a=2"))).split())
+    assert "context (cp) 8 - all-to-all, heads for rows 2 - ring, keys gathered 4 pipeline (pp) 1" in text
+
+
 def test_settings_that_save_memory(recipe: Path, shape: ModelShape) -> None:
     local, kept = 933_648 // 2, (2 * 2 * 3584 + 4 * 28) // 4
     plain = planned(recipe, shape, overrides=("model.mlp_chunks=1",))
