@@ -21,7 +21,7 @@ from megalong.config.load import with_gpus
 from megalong.config.model_shape import ModelShape
 from megalong.config.plan import GIB, plan
 from megalong.config.plan_fit import shortages
-from megalong.config.tree import Recompute, RunConfig
+from megalong.config.tree import AttentionKernel, Dtype, Recompute, RunConfig
 from megalong.config.validate import Task
 from megalong.data.manifest import ManifestError
 from megalong.data.video_process import DecoderProcessError
@@ -179,6 +179,10 @@ def memory_advice(phase: str, config: RunConfig, *, trains: bool = True) -> str:
     if phase not in ("train", "logprob"):
         return ", ".join([*offload, f"{spread}, or end other programs on this GPU"])
     changes = []  # cheapest first
+    if model.attention is AttentionKernel.plain:
+        changes.append("model.attention=auto")
+    if model.dtype is Dtype.float32:
+        changes.append("model.dtype=bfloat16")
     if model.recompute is Recompute.none:
         changes.append("model.recompute=keep_attention")
     if model.recompute is not Recompute.none and not model.offload_activations:

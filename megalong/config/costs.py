@@ -261,6 +261,14 @@ def gathered_bytes_per_token(shape: ModelShape, *, element: int, tp: int, a2a: i
     return width * (4 * element + (8 if train else 0))
 
 
+def score_bytes(shape: ModelShape, *, tp: int, a2a: int, pairs: int) -> int:
+    """What a call of the plain kernel on so many pairs of a query and a key holds of the rank's heads, at most.
+
+    Three float32 matrices of scores at a time, forward and backward (PlainKernel).
+    """
+    return 3 * 4 * (shape.heads // tp // a2a) * pairs
+
+
 def mlp_bytes_per_row(shape: ModelShape, *, element: int, tp: int) -> int:
     """What an MLP in its backward holds of a row on one rank: gate, up, product, and their gradients."""
     return element * 6 * shape.ffn // tp

@@ -15,7 +15,7 @@ from megalong.config.plan_lengths import Lengths, lengths_of
 from megalong.config.shapes import SHIPPED_SHAPES, read_model_shape
 from megalong.config.tree import Dtype, MrSpMode, Recompute, RunConfig, keeps_embeddings
 from megalong.config.validate import TRAINING, Task
-from megalong.config.validate_attention import a2a_ranks
+from megalong.config.validate_attention import a2a_ranks, takes_plain
 from megalong.config.validate_rollout import vllm_problems
 
 GIB = 1 << 30
@@ -318,6 +318,10 @@ def _activation_memory(
             shape, element=element, tp=layout.tp, a2a=layout.a2a, train=task in TRAINING
         )
         memory[f"its keys gathered over a ring of {layout.ring}"] = of_token * lengths.pack
+    if takes_plain(config):
+        ring, a2a = (layout.ring, layout.a2a) if lengths.sharded else (1, 1)
+        pairs = lengths.longest_call(ring=ring)
+        memory["its scores (plain attention)"] = costs.score_bytes(shape, tp=layout.tp, a2a=a2a, pairs=pairs)
     memory[f"its MLP in {slices} slice(s)"] = mlp * -(-tokens // slices)
     if stage == layout.pp - 1:
         rows = lengths.copies_per_pack * lengths.responses * lengths.response

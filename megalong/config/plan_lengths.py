@@ -44,6 +44,20 @@ class Lengths:
         """Whether every response carries its own prompt."""
         return self.responses < self.group
 
+    def longest_call(self, *, ring: int) -> int:
+        """Pairs of a query and a key in the longest attention call of a rank of a ring, of one copy of a prompt.
+
+        A lone sequence, or a prompt that responses share, on itself: over a ring in chunks, each on all before it
+        (attention.tree). The responses: together on their prompt, and each on itself in one padded batch.
+        """
+        shares = self.responses > 1
+        own = self.prompt if shares else self.longest
+        chunk = -(-own // (2 * ring))
+        calls = [own**2 if ring == 1 else chunk * max(chunk, own - chunk)]
+        if shares:
+            calls += [-(-self.responses * self.response // ring) * self.prompt, self.responses * self.response**2]
+        return max(calls)
+
     def on_rank(self, count: int, *, cp: int) -> int:
         """What a context-parallel rank has of so many tokens (or bytes) of a pack."""
         return -(-count // cp) if self.sharded else count

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from megalong.config.model_shape import ModelShape
-from megalong.config.tree import AttentionKernel, ParallelConfig, RunConfig
+from megalong.config.tree import AttentionKernel, Dtype, ParallelConfig, RunConfig
 
 ALONE = "model.attention=te computes sequences that stand alone"
 
@@ -16,8 +16,16 @@ def a2a_ranks(parallel: ParallelConfig, model: ModelShape) -> int:
     return parallel.cp_a2a or math.gcd(parallel.cp, max(1, model.kv_heads // parallel.tp))
 
 
+def takes_plain(config: RunConfig) -> bool:
+    """Whether attention makes whole score matrices: on GPUs no other kernel takes float32."""
+    if config.model.attention is AttentionKernel.auto:
+        return config.gpus > 0 and config.model.dtype is Dtype.float32
+    return config.model.attention is AttentionKernel.plain
+
+
 def attention_problems(config: RunConfig, *, model: ModelShape) -> Iterator[str]:
     """What the attention kernel cannot compute of a training's packs."""
+    yield from _kernel_problems(config)
     if config.model.attention is not AttentionKernel.te or config.parallel.tp < 1:
         return
     if config.mr_sp.mode.name == "shared_prefix":
@@ -31,6 +39,20 @@ def attention_problems(config: RunConfig, *, model: ModelShape) -> Iterator[str]
             f"{ALONE}, but parallel.cp={cp} over parallel.cp_a2a={config.parallel.cp_a2a} ({kv_heads} key-value heads "
             "per tensor-parallel rank) cuts them over a ring; set parallel.cp to a divisor of the heads and "
             "parallel.cp_a2a=0, or model.attention=auto"
+        )
+
+
+def _kernel_problems(config: RunConfig) -> Iterator[str]:
+    """As attention.kernels.kernel_problem: before a process is started."""
+    kernel, dtype = config.model.attention, config.model.dtype
+    if not config.gpus or kernel in (AttentionKernel.auto, AttentionKernel.plain):
+        return
+    if kernel is AttentionKernel.cpu_flash:
+        yield f"model.attention=cpu_flash does not run on GPUs (gpus={config.gpus}); set model.attention=auto"
+    elif dtype is Dtype.float32:
+        yield (
+            f"model.attention={kernel.name} takes no float32 (model.dtype=float32); set model.dtype=bfloat16, or for "
+            "short sequences model.attention=plain, which holds whole score matrices"
         )
 
 

@@ -82,6 +82,31 @@ def test_a_ring_holds_the_keys_of_the_whole_pack(recipe: Path, shape: ModelShape
     assert "context (cp) 8 - all-to-all, heads for rows 2 - ring, keys gathered 4 pipeline (pp) 1" in text
 
 
+def test_plain_attention_holds_whole_score_matrices(recipe: Path, shape: ModelShape) -> None:
+    """28 heads over tp 4: seven of them, three float32 matrices at a time."""
+    name = "its scores (plain attention)"
+
+    def scores(*overrides: str, task: Task = "grpo") -> int | None:
+        return planned(recipe, shape, task=task, overrides=overrides).memory.get(name)
+
+    plain = "model.attention=plain"
+    assert scores() is None
+    # The last of the four chunks that cp 2 cuts the prompt into, on the three before it.
+    chunk = 925_456 // 4
+    assert scores(plain) == scores("model.dtype=float32") == 3 * 4 * 7 * chunk * 3 * chunk
+    assert scores(plain, "parallel.cp=1", "gpus=4") == 3 * 4 * 7 * 925_456**2
+    assert scores(plain, "mr_sp.mode=stage1") == 3 * 4 * 7 * (925_456 + 1024) ** 2
+    heads = (plain, "parallel.tp=2", "parallel.cp=2", "gpus=4")
+    assert scores(*heads) == 3 * 4 * 7 * 925_456**2, "an all-to-all of two halves the 14 heads of a rank"
+    # Many long responses to a short prompt: 16 x 1,024 of them on 513 tokens, or each on itself.
+    many = (plain, "video.num_frames=1", "rollout.group_size=16", "parallel.cp=1", "gpus=4")
+    assert scores(*many) == 3 * 4 * 7 * 16 * 1024**2
+    assert scores("model.dtype=float32", "gpus=0") is None, "the CPU's kernel takes float32"
+    assert scores(plain, "gpus=0") == scores(plain)
+    result = planned(recipe, shape, overrides=("video.num_frames=512", "model.dtype=float32"))
+    assert "on 141 GB (H200) does NOT fit" in " ".join(render(result).split())
+
+
 def test_settings_that_save_memory(recipe: Path, shape: ModelShape) -> None:
     local, kept = 933_648 // 2, (2 * 2 * 3584 + 4 * 28) // 4
     plain = planned(recipe, shape, overrides=("model.mlp_chunks=1",))

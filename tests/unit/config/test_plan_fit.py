@@ -68,3 +68,6 @@ def test_a_run_says_it_with_what_to_change(recipe: Path, shape: ModelShape, capl
     assert "of a GPU's 140.4" in message
     assert "To change: model.offload_activations=true" in message
     assert not caplog.records
+    with caplog.at_level(logging.WARNING):
+        warn_of_memory(load_config(recipe, (*by_hand, "model.attention=plain")), "grpo", shape, world_size=2, card=H200)
+    assert "To change: model.attention=auto, model.offload_activations=true" in caplog.records[0].getMessage()

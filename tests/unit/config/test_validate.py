@@ -80,6 +80,8 @@ CASES: list[tuple[Task, list[str], list[str]]] = [
     ("sft", ["model.train_tower=true"], ["model.train_tower=true makes stale; set video.cache_embeddings=false"]),
     ("sft", ["model.train_llm=false"], ["nothing would be trained"]),
     ("grpo", ["model.attention=te"], ["mr_sp.mode=shared_prefix merges the outputs of several calls; set mr_sp"]),
+    ("sft", ["gpus=8", "model.attention=flash", "model.dtype=float32"], ["model.attention=flash takes no float32"]),
+    ("grpo", ["gpus=8", "model.attention=cpu_flash"], ["cpu_flash does not run on GPUs (gpus=8)"]),
     ("check-sync", ["model.attention=te"], ["mr_sp.mode=shared_prefix merges"]),
     (
         "sft",
