@@ -108,6 +108,7 @@ def vision_shape(shape: SiglipShape) -> VisionShape:
         largest_tower_param=shape.hidden * max(shape.ffn, 3 * shape.patch_size**2, shape.patches_per_side**2),
         projector_params=projector_params(shape),
         largest_projector_param=max(wide, shape.llm_hidden) * shape.llm_hidden,
+        frame_bytes=3 * shape.image_size**2,
         frame_flops=frame_flops(shape),
         # 8 width-sized and 2 ffn-sized per patch.
         frame_elements=shape.patches_per_side**2 * (8 * shape.hidden + 2 * shape.ffn),

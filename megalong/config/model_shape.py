@@ -24,6 +24,8 @@ class VisionShape:
     largest_tower_param: int
     projector_params: int
     largest_projector_param: int
+    frame_bytes: int
+    """Decoded, as the tower takes it: uint8."""
     frame_flops: int
     """Forward of the tower and the projector."""
     frame_elements: int

@@ -12,13 +12,13 @@ from megalong.config.model_shape import ModelShape, VisionShape
 from megalong.config.plan_engine import EnginePlan, bucket_memory, plan_engine, samples_by_vllm, samples_embedded
 from megalong.config.plan_flops import step_flops
 from megalong.config.plan_lengths import Lengths, lengths_of
+from megalong.config.plan_videos import GIB, VideoPlan, plan_videos, video_bytes
 from megalong.config.shapes import SHIPPED_SHAPES, read_model_shape
 from megalong.config.tree import Dtype, MrSpMode, Recompute, RunConfig, keeps_embeddings
 from megalong.config.validate import TRAINING, Task
 from megalong.config.validate_attention import a2a_ranks, takes_plain
 from megalong.config.validate_rollout import vllm_problems
 
-GIB = 1 << 30
 GPU_STORE = "embedding store (video.cache_gpu_gib)"
 RUNTIME_BYTES = 6 * GIB
 """CUDA contexts of the trainer and of its decoding process, NCCL buffers, allocator slack, a sleeping sampler; a CPU
@@ -59,10 +59,7 @@ class Plan:
     batch_size: int
     memory: dict[str, int]
     stages: tuple[int, ...]  # bytes in total on a process of each pipeline stage
-    video_embeddings: int  # bytes of one video's embeddings, over all ranks of a replica; 0: no vision
-    handover: int  # bytes of those of the prompts that a replica's vLLM engines are given at a time
-    host_store: int  # bytes of host memory the embedding store may fill, per process
-    step_store: int  # bytes of it and of its GPU tier that a step needs per process, when no two samples share a video
+    videos: VideoPlan | None  # None: no vision
     host_activations: int  # bytes of pinned host memory for offloaded activations, per process
     host_states: int  # bytes of pinned host memory for offloaded optimizer states, on the process that has most
     flops: dict[str, int]
@@ -121,13 +118,8 @@ def plan(config: RunConfig, task: Task, shape: ModelShape, *, note: str = "") ->
     layout = _layout(config, shape)
     lengths = lengths_of(config, task, shape, dp=layout.dp, cp=layout.cp)
     batch_size = {"sft": config.sft.batch_size, "grpo": config.grpo.batch_size, "eval": 1}[task]
-    kept = shape.vision is not None and keeps_embeddings(config)
-    of_video = _video_embeddings(config, shape, lengths=lengths)
-    share = -(-of_video // layout.replica)
     stages = [_memory(config, task, shape, layout=layout, lengths=lengths, stage=stage) for stage in range(layout.pp)]
     totals = tuple(sum(memory.values()) for memory in stages)
-    # Videos of a step stay in memory, and those of the step that is being sampled for.
-    batches = 1 + config.rollout.steps_off_policy if task == "grpo" else 1
     return Plan(
         task=task,
         config_text=config_yaml(config),
@@ -137,11 +129,7 @@ def plan(config: RunConfig, task: Task, shape: ModelShape, *, note: str = "") ->
         batch_size=batch_size,
         memory=max(stages, key=lambda memory: sum(memory.values())),
         stages=totals,
-        video_embeddings=of_video,
-        handover=of_video * {"sft": 0, "grpo": -(-batch_size // layout.dp), "eval": config.eval.batch_prompts}[task],
-        host_store=round(config.video.cache_gib * GIB) if kept else 0,
-        # Pinned host memory comes in powers of two.
-        step_store=batches * -(-batch_size // layout.dp) * (1 << (share - 1).bit_length()) if kept else 0,
+        videos=_videos(config, task, shape, layout=layout, lengths=lengths, batch_size=batch_size),
         host_activations=0 if task == "eval" else _host_activations(config, shape, layout=layout, lengths=lengths),
         host_states=0 if task == "eval" else _host_states(config, shape, layout=layout),
         flops=step_flops(config, task, shape, lengths=lengths, batch_size=batch_size, shared=not lengths.repeats),
@@ -166,11 +154,16 @@ def _layout(config: RunConfig, shape: ModelShape) -> Layout:
     )
 
 
-def _video_embeddings(config: RunConfig, shape: ModelShape, *, lengths: Lengths) -> int:
-    """Bytes of the embeddings of one video at the most frames."""
+def _videos(
+    config: RunConfig, task: Task, shape: ModelShape, *, layout: Layout, lengths: Lengths, batch_size: int
+) -> VideoPlan | None:
     if not shape.vision:
-        return 0
-    return lengths.frames * shape.vision.embeds_per_frame * shape.vision.embed_width * _element(config)
+        return None
+    prompts = config.eval.batch_prompts if task == "eval" else -(-batch_size // layout.dp)
+    return plan_videos(
+        config, task, shape.vision, frames=lengths.frames, element=_element(config), prompts=prompts,
+        replica=layout.replica,
+    )  # fmt: skip
 
 
 def _memory(
@@ -193,7 +186,7 @@ def _memory(
     memory = _standing_memory(config, task, shape, layout=layout, stage=stage)
     forwards = task != "eval" or config.eval.likelihood
     if shape.vision:
-        of_video = _video_embeddings(config, shape, lengths=lengths)
+        of_video = video_bytes(shape.vision, frames=lengths.frames, element=element)
         of_pack = lengths.on_rank(of_video * lengths.pack // lengths.longest, cp=layout.cp)
         if layout.sequence_parallel:
             rows = -(-lengths.on_rank(lengths.pack, cp=layout.cp) // layout.tp)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from megalong.config.plan import GIB, GPU_STORE, Layout, Plan
+from megalong.config.plan import Layout, Plan
 from megalong.config.plan_engine import EnginePlan
+from megalong.config.plan_videos import GIB, VideoPlan
 from megalong.config.tree import EnginePlacement
+from megalong.config.validate import TRAINING, Task
 
 BUDGETS_GIB = {"80 GB (A100, H100)": 79, "141 GB (H200)": 139}
 """What a card of that name leaves to a process."""
@@ -21,8 +23,8 @@ def render(plan: Plan) -> str:
             _layout_text(plan.layout),
             _lengths_text(plan),
             _memory_text(plan),
-            *([_engine_text(plan.engine, handover=plan.handover)] if plan.engine else []),
-            *([_store_text(plan)] if plan.video_embeddings else []),
+            *([_engine_text(plan.engine, plan.videos)] if plan.engine else []),
+            *([_store_text(plan.videos, plan.layout), _frames_text(plan.videos, plan.task)] if plan.videos else []),
             _flops_text(plan),
         ]
     )
@@ -72,8 +74,7 @@ def _memory_text(plan: Plan) -> str:
     if len(plan.stages) > 1:
         rows += [(f"total on pipeline stage {n}", f"{total / GIB:,.2f} GiB") for n, total in enumerate(plan.stages)]
     for card, budget in BUDGETS_GIB.items():
-        verdict = "fits" if plan.memory_total <= budget * GIB else "does NOT fit"
-        rows.append((f"on {card}", f"{verdict} {budget} GiB"))
+        rows.append((f"on {card}", f"{_verdict(fits=plan.memory_total <= budget * GIB)} {budget} GiB"))
     if plan.host_activations:
         rows.append(
             ("offloaded activations, pinned host memory per process", f"{plan.host_activations / GIB:,.2f} GiB")
@@ -89,11 +90,11 @@ def _on_gpus(plan: Plan) -> bool:
     return any(name.startswith("runtime") for name in plan.memory)
 
 
-def _engine_text(engine: EnginePlan, *, handover: int) -> str:
+def _engine_text(engine: EnginePlan, videos: VideoPlan | None) -> str:
     rows = [(name, f"{value / GIB:,.2f} GiB") for name, value in engine.memory.items()]
     rows.append(("needed on each of its GPUs", f"{engine.memory_total / GIB:,.2f} GiB"))
-    if handover:
-        rows.append(("embeddings of a replica's prompts, pinned in /dev/shm", f"{handover / GIB:,.2f} GiB"))
+    if videos:
+        rows.append(("embeddings of a replica's prompts, pinned in /dev/shm", f"{videos.handover / GIB:,.2f} GiB"))
     if EnginePlacement.colocated in engine.shares:
         holds = "keeps" if engine.sleeps else "holds at its peak"
         rows.append((f"colocated: the trainer {holds}", f"{engine.trainer / GIB:,.2f} GiB"))
@@ -105,23 +106,42 @@ def _engine_text(engine: EnginePlan, *, handover: int) -> str:
     return _table(f"vLLM rollout engine of {engine.gpus} GPU(s), per GPU (where vLLM is installed)", rows)
 
 
-def _store_text(plan: Plan) -> str:
-    share = -(-plan.video_embeddings // plan.layout.replica)
+def _store_text(videos: VideoPlan, layout: Layout) -> str:
+    share = -(-videos.embeddings // layout.replica)
     rows = [
-        ("embeddings of a video", f"{plan.video_embeddings / GIB:,.3f} GiB"),
-        (f"share of each of {plan.layout.replica} rank(s)", f"{share / GIB:,.3f} GiB"),
+        ("embeddings of a video", f"{videos.embeddings / GIB:,.3f} GiB"),
+        (f"share of each of {layout.replica} rank(s)", f"{share / GIB:,.3f} GiB"),
     ]
-    if not plan.host_store:
+    if not videos.host_store:
         return _table("embedding store (off)", rows)
-    gpu = plan.memory.get(GPU_STORE, 0)
-    if gpu:
-        rows.append(("GPU memory per process, at most", f"{gpu / GIB:,.2f} GiB"))
-    verdict = "fits" if plan.step_store <= plan.host_store + gpu else "does NOT fit"
+    if videos.gpu_store:
+        rows.append(("GPU memory per process, at most", f"{videos.gpu_store / GIB:,.2f} GiB"))
     rows += [
-        ("host memory per process, at most", f"{plan.host_store / GIB:,.2f} GiB"),
-        ("a step's videos per process, if no two samples share one", f"{plan.step_store / GIB:,.2f} GiB, {verdict}"),
+        ("host memory per process, at most", f"{videos.host_store / GIB:,.2f} GiB"),
+        (
+            "a step's videos per process, if no two samples share one",
+            f"{videos.step_store / GIB:,.2f} GiB, {_verdict(fits=videos.store_fits)}",
+        ),
     ]
     return _table("embedding store", rows)
+
+
+def _frames_text(videos: VideoPlan, task: Task) -> str:
+    of_step = f"{videos.step_frames / GIB:,.2f} GiB"
+    rows = [
+        ("host memory per process, at most", f"{videos.frame_store / GIB:,.2f} GiB"),
+        (
+            "a step's videos per process, if no two samples share one",
+            f"{of_step}, {_verdict(fits=videos.frames_fit)}",
+        ),
+    ]
+    if task in TRAINING:
+        rows.append(("beside it the next step's, decoded ahead", of_step))
+    return _table("decoded frames", rows)
+
+
+def _verdict(*, fits: bool) -> str:
+    return "fits" if fits else "does NOT fit"
 
 
 def _flops_text(plan: Plan) -> str:

@@ -203,6 +203,7 @@ def vision_shape(tower: TowerShape, *, frame_pixels: int, text_per_step: int) ->
         projector_params=_merger_params(tower, norm=_norm_params(tower, tower.hidden))
         + tower.deepstack * _merger_params(tower, norm=_norm_params(tower, wide)),
         largest_projector_param=wide * max(wide, tower.out),
+        frame_bytes=3 * frame_pixels,
         frame_flops=(
             2 * patches * linear + 4 * pairs * tower.hidden
             + 2 * embeds * (1 + tower.deepstack) * _merger_params(tower, norm=0)

@@ -192,7 +192,7 @@ class VideoConfig:
     counts anew after every 1/64 of it. `megalong cache-embeddings` deletes nothing that it has found or made itself: it
     ends with an error when that does not fit."""
     frame_cache_gib: float = 16.0
-    """Host-memory budget of decoded frames (this rank's share of each video, uint8)."""
+    """Host-memory budget of decoded frames (this rank's share of each video of a step, uint8)."""
 
 
 @dataclass

@@ -275,7 +275,7 @@ def test_trained_vision_parts_add_gradients_and_states(recipe: Path, shape: Mode
     trained = planned(recipe, shape, task="sft", overrides=with_tower)
     more = trained.memory["gradients (float32)"] - frozen["gradients (float32)"]
     assert more == 4 * shape.vision.tower_params
-    assert trained.host_store == 0
+    assert trained.videos.host_store == 0
 
 
 def test_a_trained_tower_holds_all_its_layers(recipe: Path, shape: ModelShape) -> None:
@@ -345,7 +345,7 @@ def test_the_embedding_store_per_video_and_rank(recipe: Path, shape: ModelShape)
     """3,600 frames of 256 embeddings of 3,584 bfloat16 elements, on 8 ranks; a step has 4 videos."""
     result = planned(recipe, shape)
     video = 3600 * 256 * 3584 * 2
-    assert (result.video_embeddings, result.step_store) == (video, 4 * (1 << 30))  # 0.77 GiB takes 1 GiB pinned
+    assert (result.videos.embeddings, result.videos.step_store) == (video, 4 * (1 << 30))  # 0.77 GiB takes 1 GiB pinned
     text = " ".join(render(result).split())
     assert (
         "embeddings of a video 6.152 GiB share of each of 8 rank(s) 0.769 GiB host memory per process, at most 16.00"
@@ -359,10 +359,34 @@ def test_the_embedding_store_per_video_and_rank(recipe: Path, shape: ModelShape)
     assert "GPU memory per process, at most 1.50 GiB host memory per process, at most 2.00 GiB" in text
     assert "4.00 GiB, does NOT fit" in text
     ahead = planned(recipe, shape, overrides=("rollout.steps_off_policy=1", "grpo.tis_cap=2"))
-    assert ahead.step_store == 2 * result.step_store, "the next step's videos, too"
+    assert ahead.videos.step_store == 2 * result.videos.step_store, "the next step's videos, too"
     off = planned(recipe, shape, overrides=("video.cache_embeddings=false", "video.cache_gpu_gib=1"))
-    assert (off.host_store, off.step_store, GPU_STORE in off.memory) == (0, 0, False)
+    assert (off.videos.host_store, off.videos.step_store, GPU_STORE in off.memory) == (0, 0, False)
     assert "# embedding store (off) embeddings of a video 6.152 GiB" in " ".join(render(off).split())
+
+
+def test_the_decoded_frames_of_a_step(recipe: Path, shape: ModelShape) -> None:
+    """Frames of 448 x 448 pixels, 3,600 of each of 4 videos, on 8 ranks."""
+    frame = 3 * 448 * 448
+    result = planned(recipe, shape)
+    assert (result.videos.step_frames, result.videos.frame_store) == (4 * 450 * frame, 16 * GIB)
+    text = " ".join(render(result).split())
+    assert "# decoded frames host memory per process, at most 16.00 GiB a step's videos per process" in text
+    assert "if no two samples share one 1.01 GiB, fits beside it the next step's, decoded ahead 1.01 GiB" in text
+    many = ("grpo.batch_size=64", "video.frame_cache_gib=0.001")
+    assert planned(recipe, shape, overrides=many).videos.step_frames == 64 * 450 * frame
+    assert "one 16.15 GiB, does NOT fit" in " ".join(render(planned(recipe, shape, overrides=many)).split())
+    # Embeddings that are kept take the place of the frames; else they stay with those of the step that is sampled for.
+    ahead = ("rollout.steps_off_policy=1", "grpo.tis_cap=2")
+    assert planned(recipe, shape, overrides=ahead).videos.step_frames == 4 * 450 * frame
+    anew = (*ahead, "video.cache_embeddings=false")
+    assert planned(recipe, shape, overrides=anew).videos.step_frames == 2 * 4 * 450 * frame
+    whole = planned(recipe, shape, overrides=("mr_sp.mode=none",))
+    assert whole.videos.step_frames == 4 * 3600 * frame, "every rank decodes all"
+    evaluated = ("eval.manifest=e.jsonl", "eval.batch_prompts=3")
+    evaluation = planned(recipe, shape, task="eval", overrides=evaluated)
+    assert (evaluation.videos.step_frames, evaluation.videos.step_store) == (3 * 450 * frame, 3 << 30)
+    assert "decoded ahead" not in render(evaluation)
 
 
 def test_modes_that_share_less_have_their_own_packs_and_work(recipe: Path, shape: ModelShape) -> None:
@@ -385,7 +409,7 @@ def test_modes_that_share_less_have_their_own_packs_and_work(recipe: Path, shape
     # Eight copies of the video in each pass, the reference's and the training's, on both ranks of tp; and one.
     once, anew = "vision: encode every frame once", "vision: encode every frame 33 times"
     assert plans["none"].flops[anew] == 33 * plans["stage1"].flops[once]
-    assert plans["none"].host_store == 0, "nothing is kept for the next pass"
+    assert plans["none"].videos.host_store == 0, "nothing is kept for the next pass"
     for mode in modes[1:]:
         assert plans[mode].flops["forward and backward"] > 6 * plans["shared_prefix"].flops["forward and backward"]
         assert plans["shared_prefix"].flops_repeated == pytest.approx(plans["stage1"].flops_total)
@@ -421,7 +445,7 @@ def test_frames_are_encoded_as_often_as_nothing_is_kept(
 def test_an_evaluation_has_a_prompt_s_embeddings_whole_on_every_stage(recipe: Path, shape: ModelShape) -> None:
     layout = ("parallel.tp=2", "parallel.cp=2", "parallel.pp=2", "gpus=8", "eval.manifest=e.jsonl")
     result = planned(recipe, shape, task="eval", overrides=layout)
-    assert result.memory["vision embeddings of a prompt, for its engine"] == result.video_embeddings
+    assert result.memory["vision embeddings of a prompt, for its engine"] == result.videos.embeddings
     assert result.stages[1] - result.stages[0] == 2 * 3584  # the head and its norm, where the first has the embedding
 
 
@@ -460,9 +484,9 @@ def test_the_vllm_engine_of_an_hour_of_video(recipe: Path, shape: ModelShape) ->
 def test_the_engines_of_a_replica_are_given_the_embeddings_of_its_prompts(recipe: Path, shape: ModelShape) -> None:
     more = ("grpo.batch_size=16", "eval.manifest=e.jsonl", "eval.batch_prompts=5")
     training, evaluation = planned(recipe, shape, overrides=more), planned(recipe, shape, task="eval", overrides=more)
-    assert training.handover == 16 // training.layout.dp * training.video_embeddings > 0
-    assert evaluation.handover == 5 * evaluation.video_embeddings
-    row = f"embeddings of a replica's prompts, pinned in /dev/shm {training.handover / GIB:,.2f} GiB"
+    assert training.videos.handover == 16 // training.layout.dp * training.videos.embeddings > 0
+    assert evaluation.videos.handover == 5 * evaluation.videos.embeddings
+    row = f"embeddings of a replica's prompts, pinned in /dev/shm {training.videos.handover / GIB:,.2f} GiB"
     assert row in [" ".join(line.split()) for line in render(training).splitlines()]
 
 

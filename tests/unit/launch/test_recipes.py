@@ -98,7 +98,7 @@ def test_text_recipe_plans_without_vision_and_fits_8_gpus_of_80_gb() -> None:
     assert (result.layout.world_size, result.layout.tp, result.layout.dp) == (8, 4, 2)
     assert (result.lengths.shared, result.lengths.copies_per_pack) == (2048 + 8 * 4096, 1)
     assert result.memory_total < BUDGETS_GIB["80 GB (A100, H100)"] * GIB
-    assert result.host_store == 0
+    assert result.videos is None
     assert not any(word in render(result).split("# parallel")[1] for word in ("frame", "embedding", "tower"))
 
 

@@ -1,0 +1,61 @@
+"""What the videos of a step take in the stores of decoded frames and of embeddings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megalong.config.model_shape import VisionShape
+from megalong.config.tree import MrSpMode, RunConfig, keeps_embeddings
+from megalong.config.validate import Task
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VideoPlan:
+    """Bytes, per process unless said. A step's are of its longest videos, when no two samples share one."""
+
+    embeddings: int  # of one video, over all ranks of a replica
+    handover: int  # of those of the prompts that a replica's vLLM engines are given at a time
+    host_store: int  # host memory that the embedding store may fill; 0: nothing is kept
+    gpu_store: int  # GPU memory that it may fill before that
+    step_store: int  # of both, what a step needs
+    frame_store: int  # host memory that decoded frames may fill
+    step_frames: int  # of it, what a step needs
+
+    @property
+    def store_fits(self) -> bool:
+        return self.step_store <= self.host_store + self.gpu_store
+
+    @property
+    def frames_fit(self) -> bool:
+        return self.step_frames <= self.frame_store
+
+
+def video_bytes(vision: VisionShape, *, frames: int, element: int) -> int:
+    """Of the embeddings of one video."""
+    return frames * vision.embeds_per_frame * vision.embed_width * element
+
+
+def plan_videos(
+    config: RunConfig, task: Task, vision: VisionShape, *, frames: int, element: int, prompts: int, replica: int
+) -> VideoPlan:
+    """prompts: of a replica, whose videos are in memory at a time. frames: of the longest video."""
+    embeddings = video_bytes(vision, frames=frames, element=element)
+    kept = keeps_embeddings(config)
+    # Videos of a step stay in memory, and those of the step that is being sampled for.
+    batches = 1 + config.rollout.steps_off_policy if task == "grpo" else 1
+    # Where nothing is shared every rank decodes all frames.
+    of_rank = -(-frames // (1 if config.mr_sp.mode is MrSpMode.none else replica))
+    # Pinned host memory comes in powers of two.
+    share = 1 << (-(-embeddings // replica) - 1).bit_length()
+    return VideoPlan(
+        embeddings=embeddings,
+        handover=0 if task == "sft" else embeddings * prompts,
+        host_store=round(config.video.cache_gib * GIB) if kept else 0,
+        gpu_store=round(config.video.cache_gpu_gib * GIB) if kept else 0,
+        step_store=batches * prompts * share if kept else 0,
+        frame_store=round(config.video.frame_cache_gib * GIB),
+        # All of a step are decoded before the first is encoded, and let go then, where embeddings are kept instead.
+        step_frames=(1 if kept else batches) * prompts * of_rank * vision.frame_bytes,
+    )
