@@ -66,8 +66,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def _is_complete(error: Exception) -> bool:
     """Errors whose message says what to change; all others keep their traceback."""
-    given = ("ConfigError", "ManifestError", "CheckpointError", "EmbeddingCacheError", "FileNotFoundError")
-    return _is(error, *given, *FAILURES)
+    given = ("ConfigError", "ManifestError", "CheckpointError", "FileNotFoundError")
+    stores = ("EmbeddingCacheError", "StoreFullError")
+    return _is(error, *given, *stores, *FAILURES)
 
 
 def _is(error: Exception, *names: str) -> bool:

@@ -20,7 +20,7 @@ from megalong.config.errors import ConfigError
 from megalong.config.load import with_gpus
 from megalong.config.model_shape import ModelShape
 from megalong.config.plan import GIB, plan
-from megalong.config.plan_fit import shortages
+from megalong.config.plan_fit import host_shortages, shortages
 from megalong.config.tree import AttentionKernel, Dtype, Recompute, RunConfig
 from megalong.config.validate import Task
 from megalong.data.manifest import ManifestError
@@ -30,6 +30,7 @@ from megalong.metrics import PhaseTimer
 from megalong.models.errors import CheckpointError
 from megalong.rollout.engine import RolloutEngineError, WeightSyncError
 from megalong.vision.disk import EmbeddingCacheError
+from megalong.vision.store import StoreFullError
 from megalong.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -45,8 +46,8 @@ for all errors."""
 
 
 MISTAKES = (
-    ConfigError, ManifestError, CheckpointError, EmbeddingCacheError, FileNotFoundError, RolloutEngineError,
-    WeightSyncError, DecoderProcessError, TooManySkippedStepsError,
+    ConfigError, ManifestError, CheckpointError, EmbeddingCacheError, StoreFullError, FileNotFoundError,
+    RolloutEngineError, WeightSyncError, DecoderProcessError, TooManySkippedStepsError,
 )  # fmt: skip
 """Errors about what the user gave, what came of it, and of the processes beside this one: their message says it all."""
 
@@ -202,9 +203,12 @@ def warn_of_memory(config: RunConfig, task: Task, shape: ModelShape, *, world_si
     """Say before the weights are read what GPUs of `card` bytes are not expected to have room for.
 
     No error: what `megalong plan` says is an upper estimate, a tenth too high, with
-    activations in host memory a quarter.
+    activations in host memory a quarter, and samples may share a video.
     """
-    for what in shortages(plan(with_gpus(config, world_size), task, shape), card=card):
+    planned = plan(with_gpus(config, world_size), task, shape)
+    for what in host_shortages(planned):
+        logger.warning("this run may not fit, unless samples share videos (`megalong plan` has its parts): %s", what)
+    for what in shortages(planned, card=card):
         logger.warning(
             "this run may not fit, an upper estimate says (`megalong plan` has its parts): %s. To change: %s",
             what,

@@ -1,4 +1,4 @@
-"""Whether a planned run fits the GPUs that it is on."""
+"""Whether a planned run fits the GPUs that it is on, and the stores that it was given."""
 
 from __future__ import annotations
 
@@ -17,3 +17,20 @@ def shortages(plan: Plan, *, card: int) -> Iterator[str]:
     problems = [plan.engine.problem(placement, card=card) for placement in plan.engine.shares]
     if all(problems):  # the run may yet take any of the placements
         yield f"no room for the vLLM engine on GPUs of {card / GIB:.1f} GiB: {problems[0]}"
+
+
+def host_shortages(plan: Plan) -> Iterator[str]:
+    """What the videos of a step are not expected to have room for in a process's stores, and what to change."""
+    videos = plan.videos
+    if videos is None:
+        return
+    for what, needed, allowed, fits, settings in (
+        ("embeddings", videos.step_store, videos.host_store + videos.gpu_store, videos.store_fits,
+         "video.cache_gib or video.cache_gpu_gib"),
+        ("decoded frames", videos.step_frames, videos.frame_store, videos.frames_fit, "video.frame_cache_gib"),
+    ):  # fmt: skip
+        if not fits:
+            yield (
+                f"a step's videos take up to {needed / GIB:.3f} GiB of a process's store of {what}, which has "
+                f"{allowed / GIB:.3f}; raise {settings}, or lower the batch size or the frames of a video"
+            )

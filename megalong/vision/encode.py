@@ -46,7 +46,9 @@ class VisionStage:
         self.videos = videos
         self.layout = layout
         self.settings = settings
-        self.frames = ByteStore[np.ndarray](budget_bytes=settings.frame_store_bytes, setting="video.frame_cache_gib")
+        self.frames = ByteStore[np.ndarray](
+            what="decoded frames", budget_bytes=settings.frame_store_bytes, setting="video.frame_cache_gib"
+        )
         self.embeds = EmbeddingStore(
             device=layout.device,
             gpu_bytes=settings.embed_gpu_bytes,

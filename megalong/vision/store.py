@@ -12,7 +12,12 @@ from typing import Generic, TypeVar
 from megalong.records import FrameSelection
 
 Item = TypeVar("Item")
+GIB = 1 << 30
 _SAMPLE_BYTES = 1 << 20
+
+
+class StoreFullError(RuntimeError):
+    """What a step needs at a time is more than a store may hold; the message names the setting."""
 
 
 class ByteStore(Generic[Item]):
@@ -21,8 +26,12 @@ class ByteStore(Generic[Item]):
     Pinned keys, those of the step in progress, are never evicted: a step that does not fit is an error, no slow loop.
     """
 
-    def __init__(self, *, budget_bytes: int, setting: str, evicted: Callable[[str, Item], None] | None = None) -> None:
-        """setting: the configuration key of the budget. evicted: called with what has just made room for another."""
+    def __init__(
+        self, *, what: str, budget_bytes: int, setting: str, evicted: Callable[[str, Item], None] | None = None
+    ) -> None:
+        """what: is stored, in words. setting: the configuration key of the budget. evicted: called with what has just
+        made room for another."""
+        self.what = what
         self.budget_bytes = budget_bytes
         self.setting = setting
         self.evicted = evicted
@@ -50,12 +59,12 @@ class ByteStore(Generic[Item]):
         return self._pinned_bytes() + num_bytes <= self.budget_bytes
 
     def make_room(self, num_bytes: int) -> None:
-        """Evict until this many bytes are free. Raises ValueError when pinned items leave no room."""
+        """Evict until this many bytes are free. Raises StoreFullError when pinned items leave no room."""
         if not self.fits(num_bytes):
-            raise ValueError(
-                f"{num_bytes / 2**30:.3f} GiB do not fit beside the {self._pinned_bytes() / 2**30:.3f} GiB that the "
-                f"step in progress needs: raise {self.setting} (now {self.budget_bytes / 2**30:.3f}) or lower the "
-                "batch size"
+            raise StoreFullError(
+                f"{num_bytes / GIB:.3f} GiB of {self.what} do not fit beside the {self._pinned_bytes() / GIB:.3f} GiB "
+                f"that the step in progress needs: raise {self.setting} (now {self.budget_bytes / GIB:.3f}) or lower "
+                "the batch size"
             )
         evictable = iter([key for key in self._items if key not in self._pinned])
         while self.bytes_used + num_bytes > self.budget_bytes:
@@ -66,7 +75,7 @@ class ByteStore(Generic[Item]):
                 self.evicted(key, item)
 
     def put(self, key: str, item: Item, *, num_bytes: int) -> None:
-        """Store an item under a key that is not there yet. Raises ValueError when pinned items leave no room."""
+        """Store an item under a key that is not there yet. Raises StoreFullError when pinned items leave no room."""
         if key in self._items:
             raise ValueError(f"{key} is in the store already; an entry is never replaced")
         self.make_room(num_bytes)

@@ -33,10 +33,10 @@ class EmbeddingStore:
         self.device = device
         self.disk = disk
         self.gpu: ByteStore[EmbeddingPart] = ByteStore(
-            budget_bytes=gpu_bytes, setting="video.cache_gpu_gib", evicted=self._from_gpu
+            what="embeddings", budget_bytes=gpu_bytes, setting="video.cache_gpu_gib", evicted=self._from_gpu
         )
         self.host: ByteStore[EmbeddingPart] = ByteStore(
-            budget_bytes=host_bytes, setting="video.cache_gib", evicted=self._to_disk
+            what="embeddings", budget_bytes=host_bytes, setting="video.cache_gib", evicted=self._to_disk
         )
 
     def __contains__(self, key: str) -> bool:
@@ -58,8 +58,8 @@ class EmbeddingStore:
         self.host.release(keep=keep)
 
     def put(self, key: str, part: EmbeddingPart) -> None:
-        """Keep a copy of a part under a key that is not in memory. Raises ValueError, naming the setting, when pinned
-        entries leave no room for it."""
+        """Keep a copy of a part under a key that is not in memory. Raises StoreFullError, naming the setting, when
+        pinned entries leave no room for it."""
         if key in self:
             raise ValueError(f"{key} is in the store already; an entry is never replaced")
         tier = self.gpu if self.gpu.fits(part.embeds_nD.nbytes) else self.host

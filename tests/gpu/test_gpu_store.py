@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megalong.vision.disk import DiskStore
+from megalong.vision.store import StoreFullError
 from megalong.vision.tiers import EmbeddingPart, EmbeddingStore
 
 pytestmark = [
@@ -67,7 +68,7 @@ def test_entries_move_between_the_tiers_unchanged(tmp_path: Path) -> None:
     table.append(("get from host memory, no GPU tier", seconds(lambda: small.get("5"))))
     assert torch.equal(small.get("5"), embeddings(5))
     small.pin(["5", "6"])
-    with pytest.raises(ValueError, match=r"raise video\.cache_gib"):
+    with pytest.raises(StoreFullError, match=r"raise video\.cache_gib"):
         small.put("6", EmbeddingPart(0, embeddings(6)))
     for name, taken in table:
         print(f"{name:<46} {taken * 1e3:9.1f} ms {num_bytes / GIB / taken:8.1f} GiB/s")  # noqa: T201

@@ -69,6 +69,14 @@ def test_out_of_memory_says_what_to_change(fault: str, parts: tuple[str, ...], d
     assert "rank 0, phase 'train': another rank ended" in message(logs[0])
 
 
+def test_a_store_without_room_for_a_step_says_which_setting_to_raise(demo: DemoWorld, tmp_path: Path) -> None:
+    codes, logs = fail(demo, tmp_path, overrides=(*SFT, "video.frame_cache_gib=1e-6"))
+    assert codes == [2, 2]
+    for log in logs:
+        assert message(log).startswith("megalong sft: 0.000 GiB of decoded frames do not fit beside the 0.000 GiB that")
+        assert "raise video.frame_cache_gib (now 0.000) or lower the batch size" in message(log)
+
+
 def test_a_full_disk_leaves_the_older_checkpoint(demo: DemoWorld, tmp_path: Path) -> None:
     codes, logs = fail(demo, tmp_path, "disk_full_in_step@3", overrides=(*SFT, "checkpoint.save_every=2"))
     assert codes == [2, 2]

@@ -10,7 +10,7 @@ import pytest
 from megalong.config.load import load_config
 from megalong.config.model_shape import ModelShape
 from megalong.config.plan import GIB, plan
-from megalong.config.plan_fit import shortages
+from megalong.config.plan_fit import host_shortages, shortages
 from megalong.failures import warn_of_memory
 
 H200 = 150_754_820_096
@@ -54,6 +54,24 @@ def test_either_placement_will_do(recipe: Path, shape: ModelShape) -> None:
     assert len(list(shortages(planned, card=planned.memory_total))) == 0  # an engine elsewhere has such a GPU alone
     assert len(list(shortages(planned, card=planned.memory_total - 1))) == 1
     assert "beside" in next(shortages(plan(load_config(recipe, AWAKE), "grpo", shape), card=130 * GIB))
+
+
+def test_stores_that_a_step_s_videos_have_no_room_for(
+    recipe: Path, shape: ModelShape, caplog: pytest.LogCaptureFixture
+) -> None:
+    """64 videos of 1,024 frames on four ranks: 448 MiB of embeddings, in 512 MiB of pinned memory, and 147 MiB of
+    frames each."""
+    one = ("gpus=4", "parallel.cp=4", "rollout.engine_tp=4")
+    assert not list(host_shortages(plan(load_config(recipe, one), "grpo", shape)))
+    config = load_config(recipe, (*one, "grpo.batch_size=64", "video.frame_cache_gib=0.001"))
+    embeddings, frames = host_shortages(plan(config, "grpo", shape))
+    assert "up to 32.000 GiB of a process's store of embeddings, which has 16.000; raise video.cache_gib" in embeddings
+    assert "up to 9.188 GiB of a process's store of decoded frames, which has 0.001; raise video.frame_cac" in frames
+    with caplog.at_level(logging.WARNING):
+        warn_of_memory(config, "grpo", shape, world_size=4, card=H200)
+    assert [record.args for record in caplog.records] == [(embeddings,), (frames,)]
+    room = (*one, "grpo.batch_size=64", "video.cache_gib=16", "video.cache_gpu_gib=16")
+    assert not list(host_shortages(plan(load_config(recipe, room), "grpo", shape)))
 
 
 def test_a_run_says_it_with_what_to_change(recipe: Path, shape: ModelShape, caplog: pytest.LogCaptureFixture) -> None:

@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megalong.records import FrameSelection
-from megalong.vision.store import ByteStore, selection_key
+from megalong.vision.store import ByteStore, StoreFullError, selection_key
 
 
 def store(budget: int = 10) -> ByteStore[str]:
-    return ByteStore(budget_bytes=budget, setting="video.cache_gib")
+    return ByteStore(what="embeddings", budget_bytes=budget, setting="video.cache_gib")
 
 
 def test_least_recently_used_goes_first() -> None:
@@ -45,7 +45,7 @@ def test_pinned_items_stay_and_no_room_beside_them_is_an_error() -> None:
     kept.put("c", "C", num_bytes=5)
     assert ("a" in kept, "b" in kept, "c" in kept) == (True, False, True)
     kept.pin({"c"})  # and still a
-    with pytest.raises(ValueError, match=r"raise video\.cache_gib \(now 0\.000\) or lower the batch size"):
+    with pytest.raises(StoreFullError, match=r"raise video\.cache_gib \(now 0\.000\) or lower the batch size"):
         kept.put("d", "D", num_bytes=1)
     assert (kept.get("a"), kept.get("c"), kept.bytes_used) == ("A", "C", 10)
     kept.release(keep={"c"})
@@ -59,7 +59,7 @@ def test_pinned_items_stay_and_no_room_beside_them_is_an_error() -> None:
 def test_an_item_over_the_budget_is_refused_and_nothing_is_thrown_out_for_it() -> None:
     kept = store()
     kept.put("a", "A", num_bytes=6)
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(StoreFullError, match="do not fit"):
         kept.put("b", "B", num_bytes=11)
     assert (kept.get("a"), kept.bytes_used, kept.num_evicted) == ("A", 6, 0)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megalong.vision.disk import DiskStore
+from megalong.vision.store import StoreFullError
 from megalong.vision.tiers import EmbeddingPart, EmbeddingStore
 
 ROW = 4  # bytes: one float32
@@ -85,7 +86,7 @@ def test_pinned_entries_stay_in_memory_and_an_entry_without_room_names_the_setti
     kept.pin("abcd")
     put(kept, "abc")
     assert where(kept) == ("a", "bc", "")
-    with pytest.raises(ValueError, match=r"the step in progress needs: raise video\.cache_gib \(now 0\.000\)"):
+    with pytest.raises(StoreFullError, match=r"the step in progress needs: raise video\.cache_gib \(now 0\.000\)"):
         put(kept, "d")
     assert where(kept) == ("a", "bc", "")
     kept.get("b")  # the device is full of what is pinned: stays where it is

@@ -24,6 +24,7 @@ from megalong.models.longvila.layout import SquareFrames
 from megalong.records import Dropped, FrameSelection, Sample
 from megalong.vision.encode import VisionStage
 from megalong.vision.settings import VisionSettings
+from megalong.vision.store import StoreFullError
 
 SIZE, TOKENS, WIDTH = 8, 2, 5
 SETTINGS = VisionSettings(
@@ -346,7 +347,7 @@ def test_new_weights_and_new_content_make_new_embeddings(make: object, tmp_path:
 
 def test_a_batch_larger_than_the_frame_budget_names_its_setting(make: object, videos: dict[str, str]) -> None:
     stage = make(frozen=False, frame_store_bytes=7 * SIZE * SIZE * 3)
-    with pytest.raises(ValueError, match=r"raise video\.frame_cache_gib"):
+    with pytest.raises(StoreFullError, match=r"raise video\.frame_cache_gib"):
         ready(stage, [sample("1", videos["a"], videos["b"])])
 
 
@@ -357,7 +358,7 @@ def test_embeddings_over_their_budget_name_their_setting(make: object, videos: d
     ready(stage, [sample("1", videos["b"])])
     assert (len(stage.embeds), stage.embeds.host.num_evicted) == (1, 1)
     stage.release()
-    with pytest.raises(ValueError, match=r"raise video\.cache_gib"):
+    with pytest.raises(StoreFullError, match=r"raise video\.cache_gib"):
         ready(stage, [sample("1", videos["a"], videos["b"])])
 
 
@@ -368,7 +369,7 @@ def test_a_step_of_several_batches_keeps_what_it_needs(make: object, videos: dic
     for name in "ab":
         selections, _ = ready(stage, [sample(name, videos[name])])
         chosen[name] = selections[videos[name]]
-    with pytest.raises(ValueError, match=r"that the step in progress needs: raise video\.cache_gib"):
+    with pytest.raises(StoreFullError, match=r"that the step in progress needs: raise video\.cache_gib"):
         ready(stage, [sample("c", videos["c"])])
     stage.release(keep=[chosen["a"]])
     selections, _ = ready(stage, [sample("c", videos["c"])])
