@@ -17,6 +17,9 @@ RECIPE_VERBS = {
     "plan": "print the resolved config, layout, tokens per prompt and memory per GPU; needs no GPU",
 }
 
+PLANNED = ("sft", "grpo", "eval", "check-sync", "cache-embeddings")
+"""Verbs that plan works out."""
+
 FAILURES = (
     "RunFailedError", "RolloutEngineError", "WeightSyncError", "DecoderProcessError", "TooManySkippedStepsError",
 )  # fmt: skip
@@ -34,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
         example = "seed=2 questions.train_rl=100" if demo else "grpo.steps=200 parallel.tp=4"
         verb.add_argument("overrides", nargs="*", help=f"a.b=c, for example {example}")
         if name == "plan":
-            verb.add_argument("--task", choices=("sft", "grpo", "eval"), default="grpo")
+            verb.add_argument("--task", choices=PLANNED, default="grpo")
     report = verbs.add_parser("report", help="summary.json, table and picture of a demo folder")
     report.add_argument("folder", type=Path)
     return parser

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from megalong.config.errors import ConfigError
+from megalong.config.plan_lengths import check_prompts
 from megalong.config.tree import Dtype, RunConfig
 from megalong.data.manifest import ManifestError
 from megalong.data.packing import pack_rollouts
@@ -22,9 +23,6 @@ from megalong.parallel.collectives import gather_objects, max_over, sum_over
 from megalong.records import Dropped, Prompt, RolloutGroup, Sample, WeightBucket
 from megalong.rollout.engine import Sampling
 from megalong.run import Run, make_ready, open_run, owned_embeddings, plan_prompts, read_samples
-
-PROMPTS = 4
-"""Prompts of each replica; one per rank where a replica has more ranks, so that every engine answers one."""
 
 MEAN_GAP_LIMITS = {Dtype.float32: 1e-3, Dtype.bfloat16: 0.02}
 """Mean |trainer - engine| log-probability of a sampled token that rounding explains, in nats."""
@@ -173,7 +171,7 @@ def compare(run: Run, samples: list[Sample]) -> SyncReport:
 def _prompts(run: Run, samples: list[Sample]) -> tuple[list[Prompt], list[Dropped]]:
     """This replica's, from the start of the manifest and again when it is short; the drops of all replicas."""
     layout = run.layout
-    count = max(PROMPTS, layout.replica_size)
+    count = check_prompts(run.config.parallel)
     mine = list(islice(cycle(samples), layout.dp_rank * count, (layout.dp_rank + 1) * count))
     prompts, unusable = plan_prompts(run, mine)
     prompts, unreadable = make_ready(run, prompts)

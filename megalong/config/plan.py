@@ -11,7 +11,7 @@ from megalong.config.load import config_yaml
 from megalong.config.model_shape import ModelShape, VisionShape
 from megalong.config.plan_engine import EnginePlan, bucket_memory, plan_engine, samples_by_vllm, samples_embedded
 from megalong.config.plan_flops import step_flops
-from megalong.config.plan_lengths import Lengths, lengths_of
+from megalong.config.plan_lengths import Lengths, check_prompts, lengths_of
 from megalong.config.plan_videos import GIB, VideoPlan, plan_videos, video_bytes
 from megalong.config.shapes import SHIPPED_SHAPES, read_model_shape
 from megalong.config.tree import Dtype, MrSpMode, Recompute, RunConfig, keeps_embeddings
@@ -115,9 +115,10 @@ def check_engine(config: RunConfig, task: Task, shape: ModelShape) -> None:
 
 def plan(config: RunConfig, task: Task, shape: ModelShape, *, note: str = "") -> Plan:
     """Work out the plan of a configuration that `validate` accepts."""
-    layout = _layout(config, shape)
+    layout = _layout(config, task, shape)
     lengths = lengths_of(config, task, shape, dp=layout.dp, cp=layout.cp)
-    batch_size = {"sft": config.sft.batch_size, "grpo": config.grpo.batch_size, "eval": 1}[task]
+    check = check_prompts(config.parallel) * layout.dp
+    batch_size = {"sft": config.sft.batch_size, "grpo": config.grpo.batch_size, "check-sync": check}.get(task, 1)
     stages = [_memory(config, task, shape, layout=layout, lengths=lengths, stage=stage) for stage in range(layout.pp)]
     totals = tuple(sum(memory.values()) for memory in stages)
     return Plan(
@@ -130,8 +131,8 @@ def plan(config: RunConfig, task: Task, shape: ModelShape, *, note: str = "") ->
         memory=max(stages, key=lambda memory: sum(memory.values())),
         stages=totals,
         videos=_videos(config, task, shape, layout=layout, lengths=lengths, batch_size=batch_size),
-        host_activations=0 if task == "eval" else _host_activations(config, shape, layout=layout, lengths=lengths),
-        host_states=0 if task == "eval" else _host_states(config, shape, layout=layout),
+        host_activations=_host_activations(config, shape, layout=layout, lengths=lengths) if task in TRAINING else 0,
+        host_states=_host_states(config, shape, layout=layout) if task in TRAINING else 0,
         flops=step_flops(config, task, shape, lengths=lengths, batch_size=batch_size, shared=not lengths.repeats),
         engine=_engine(config, task, shape, layout=layout, lengths=lengths, peak=max(totals)),
         flops_repeated=sum(
@@ -141,8 +142,10 @@ def plan(config: RunConfig, task: Task, shape: ModelShape, *, note: str = "") ->
     )
 
 
-def _layout(config: RunConfig, shape: ModelShape) -> Layout:
+def _layout(config: RunConfig, task: Task, shape: ModelShape) -> Layout:
     parallel, world_size = config.parallel, planned_processes(config)
+    if task == "cache-embeddings":  # each process has videos of its own
+        return Layout(world_size=world_size, dp=world_size, tp=1, cp=1, a2a=1, pp=1, sequence_parallel=False)
     return Layout(
         world_size=world_size,
         dp=world_size // (parallel.tp * parallel.cp * parallel.pp),
@@ -182,6 +185,8 @@ def _memory(
     and with pp > 1 those of all packs of a step; those of an evaluation, prompt by prompt, on the ranks that drive
     engines. An evaluation computes a forward only with eval.likelihood.
     """
+    if task == "cache-embeddings":
+        return _encoder_memory(config, task, shape, layout=layout, lengths=lengths)
     element = _element(config)
     memory = _standing_memory(config, task, shape, layout=layout, stage=stage)
     forwards = task != "eval" or config.eval.likelihood
@@ -191,7 +196,7 @@ def _memory(
         if layout.sequence_parallel:
             rows = -(-lengths.on_rank(lengths.pack, cp=layout.cp) // layout.tp)
             of_pack = min(of_pack, rows * shape.vision.embed_width * element)
-        if task == "eval":
+        if task not in TRAINING:
             memory["vision embeddings of a prompt, for its engine"] = of_video
         if forwards and layout.pp == 1:
             memory["vision embeddings of a pack"] = of_pack
@@ -202,22 +207,40 @@ def _memory(
         memory |= _activation_memory(config, task, shape, layout=layout, lengths=lengths, stage=stage)
     if samples_embedded(config, task):
         kv = costs.kv_bytes_per_token(shape, element=element)
-        prompts = 1 if task == "eval" else min(config.rollout.batch_prompts, config.grpo.batch_size // layout.dp)
+        asked = {"eval": 1, "check-sync": check_prompts(config.parallel)}.get(task, config.grpo.batch_size // layout.dp)
+        prompts = min(config.rollout.batch_prompts, asked)
         memory["embedded sampler: weights"] = element * costs.llm_params(shape)
         memory["embedded sampler: keys and values"] = kv * prompts * lengths.repeated
+    return memory
+
+
+def _encoder_memory(
+    config: RunConfig, task: Task, shape: ModelShape, *, layout: Layout, lengths: Lengths
+) -> dict[str, int]:
+    """Of a process that encodes whole videos, one at a time; frames, and embeddings, are put together from parts."""
+    vision, element = shape.vision, _element(config)
+    of_video = lengths.frames * vision.frame_bytes + video_bytes(vision, frames=lengths.frames, element=element)
+    memory = {"tower and projector weights": element * (vision.tower_params + vision.projector_params)}
+    memory |= _tower_memory(config, task, vision, layout=layout, lengths=lengths)
+    memory["a video's frames and embeddings, twice"] = 2 * of_video
+    return memory | _fixed_memory(config, shape)
+
+
+def _fixed_memory(config: RunConfig, shape: ModelShape) -> dict[str, int]:
+    memory = {}
+    if shape.vision and config.video.cache_gpu_gib and keeps_embeddings(config):
+        memory[GPU_STORE] = round(config.video.cache_gpu_gib * GIB)
+    if config.gpus:
+        memory["runtime: context, NCCL, sleeping sampler"] = RUNTIME_BYTES
     return memory
 
 
 def _standing_memory(config: RunConfig, task: Task, shape: ModelShape, *, layout: Layout, stage: int) -> dict[str, int]:
     """What stays on a process between steps, and while an engine beside it samples."""
     memory = _weight_memory(config, task, shape, layout=layout, stage=stage)
-    if shape.vision and config.video.cache_gpu_gib and keeps_embeddings(config):
-        memory[GPU_STORE] = round(config.video.cache_gpu_gib * GIB)
     if samples_by_vllm(config, task):
         memory |= bucket_memory(config.rollout, shape, element=_element(config))
-    if config.gpus:
-        memory["runtime: context, NCCL, sleeping sampler"] = RUNTIME_BYTES
-    return memory
+    return memory | _fixed_memory(config, shape)
 
 
 def _weight_memory(config: RunConfig, task: Task, shape: ModelShape, *, layout: Layout, stage: int) -> dict[str, int]:
@@ -228,7 +251,7 @@ def _weight_memory(config: RunConfig, task: Task, shape: ModelShape, *, layout: 
     trained = _trained(config, shape, layout=layout, stage=stage)
     if vision := shape.vision:
         memory["tower and projector weights"] = element * (vision.tower_params + vision.projector_params)
-    if task == "eval":
+    if task not in TRAINING:
         return memory
     params = sum(part for _, part in trained)
     if task == "grpo" and config.grpo.kl_coef > 0:
@@ -277,7 +300,7 @@ def _tower_memory(
     again, of all frames of a pack that the rank encodes."""
     of_layer = vision.frame_elements * _element(config)
     batch = min(config.video.tower_batch_frames, lengths.frames)
-    if task == "eval" or not config.model.train_tower:
+    if task not in TRAINING or not config.model.train_tower:
         return {"tower on one batch of frames": batch * of_layer}
     if config.model.recompute is not Recompute.none:
         return {"trained tower on one batch of frames": batch * of_layer * vision.tower_layers}
@@ -291,14 +314,16 @@ def _tower_memory(
 def _activation_memory(
     config: RunConfig, task: Task, shape: ModelShape, *, layout: Layout, lengths: Lengths, stage: int
 ) -> dict[str, int]:
-    """Of a forward and backward; of eval.likelihood a forward, which holds half of a layer and keeps nothing."""
+    """Of a forward and backward; of eval.likelihood and check-sync a forward, which holds half of a layer and keeps
+    nothing."""
     tokens, element, model = lengths.on_rank(lengths.pack, cp=layout.cp), _element(config), config.model
     live = costs.live_bytes_per_token(shape, element=element, tp=layout.tp, sequence_parallel=layout.sequence_parallel)
     mlp = costs.mlp_bytes_per_row(shape, element=element, tp=layout.tp)
     slices = costs.mlp_slices(tokens, chunks=model.mlp_chunks, recompute=model.recompute is not Recompute.none)
-    if task == "eval":
+    if task not in TRAINING:
         live, mlp = live // 2, mlp // 2
-        memory = {"one layer of eval.likelihood, without its MLP": live * tokens}
+        forward = "one layer of eval.likelihood" if task == "eval" else "one layer of the trainer's forward"
+        memory = {f"{forward}, without its MLP": live * tokens}
     else:
         of_layer, layers = _kept_activations(config, shape, layout=layout, lengths=lengths, stage=stage)
         layers = min(layers, costs.OFFLOAD_DEVICE_LAYERS) if model.offload_activations else layers
@@ -318,7 +343,7 @@ def _activation_memory(
     memory[f"its MLP in {slices} slice(s)"] = mlp * -(-tokens // slices)
     if stage == layout.pp - 1:
         rows = lengths.copies_per_pack * lengths.responses * lengths.response
-        trains = task != "eval" and model.train_llm
+        trains = task in TRAINING and model.train_llm
         memory["logits of a chunk of rows"] = costs.logits_bytes(shape, tp=layout.tp, rows=rows, train=trains)
     return memory
 
@@ -357,5 +382,5 @@ def _engine(
     kept = max(sum(memory.values()) for memory in of_stages)
     return plan_engine(
         config.rollout, shape, prompt=lengths.prompt, response=lengths.response, group=lengths.group,
-        element=_element(config), trainer=kept if config.rollout.sleep else peak,
+        element=_element(config), processes=layout.world_size, trainer=kept if config.rollout.sleep else peak,
     )  # fmt: skip

@@ -9,6 +9,7 @@ from megalong.config.model_shape import ModelShape
 from megalong.config.tree import MEMORY_SHARE, EnginePlacement, RolloutConfig, RolloutEngine, RunConfig
 from megalong.config.validate import Task
 
+SAMPLING: tuple[Task, ...] = ("grpo", "eval", "check-sync")
 ENGINE_BUCKET = "bucket of weights for a colocated engine"
 
 
@@ -17,6 +18,8 @@ class EnginePlan:
     """Bytes on each GPU of one engine."""
 
     gpus: int  # rollout.engine_tp
+    per_node: int  # disaggregated: rollout.engines_per_node
+    processes: int  # training processes, each on a GPU
     shares: dict[EnginePlacement, float]  # of a GPU's memory, for each placement that the run may take
     memory: dict[str, int]
     trainer: int  # what the trainer holds at most on a GPU while the engine is awake
@@ -41,12 +44,12 @@ def samples_embedded(config: RunConfig, task: Task) -> bool:
     """That vLLM is installed is assumed."""
     engine = config.rollout.engine
     chosen = engine is RolloutEngine.auto and not config.gpus
-    return task != "sft" and (engine is RolloutEngine.embedded or chosen)
+    return task in SAMPLING and (engine is RolloutEngine.embedded or chosen)
 
 
 def samples_by_vllm(config: RunConfig, task: Task) -> bool:
     """On GPUs: without them it is not planned."""
-    return task != "sft" and config.gpus > 0 and not samples_embedded(config, task)
+    return task in SAMPLING and config.gpus > 0 and not samples_embedded(config, task)
 
 
 def placements(rollout: RolloutConfig) -> list[EnginePlacement]:
@@ -66,7 +69,15 @@ def bucket_memory(rollout: RolloutConfig, shape: ModelShape, *, element: int) ->
 
 
 def plan_engine(
-    rollout: RolloutConfig, shape: ModelShape, *, prompt: int, response: int, group: int, element: int, trainer: int
+    rollout: RolloutConfig,
+    shape: ModelShape,
+    *,
+    prompt: int,
+    response: int,
+    group: int,
+    element: int,
+    processes: int,
+    trainer: int,
 ) -> EnginePlan:
     """Weights / engine_tp (norms, whole on every rank, are not worth a line), keys and values of one group, whose
     responses share the prompt's, and what a step of prefill_tokens rows holds of one layer: the residual stream, the
@@ -89,4 +100,7 @@ def plan_engine(
     if deepstack:
         memory["deepstack embeddings of a step"] = rollout.prefill_tokens * element * deepstack
     shares = {placement: rollout.memory_share or MEMORY_SHARE[placement] for placement in placements(rollout)}
-    return EnginePlan(gpus=tp, shares=shares, memory=memory, trainer=trainer, sleeps=rollout.sleep)
+    return EnginePlan(
+        gpus=tp, per_node=rollout.engines_per_node, processes=processes, shares=shares, memory=memory, trainer=trainer,
+        sleeps=rollout.sleep,
+    )  # fmt: skip

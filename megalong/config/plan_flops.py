@@ -24,7 +24,10 @@ def _encodings(config: RunConfig, task: Task, lengths: Lengths) -> int:
 def step_flops(
     config: RunConfig, task: Task, shape: ModelShape, *, lengths: Lengths, batch_size: int, shared: bool
 ) -> dict[str, int]:
-    """FLOPs of one step by part. `shared=False`: log-probability and training passes repeat the prompt."""
+    """FLOPs of one step by part, of a check none. `shared=False`: log-probability and training passes repeat the
+    prompt."""
+    if task == "check-sync":
+        return {}
     size = {"prompt": lengths.prompt, "response": lengths.response, "group": lengths.group}
     work = (costs.shared_work if shared else costs.repeated_work)(**size)
     one_pass = costs.forward_flops(shape, work)
@@ -33,6 +36,8 @@ def step_flops(
         times = _encodings(config, task, lengths)
         name = "vision: encode every frame once" if times == 1 else f"vision: encode every frame {times} times"
         parts[name] = times * lengths.frames * shape.vision.frame_flops
+    if task == "cache-embeddings":
+        return parts
     if task != "sft":
         own = lengths.prompt * (lengths.prompt + 1) // 2
         parts["rollout: prefill, once per prompt"] = costs.forward_flops(

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 from megalong.config import costs
 from megalong.config.model_shape import ModelShape
-from megalong.config.tree import SHARDED, RunConfig
+from megalong.config.tree import SHARDED, ParallelConfig, RunConfig
 from megalong.config.validate import Task, frames_per_video, prompt_tokens
+
+CHECK_PROMPTS = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,11 +68,14 @@ class Lengths:
 def lengths_of(config: RunConfig, task: Task, shape: ModelShape, *, dp: int, cp: int) -> Lengths:
     """Of a configuration that `validate` accepts."""
     prompt, response = prompt_tokens(config, shape), config.data.max_response_tokens
-    group = {"sft": 1, "grpo": config.rollout.group_size, "eval": config.eval.num_samples}[task]
+    sampled = config.rollout.group_size
+    group = {"grpo": sampled, "check-sync": sampled, "eval": config.eval.num_samples}.get(task, 1)
     prompts = {
         "sft": config.sft.batch_size // dp,
         "grpo": config.grpo.batch_size // config.grpo.updates_per_batch // dp,
         "eval": config.eval.batch_prompts,
+        "check-sync": check_prompts(config.parallel),
+        "cache-embeddings": 1,
     }[task]
     mode = config.mr_sp.mode.name
     responses = group if mode == "shared_prefix" or task == "eval" else 1
@@ -94,6 +99,11 @@ def lengths_of(config: RunConfig, task: Task, shape: ModelShape, *, dp: int, cp:
         packs=max(1, packs),
         sharded=sharded,
     )
+
+
+def check_prompts(parallel: ParallelConfig) -> int:
+    """Prompts of a replica that `megalong check-sync` samples: one per rank at least, so that every engine answers."""
+    return max(CHECK_PROMPTS, parallel.tp * parallel.cp * parallel.pp)
 
 
 def options_per_pack(config: RunConfig, prompt: int, response: int) -> int:

@@ -24,8 +24,8 @@ def render(plan: Plan) -> str:
             _lengths_text(plan),
             _memory_text(plan),
             *([_engine_text(plan.engine, plan.videos)] if plan.engine else []),
-            *([_store_text(plan.videos, plan.layout), _frames_text(plan.videos, plan.task)] if plan.videos else []),
-            _flops_text(plan),
+            *(_videos_text(plan.videos, plan.layout, plan.task) if plan.videos else []),
+            *([_flops_text(plan)] if plan.flops else []),
         ]
     )
 
@@ -50,6 +50,8 @@ def _lengths_text(plan: Plan) -> str:
     rows = []
     if lengths.frames:
         rows += [("frames per video", f"{lengths.frames:,}"), ("tokens per frame", f"{lengths.tokens_per_frame:,}")]
+    if plan.task == "cache-embeddings":
+        return _table("lengths", rows)
     rows += [
         ("tokens per prompt", f"{lengths.prompt:,}"),
         ("tokens per response, at most", f"{lengths.response:,}"),
@@ -93,6 +95,12 @@ def _on_gpus(plan: Plan) -> bool:
 def _engine_text(engine: EnginePlan, videos: VideoPlan | None) -> str:
     rows = [(name, f"{value / GIB:,.2f} GiB") for name, value in engine.memory.items()]
     rows.append(("needed on each of its GPUs", f"{engine.memory_total / GIB:,.2f} GiB"))
+    if EnginePlacement.disaggregated in engine.shares:
+        more = f"{engine.per_node} engine(s) on {engine.per_node * engine.gpus} GPU(s) behind its training processes'"
+        rows.append(("disaggregated: a node has", more))
+    if EnginePlacement.colocated in engine.shares:
+        of_all = f"{engine.processes // engine.gpus} engine(s) on the {engine.processes} training processes' GPU(s)"
+        rows.append(("colocated: all nodes have", of_all))
     if videos:
         rows.append(("embeddings of a replica's prompts, pinned in /dev/shm", f"{videos.handover / GIB:,.2f} GiB"))
     if EnginePlacement.colocated in engine.shares:
@@ -106,38 +114,35 @@ def _engine_text(engine: EnginePlan, videos: VideoPlan | None) -> str:
     return _table(f"vLLM rollout engine of {engine.gpus} GPU(s), per GPU (where vLLM is installed)", rows)
 
 
-def _store_text(videos: VideoPlan, layout: Layout) -> str:
+def _videos_text(videos: VideoPlan, layout: Layout, task: Task) -> list[str]:
+    """Of the stores of embeddings and of decoded frames."""
+    of_step = "a step's videos per process, if no two samples share one"
+    if task == "cache-embeddings":
+        of_step = "a video"
     share = -(-videos.embeddings // layout.replica)
     rows = [
         ("embeddings of a video", f"{videos.embeddings / GIB:,.3f} GiB"),
         (f"share of each of {layout.replica} rank(s)", f"{share / GIB:,.3f} GiB"),
     ]
-    if not videos.host_store:
-        return _table("embedding store (off)", rows)
     if videos.gpu_store:
         rows.append(("GPU memory per process, at most", f"{videos.gpu_store / GIB:,.2f} GiB"))
-    rows += [
-        ("host memory per process, at most", f"{videos.host_store / GIB:,.2f} GiB"),
-        (
-            "a step's videos per process, if no two samples share one",
-            f"{videos.step_store / GIB:,.2f} GiB, {_verdict(fits=videos.store_fits)}",
-        ),
-    ]
-    return _table("embedding store", rows)
-
-
-def _frames_text(videos: VideoPlan, task: Task) -> str:
-    of_step = f"{videos.step_frames / GIB:,.2f} GiB"
-    rows = [
+    if videos.host_store:
+        verdict = _verdict(fits=videos.store_fits)
+        rows += [
+            ("host memory per process, at most", f"{videos.host_store / GIB:,.2f} GiB"),
+            (of_step, f"{videos.step_store / GIB:,.2f} GiB, {verdict}"),
+        ]
+    if videos.disk_store:
+        rows.append(("videos that video.cache_dir_gib has room for", f"{videos.disk_store // videos.embeddings:,}"))
+    frames, verdict = f"{videos.step_frames / GIB:,.2f} GiB", _verdict(fits=videos.frames_fit)
+    decoded = [
         ("host memory per process, at most", f"{videos.frame_store / GIB:,.2f} GiB"),
-        (
-            "a step's videos per process, if no two samples share one",
-            f"{of_step}, {_verdict(fits=videos.frames_fit)}",
-        ),
+        (of_step, f"{frames}, {verdict}"),
     ]
     if task in TRAINING:
-        rows.append(("beside it the next step's, decoded ahead", of_step))
-    return _table("decoded frames", rows)
+        decoded.append(("beside it the next step's, decoded ahead", frames))
+    off = "" if videos.host_store else " (off)"
+    return [_table(f"embedding store{off}", rows), _table("decoded frames", decoded)]
 
 
 def _verdict(*, fits: bool) -> str:
@@ -152,8 +157,10 @@ def _flops_text(plan: Plan) -> str:
         more = plan.flops_repeated / plan.flops_total
         rows.append(("total with repeated prompts", f"{plan.flops_repeated / unit:,.2f} {name} ({more:.2f} x)"))
     rows += _times(plan) if _on_gpus(plan) else []
-    per = "sample" if plan.task == "eval" else f"step of {plan.batch_size} prompt(s)"
-    return _table(f"FLOPs per {per}, longest prompts and responses", rows)
+    longest = "longest prompts and responses"
+    per = {"eval": f"sample, {longest}", "cache-embeddings": "longest video"}
+    title = f"FLOPs per {per.get(plan.task, f'step of {plan.batch_size} prompt(s), {longest}')}"
+    return _table(title, rows)
 
 
 def _times(plan: Plan) -> list[tuple[str, str]]:

@@ -20,6 +20,7 @@ class VideoPlan:
     host_store: int  # host memory that the embedding store may fill; 0: nothing is kept
     gpu_store: int  # GPU memory that it may fill before that
     step_store: int  # of both, what a step needs
+    disk_store: int  # disk that video.cache_dir may fill, for all processes; 0: there is none
     frame_store: int  # host memory that decoded frames may fill
     step_frames: int  # of it, what a step needs
 
@@ -51,10 +52,11 @@ def plan_videos(
     share = 1 << (-(-embeddings // replica) - 1).bit_length()
     return VideoPlan(
         embeddings=embeddings,
-        handover=0 if task == "sft" else embeddings * prompts,
+        handover=0 if task in ("sft", "cache-embeddings") else embeddings * prompts,
         host_store=round(config.video.cache_gib * GIB) if kept else 0,
         gpu_store=round(config.video.cache_gpu_gib * GIB) if kept else 0,
         step_store=batches * prompts * share if kept else 0,
+        disk_store=round(config.video.cache_dir_gib * GIB) if kept and config.video.cache_dir else 0,
         frame_store=round(config.video.frame_cache_gib * GIB),
         # All of a step are decoded before the first is encoded, and let go then, where embeddings are kept instead.
         step_frames=(1 if kept else batches) * prompts * of_rank * vision.frame_bytes,

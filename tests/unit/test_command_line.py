@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megalong.__main__ import FAILURES, main
+from megalong.__main__ import FAILURES, PLANNED, main
 from megalong.failures import MISTAKES
 
 LINE = {"id": "1", "problem": "How many?", "answer": "<answer>3</answer>", "problem_type": "numerical", "videos": []}
@@ -73,6 +73,13 @@ def test_help_and_plan_import_no_torch(recipe: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, str(recipe)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+def test_plan_takes_every_verb_that_works_on_a_model(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for task in PLANNED:
+        assert main(["plan", str(recipe), "eval.manifest=e.jsonl", "video.cache_dir=d", "--task", task]) == 0
+        assert "tower and projector weights" in capsys.readouterr().out
+    assert "set video.cache_dir" in failure(capsys, "plan", str(recipe), "--task", "cache-embeddings")
 
 
 @pytest.mark.parametrize("task", ["sft", "grpo"])

@@ -449,6 +449,63 @@ def test_an_evaluation_has_a_prompt_s_embeddings_whole_on_every_stage(recipe: Pa
     assert result.stages[1] - result.stages[0] == 2 * 3584  # the head and its norm, where the first has the embedding
 
 
+def test_a_check_has_weights_an_engine_and_a_forward(recipe: Path, shape: ModelShape) -> None:
+    training, check = planned(recipe, shape), planned(recipe, shape, task="check-sync")
+    memory = check.memory
+    assert set(memory) - set(training.memory) == {
+        "vision embeddings of a prompt, for its engine",
+        "one layer of the trainer's forward, without its MLP",
+    }
+    assert "gradients (float32)" not in memory
+    assert memory["LLM weights"] == training.memory["LLM weights"]
+    live = "one layer of the trainer's forward, without its MLP", "one layer in backward, without its MLP"
+    assert 2 * memory[live[0]] == training.memory[live[1]], "a prompt and its group, as in training"
+    assert check.engine.memory == training.engine.memory
+    # A prompt for each of the eight ranks.
+    assert (check.batch_size, check.videos.handover) == (8, 8 * check.videos.embeddings)
+    assert "FLOPs" not in render(check)
+    assert planned(recipe, shape, task="check-sync", overrides=("parallel.cp=1",)).batch_size == 2 * 4
+
+
+def test_embeddings_ahead_need_a_tower_and_a_disk(recipe: Path, shape: ModelShape) -> None:
+    folder = ("video.cache_dir=d", "video.cache_dir_gib=100", "video.cache_gpu_gib=1")
+    result = planned(recipe, shape, task="cache-embeddings", overrides=folder)
+    vision = shape.vision
+    video, frames = 3600 * 256 * 3584 * 2, 3600 * 3 * 448 * 448
+    assert result.memory == {
+        "tower and projector weights": 2 * (vision.tower_params + vision.projector_params),
+        "tower on one batch of frames": 2 * 64 * vision.frame_elements,
+        "a video's frames and embeddings, twice": 2 * (video + frames),
+        GPU_STORE: GIB,
+        "runtime: context, NCCL, sleeping sampler": RUNTIME_BYTES,
+    }
+    assert (result.layout.dp, result.layout.replica, result.engine) == (8, 1, None)
+    assert (result.videos.step_frames, result.videos.step_store) == (frames, 8 * GIB)
+    assert result.flops == {"vision: encode every frame once": 3600 * vision.frame_flops}
+    text = " ".join(render(result).split())
+    for part in ("tokens per frame 257 # memory", "share of each of 1 rank(s) 6.152 GiB", "a video 8.00 GiB, fits",
+                 "videos that video.cache_dir_gib has room for 16", "# FLOPs per longest video"):  # fmt: skip
+        assert part in text, part
+    trained = planned(recipe, shape, overrides=folder)
+    assert "video.cache_dir_gib has room for 16" in " ".join(render(trained).split())
+    assert "video.cache_dir_gib has" not in render(planned(recipe, shape))
+
+
+def test_how_a_node_s_gpus_are_split(recipe: Path, shape: ModelShape) -> None:
+    apart, beside = "disaggregated: a node has", "colocated: all nodes have"
+
+    def split(*overrides: str) -> dict[str, str]:
+        lines = [" ".join(line.split()) for line in render(planned(recipe, shape, overrides=overrides)).splitlines()]
+        return {name: line[len(name) + 1 :] for name in (apart, beside) for line in lines if line.startswith(name)}
+
+    two = ("rollout.engine_tp=2", "rollout.engines_per_node=3")
+    assert split(*two) == {
+        apart: "3 engine(s) on 6 GPU(s) behind its training processes'",
+        beside: "4 engine(s) on the 8 training processes' GPU(s)",
+    }
+    assert split(*two, "rollout.placement=colocated").keys() == {beside}
+
+
 COLOCATED, DISAGGREGATED = EnginePlacement.colocated, EnginePlacement.disaggregated
 H200, A100 = 139 * GIB, 79 * GIB
 
