@@ -16,7 +16,7 @@ from megalong.parallel.exchange import exchange_rows, plan_exchange
 from megalong.parallel.layout import make_layout
 from megalong.records import Segment
 
-HEADS, KV_HEADS, WIDTH = 8, 4, 6
+HEADS, KV_HEADS, WIDTH = 28, 4, 6  # heads of a 7B
 CASES = {
     "a group": [(41, -1), (7, 0), (1, 0), (12, 0)],
     "one response": [(5, -1), (3, 0)],
@@ -128,7 +128,7 @@ def compare_some(segments: list[Segment], attend: PackCoreAttention) -> float:
     return max(float(gap.max()) if gap.numel() else 0.0 for gap in gaps)
 
 
-@pytest.mark.parametrize(("world", "a2a"), [(2, 2), (2, 1), (4, 4), (4, 2), (3, 1)], ids=lambda number: str(number))
+@pytest.mark.parametrize(("world", "a2a"), [(2, 2), (2, 1), (4, 4), (4, 2), (3, 1), (8, 4)], ids=str)
 def test_sharded_attention_equals_the_reference(world: int, a2a: int, tmp_path: Path) -> None:
     for errors in run_world(world, compare_attention, world, a2a, folder=tmp_path):
         assert errors.keys() == {*CASES, *(f"{name}, some rows" for name in CASES)}
