@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -112,7 +113,7 @@ def _run_recipe(args: argparse.Namespace) -> int:
     from megalong.evaluating import evaluate
     from megalong.failures import failures_reported
     from megalong.grpo import train_grpo
-    from megalong.metrics import PhaseTimer
+    from megalong.metrics import PhaseTimer, notices_shown
     from megalong.sft import train_sft
 
     timer = PhaseTimer(torch.cuda.synchronize if torch.cuda.is_available() else None)
@@ -123,7 +124,8 @@ def _run_recipe(args: argparse.Namespace) -> int:
         "check-sync": check_sync,
         "cache-embeddings": cache_embeddings,
     }
-    with failures_reported(config, timer, trains=args.verb in TRAINING):
+    is_main = os.environ.get("RANK", "0") == "0"
+    with notices_shown(is_main=is_main), failures_reported(config, timer, trains=args.verb in TRAINING):
         verbs[args.verb](config, timer)
     return 0
 

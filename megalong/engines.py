@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import logging
 import os
 from collections.abc import Sequence
 from contextlib import suppress
@@ -26,6 +27,8 @@ from megalong.rollout.transfer import Transport
 from megalong.rollout.vllm_engine import VllmEngine, VllmSettings
 from megalong.rollout.vllm_model import MODELS, VLLM_VERSION
 
+logger = logging.getLogger(__name__)
+
 TRANSPORTS = {EnginePlacement.disaggregated: Transport.nccl, EnginePlacement.colocated: Transport.ipc}
 SHARES = {
     Transport.nccl: MEMORY_SHARE[EnginePlacement.disaggregated],
@@ -39,15 +42,15 @@ def check_engines(config: RunConfig, *, task: Task, world_size: int, shape: Mode
     """Raise ConfigError for rollout engines that this run cannot have, before any weights are read."""
     with torch.device("meta"):
         model = family_of(config.model).sampler_model(Path(config.model.path), TORCH_DTYPE[config.model.dtype])
-    gpus = len(_gpu_names(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
+    names = _gpu_names(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     ahead = task == "grpo" and config.rollout.steps_off_policy > 0
-    if not _takes_vllm(config, model.config.model_type, task=task, on_gpu=gpus > 0):
+    if not _takes_vllm(config, model.config.model_type, task=task, on_gpu=bool(names)):
         if ahead:
             raise ConfigError([_not_beside_the_trainer("rollout.engine=auto takes the embedded engine here")])
         return
     problems = [*vllm_problems(config, training=task in ("grpo", "check-sync"), world_size=world_size, model=shape)]
-    if gpus and not problems:
-        placement, engines = place_engines(config.rollout, gpus=gpus, processes=_local("LOCAL_WORLD_SIZE"))
+    if names and not problems:
+        placement, engines = place_engines(config.rollout, gpus=len(names), processes=_local("LOCAL_WORLD_SIZE"))
         if placement is EnginePlacement.colocated:
             problems += colocated_problems(config.rollout, config.parallel, world_size=world_size)
             if ahead:
@@ -58,12 +61,14 @@ def check_engines(config: RunConfig, *, task: Task, world_size: int, shape: Mode
 
 
 def build_engine(config: RunConfig, layout: ParallelLayout, *, task: Task, eos_id: int) -> RolloutEngine | None:
-    """The engine that this rank drives, None when it drives none; of a configuration that passed check_engines."""
+    """The engine that this rank drives, None when it drives none; of a configuration that passed check_engines. Logs
+    which engines there are."""
     family = family_of(config.model)
     path, dtype = Path(config.model.path), TORCH_DTYPE[config.model.dtype]
     with torch.device("meta"):
         model = family.sampler_model(path, dtype)
     if not _takes_vllm(config, model.config.model_type, task=task, on_gpu=layout.device.type == "cuda"):
+        logger.info("responses are sampled in the training processes (rollout.engine=%s)", config.rollout.engine.name)
         return EmbeddedEngine(
             family.sampler_model(path, dtype),
             name_of=family.sampler_name,
@@ -71,6 +76,8 @@ def build_engine(config: RunConfig, layout: ParallelLayout, *, task: Task, eos_i
             device=layout.device,
             batch_prompts=config.rollout.batch_prompts,
         )
+    where = _places(config.rollout, _gpu_names(layout.device))
+    logger.info("responses are sampled by vLLM, %s (rollout.engine=%s)", where, config.rollout.engine.name)
     settings = _settings(config, layout, task=task)
     if settings is None:
         return None
@@ -109,6 +116,15 @@ def _vllm_version() -> str:
         with suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(package)
     return "of an unknown version"
+
+
+def _places(rollout: RolloutConfig, names: Sequence[str]) -> str:
+    """Where the vLLM engines of a node with these GPUs are, in words."""
+    if not names:
+        return "on the CPU"
+    placement, engines = place_engines(rollout, gpus=len(names), processes=_local("LOCAL_WORLD_SIZE"))
+    groups = [",".join(names[number] for number in engine) for engine in engines if engine is not None]
+    return f"{placement.name}, on the node's GPUs {' and '.join(groups)}"
 
 
 def _not_beside_the_trainer(why: str) -> str:

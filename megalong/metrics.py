@@ -1,4 +1,5 @@
-"""What a run writes about itself: metrics.jsonl, TensorBoard, W&B, samples, dropped samples, the step line, curves.
+"""What a run writes about itself: metrics.jsonl, TensorBoard, W&B, samples, dropped samples, the step line, curves,
+notices.
 
 The only home of TensorBoard and Weights & Biases. Names of metrics that the step line, the curves and the tables look
 for: `reward` (weighted mean over responses), `reward/<function>`, `kl`, `entropy`, `response_tokens`,
@@ -13,8 +14,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import os
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -199,6 +202,29 @@ class PhaseTimer:
         if self._synchronize is not None:
             self._synchronize()
         return time.perf_counter()
+
+
+class _AroundTheBar(logging.Handler):
+    """Lines on stderr that leave the progress bar whole."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+@contextmanager
+def notices_shown(*, is_main: bool) -> Iterator[None]:
+    """Inside, what the package's loggers say is on stderr: from INFO on for the main process, else from WARNING."""
+    logger, handler = logging.getLogger("megalong"), _AroundTheBar()
+    level, propagate = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO if is_main else logging.WARNING)
+    logger.propagate = False  # a package that gives the root logger a handler would have each line twice
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
 
 
 def drop_later_steps(path: Path, *, step: int) -> None:

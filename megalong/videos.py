@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,8 @@ from megalong.parallel.layout import ParallelLayout
 from megalong.records import FrameSelection
 from megalong.vision.encode import VisionStage
 from megalong.vision.settings import VisionSettings
+
+logger = logging.getLogger(__name__)
 
 GIB = 1 << 30
 
@@ -42,7 +45,10 @@ def open_vision(
     """The vision stage of the encoder (None without vision), which has its weights already."""
     family = family_of(config.model)
     videos = None if family.vision is None else family.vision.layout(spec, tokens, config.video)
-    return VisionStage(encoder, layout, vision_settings(config), videos=videos)
+    vision = VisionStage(encoder, layout, vision_settings(config), videos=videos)
+    if encoder is not None:
+        logger.info("videos are decoded by %s (video.decoder=%s)", vision.decoder.settings, config.video.decoder.name)
+    return vision
 
 
 def vision_settings(config: RunConfig) -> VisionSettings:

@@ -285,6 +285,8 @@ def _fastest(*, device: torch.device, dtype: torch.dtype, head_dim: int, long: b
     message = f"{where}: plain, whole score matrices, since no fast kernel"
     if candidates:
         _log_once(logging.WARNING, f"{message} is correct here")
+    elif device.type == "cuda":
+        _log_once(logging.WARNING, f"{message} takes them; set model.dtype=bfloat16")
     else:
         _log_once(logging.INFO, f"{message} takes them")
     return "plain"

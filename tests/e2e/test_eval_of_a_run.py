@@ -88,6 +88,7 @@ def test_questions_whose_videos_cannot_be_read_are_counted_and_said(demo: DemoWo
     logs = [(tmp_path / "world" / f"rank{rank}.log").read_text() for rank in range(2)]
     said = f"eval: 5 of 8 questions have no response; the first: {lost[0]['sample_id']}: {lost[0]['reason']}"
     assert [log.count(said) for log in logs] == [1, 0]
+    assert [log.count("responses are sampled in the training processes") for log in logs] == [1, 0]
     assert f"{folder}/dropped.jsonl; relative video paths start from eval.video_dir={tmp_path}/videos" in logs[0]
 
 

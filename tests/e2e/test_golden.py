@@ -96,6 +96,16 @@ def test_the_sampler_has_the_weights_that_are_trained(twice: list[Path]) -> None
     assert losses[-1] < losses[0]
 
 
+def test_what_was_chosen_is_said_once(twice: list[Path]) -> None:
+    """Not once per pack or layer; what each stage chooses by itself, once for each."""
+    log = (twice[0] / "log").read_text()
+    kernel = "attention of torch.float32, heads 8 wide, on cpu: cpu_flash, the fastest that takes them"
+    assert log.count(f"{kernel}; equal to the definition here\n") == log.count("attention of ") == 1
+    assert log.count("log-probabilities of torch.float32 on cpu: plain\n") == 1
+    assert log.count("videos are decoded by pyav (video.decoder=auto)\n") == 2
+    assert log.count("responses are sampled in the training processes (rollout.engine=embedded)\n") == 2
+
+
 @pytest.mark.parametrize("stage", ["sft", "grpo"])
 def test_the_timeline_holds_the_seconds_of_the_metrics(stage: str, twice: list[Path]) -> None:
     folder = twice[0] / stage

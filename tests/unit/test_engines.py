@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import importlib.util
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from megalong.config.shapes import read_model_shape
 from megalong.config.tree import EnginePlacement, ParallelConfig, RolloutConfig, RunConfig
 from megalong.engines import place_engine
 from megalong.metrics import PhaseTimer
-from megalong.parallel.layout import make_layout
+from megalong.parallel.layout import ParallelLayout, make_layout
 from megalong.rollout.transfer import Transport
 
 GPUS = ("4", "5", "6", "7", "GPU-a", "GPU-b", "GPU-c", "GPU-d")  # as CUDA_VISIBLE_DEVICES may name them
@@ -123,6 +125,20 @@ def install_vllm(monkeypatch: pytest.MonkeyPatch, version: str | None = "0.25.1"
     monkeypatch.setattr(importlib.metadata, "version", found_version)
 
 
+def a_config(checkpoint: Path, *overrides: str) -> RunConfig:
+    config = OmegaConf.structured(RunConfig)
+    config.merge_with_dotlist([f"model.path={checkpoint}", "model.dtype=float32", "logger.run_dir=r", *overrides])
+    return config
+
+
+def check_on_a_node(config: RunConfig, monkeypatch: pytest.MonkeyPatch, *, gpus: int, processes: int) -> None:
+    """check_engines of a GRPO run on one node."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.setattr(engines, "_gpu_names", lambda device: list(GPUS[:gpus]))
+    shape = read_model_shape(config.model.path, family="longvila", video=config.video)
+    engines.check_engines(config, task="grpo", world_size=processes, shape=shape)
+
+
 @pytest.mark.parametrize(
     ("gpus", "engine", "message"),
     [
@@ -134,19 +150,46 @@ def test_an_engine_that_shares_the_trainer_s_gpus_cannot_sample_ahead(
     gpus: int, engine: str, message: str, monkeypatch: pytest.MonkeyPatch, layout: object, tiny_checkpoint: Path
 ) -> None:
     """What validate() cannot know: where `auto` leads. Evaluations of the same recipe wait for their samples."""
-    config = OmegaConf.structured(RunConfig)
-    overrides = [f"rollout.engine={engine}", "rollout.steps_off_policy=1", f"model.path={tiny_checkpoint}"]
-    config.merge_with_dotlist([*overrides, "model.dtype=float32", "logger.run_dir=r"])
-    shape = read_model_shape(tiny_checkpoint, family="longvila", video=config.video)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    monkeypatch.setattr(engines, "_gpu_names", lambda device: list(GPUS[:gpus]))
+    config = a_config(tiny_checkpoint, f"rollout.engine={engine}", "rollout.steps_off_policy=1")
     install_vllm(monkeypatch)
     with pytest.raises(
         ConfigError, match=re.escape(f"rollout.steps_off_policy=1 samples while the trainer works, {message}")
     ):
-        engines.check_engines(config, task="grpo", world_size=2, shape=shape)
+        check_on_a_node(config, monkeypatch, gpus=gpus, processes=2)
     if gpus == 0:
         assert engines.build_engine(config, layout, task="check-sync", eos_id=0) is not None
+
+
+# GPUs and training processes of a node, overrides -> the line
+CHOSEN = {
+    "no GPU": (0, 2, [], "responses are sampled in the training processes (rollout.engine=auto)"),
+    "vLLM on the CPU": (
+        0, 2, ["rollout.engine=vllm"], "responses are sampled by vLLM, on the CPU (rollout.engine=vllm)",
+    ),
+    "beside the trainer": (
+        8, 4, ["parallel.tp=2", "rollout.engine_tp=2", "rollout.engines_per_node=2"],
+        "responses are sampled by vLLM, disaggregated, on the node's GPUs GPU-a,GPU-b and GPU-c,GPU-d "
+        "(rollout.engine=auto)",
+    ),
+    "on the trainer's": (
+        2, 2, [], "responses are sampled by vLLM, colocated, on the node's GPUs 4 and 5 (rollout.engine=auto)",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("gpus", "processes", "overrides", "line"), CHOSEN.values(), ids=CHOSEN.keys())
+def test_the_chosen_engine_and_its_gpus_are_said(
+    gpus: int, processes: int, overrides: list[str], line: str, monkeypatch: pytest.MonkeyPatch, layout: ParallelLayout,
+    tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    install_vllm(monkeypatch)
+    monkeypatch.setattr(engines, "VllmEngine", lambda *_, **__: None)
+    config = a_config(tiny_checkpoint, *overrides)
+    check_on_a_node(config, monkeypatch, gpus=gpus, processes=processes)
+    with caplog.at_level(logging.INFO):
+        device = torch.device("cuda" if gpus else "cpu")
+        engines.build_engine(config, dataclasses.replace(layout, device=device), task="grpo", eos_id=0)
+    assert caplog.messages == [line]
 
 
 # parallel.*, processes of all nodes, of one, what is asked for -> the replicas that have no engine

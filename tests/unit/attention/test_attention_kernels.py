@@ -86,6 +86,17 @@ def test_where_no_fast_kernel_takes_the_input_the_definition_runs(caplog: pytest
     assert record.getMessage().endswith("since no fast kernel takes them")
 
 
+def test_whole_score_matrices_on_a_gpu_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    """Float32 there, which no fast kernel takes: an hour of video would not fit, or take for ever."""
+    where = {"device": torch.device("cuda"), "dtype": torch.float32, "num_rows": 9, "num_tokens": 9, "head_dim": 8}
+    with caplog.at_level(logging.INFO):
+        chosen = [choose_kernel("auto", merged=merged, **where) for merged in (False, True)]
+    assert [type(kernel) for kernel in chosen] == [PlainKernel] * 2
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert record.getMessage().endswith("since no fast kernel takes them; set model.dtype=bfloat16")
+
+
 @pytest.mark.parametrize("name", ["plain", "cpu_flash"])
 def test_a_forced_kernel_is_taken_and_named_once(name: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
