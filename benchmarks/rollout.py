@@ -261,12 +261,12 @@ def run(session: Session, *, prompt: int, length: int) -> None:
     report.put(**decode_steps(session, prompt=prompt, length=length))
     for name, group in (("prefill_1", 1), ("prefill_8", 8)):
         report.stage(name)
-        handed, computed = engine.handover_seconds, engine.prefilled_tokens
+        handed, computed = engine.counts["handover_seconds"], engine.counts["prefilled_tokens"]
         request = session.request(prompt, media=media_of(prompt), group=group, seed=1 + group)
         seconds = session.timed(request)[0]
         report.put(**{
-            f"{name}_s": seconds, f"{name}_tokens": engine.prefilled_tokens - computed,
-            f"{name}_handover_s": engine.handover_seconds - handed,
+            f"{name}_s": seconds, f"{name}_tokens": engine.counts["prefilled_tokens"] - computed,
+            f"{name}_handover_s": engine.counts["handover_seconds"] - handed,
         })  # fmt: skip
     report.put(prefill_ratio=report.row["prefill_8_s"] / report.row["prefill_1_s"])
     report.stage("decoding of 64 responses")

@@ -104,7 +104,7 @@ def answer(run: Run, samples: Sequence[Sample], *, name: str, step: int) -> Answ
     done = Answers(texts={}, chosen={}, dropped=[])
     largest_share = -(-len(samples) // layout.dp_size)
     bar = tqdm(total=len(mine), desc=name, disable=not layout.is_main, unit="question", leave=False)
-    with bar, run.heeding_sigterm():
+    with bar, run.heeding_sigterm(), run.sampler.uncounted():
         for at in range(0, largest_share, settings.batch_prompts):
             if run.stop_anywhere():
                 return None

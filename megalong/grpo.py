@@ -23,7 +23,7 @@ from megalong.parallel.collectives import gather_objects, sum_over
 from megalong.records import Dropped, PolicyBatch, RolloutGroup, ScoredGroup, StepStats
 from megalong.rewards.functions import check_weights
 from megalong.rewards.score import score_groups
-from megalong.rollouts import RolloutsAhead, begin_rollouts
+from megalong.rollouts import RolloutsAhead, begin_rollouts, prefill_metrics
 from megalong.run import PromptBatches, Run, checked_shape, open_run, read_samples
 from megalong.sft import log_step
 from megalong.timeline import plot_timeline
@@ -281,7 +281,7 @@ def log_rollouts(
     spread = {"groups_with_spread": sums.pop("spread") / max(1.0, groups)}
     means = {name: value / max(1.0, responses) for name, value in sums.items()}
     merged = merge_updates(stats)
-    merged = dataclasses.replace(merged, metrics={**means, **spread, **merged.metrics})
+    merged = dataclasses.replace(merged, metrics={**means, **spread, **prefill_metrics(run), **merged.metrics})
     run.logger.samples(
         step, [row for item in scored for row in sample_rows(item)][: run.config.logger.samples_per_step]
     )

@@ -6,8 +6,10 @@ for: `reward` (weighted mean over responses), `reward/<function>`, `kl`, `entrop
 `sampler_gap_sum` (weighted mean of |trainer - sampler| log-probability), `sampler_gap_max`, `policy_lag` (updates from
 the weights that sampled to those that the step began with: with rollout.steps_off_policy=1 those of one step, which
 the gap then includes), `tis_weight` (weighted mean of the truncated importance weights), `loss`, `grad_norm`,
-`learning_rate`, `tokens_per_second`, `seconds/<phase>`. Steps count from 1: a step's number is how many updates were
-made after it; 0 is before training.
+`learning_rate`, `tokens_per_second`, `seconds/<phase>`. With vLLM also `prefilled_tokens` (that the engines computed of
+the step's `sampled_groups` prompts, which have `prompt_tokens`) and `handover_seconds` (that embeddings took on their
+way to the engines, added up). Steps count from 1: a step's number is how many updates were made after it; 0 is before
+training.
 """
 
 from __future__ import annotations

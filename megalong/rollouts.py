@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import zlib
 from collections import Counter
 from collections.abc import Sequence
@@ -11,14 +12,20 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megalong.engine.trainer import merge_sums
 from megalong.parallel.collectives import gather_objects
 from megalong.records import Dropped, Prompt, RolloutGroup
 from megalong.rollout.engine import Sampled, Sampling
 from megalong.rollout.sampler import PendingGroups
 from megalong.run import PromptBatches, Run, owned_embeddings
 
+logger = logging.getLogger(__name__)
+
 ROLLOUTS = "rollouts"
 """Where a checkpoint has the rollouts of the batch ahead."""
+BLOCK_TOKENS = 128
+"""vLLM keeps keys and values by whole blocks, the largest of so many tokens (on the CPU; 16 on a GPU): each response of
+a group computes anew what its prompt has behind the last one."""
 
 
 def begin_rollouts(run: Run, prompts: Sequence[Prompt], *, step: int, seen: Counter[str]) -> PendingGroups:
@@ -56,6 +63,26 @@ def count_repeats(run: Run, prompts: Sequence[Prompt], seen: Counter[str]) -> li
                 repeats.append(seen[name])
             seen[name] += 1
     return repeats
+
+
+def prefill_metrics(run: Run) -> dict[str, float]:
+    """GroupSampler.take_counts of the step's rollouts, over all replicas (collective over these).
+
+    Once in a run, a warning where much more was computed of the prompts than one for each group.
+    """
+    counts = merge_sums(gather_objects(run.sampler.take_counts(), group=run.layout.dp))
+    if not counts or run.told_of_prefill or not run.layout.is_main:
+        return counts
+    computed, once = counts["prefilled_tokens"], counts["prompt_tokens"]
+    followers = counts["sampled_groups"] * (run.config.rollout.group_size - 1)
+    if computed > 1.5 * (once + followers * BLOCK_TOKENS):
+        run.told_of_prefill = True
+        logger.warning(
+            "vLLM computed %s prompt tokens for prompts of %s, %.1f times what one prompt per group takes: keys and "
+            "values were gone before a group's other responses began; raise rollout.memory_share or rollout.engine_tp",
+            f"{computed:,.0f}", f"{once:,.0f}", computed / once,
+        )  # fmt: skip
+    return counts
 
 
 @dataclass(kw_only=True, slots=True)

@@ -63,6 +63,7 @@ class Run:
     lock: IO[str] | None = None  # of the run folder, while the run is open
     weights_version: int = -1  # of the sampler
     stop_requested: bool = False
+    told_of_prefill: bool = False
     step_before: int = 0  # trainer.step when the loop's current round began
     ahead: Sequence[Prompt] = ()  # of a later step: their videos stay in memory
 

@@ -76,6 +76,7 @@ class EmbeddedEngine:
         self.device = device
         self.batch_prompts = batch_prompts
         self.shares_gpus = self.asleep = self.needs_weights = False
+        self.counts: dict[str, float] = {}
 
     @property
     def version(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -107,6 +107,11 @@ class RolloutEngine(Protocol):
     @property
     def asleep(self) -> bool:
         """Whether release() gave back GPU memory, which it needs to wake up."""
+
+    @property
+    def counts(self) -> Mapping[str, float]:
+        """Metrics that add up since the start, {} of an engine without any: `prefilled_tokens`, prompt tokens computed,
+        and `handover_seconds`, spent on embeddings on their way to it."""
 
     @property
     def needs_weights(self) -> bool:

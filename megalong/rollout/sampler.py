@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -32,6 +34,7 @@ class PendingGroups:
     prompts: list[Prompt]
     version: int  # of the weights that sample
     asked: bool  # whether this rank's engine has a share of the prompts
+    before: Mapping[str, float] = field(default_factory=dict)  # that engine's counts
     groups: list[RolloutGroup] | None = None  # once they are there
 
 
@@ -61,6 +64,7 @@ class GroupSampler:
         self.shares_gpus = any(sharing)  # an engine of the replica is a process of its own on the trainer's GPUs
         self._released = False  # an engine sleeps, and needs memory to wake up
         self._pending: PendingGroups | None = None  # what the engines are sampling
+        self._counts: Counter[str] = Counter()  # of the batches that have ended, see take_counts
         self._drivers = [rank for rank, has_engine in enumerate(flags) if has_engine]
 
     def load_weights(self, buckets: Iterable[WeightBucket], *, version: int) -> None:
@@ -145,9 +149,10 @@ class GroupSampler:
             for prompt, embeds_ND, repeat, is_mine in zip(prompts, embeds, repeats, here, strict=True)
             if is_mine
         ]
+        before = dict(self.engine.counts) if requests else {}
         if requests:
             self.engine.begin(requests, sampling=sampling)
-        self._pending = PendingGroups(prompts=list(prompts), version=self.version, asked=bool(requests))
+        self._pending = PendingGroups(prompts=list(prompts), version=self.version, asked=bool(requests), before=before)
         return self._pending
 
     def finish(self, pending: PendingGroups) -> list[RolloutGroup]:
@@ -161,9 +166,30 @@ class GroupSampler:
         pending, self._pending = self._pending, None
         if pending is None:
             return
-        mine = self.engine.finish() if pending.asked else []
-        everyone = [group for part in gather_objects(mine, group=self.layout.replica_host) for group in part]
+        mine, taken = [], {}
+        if pending.asked:
+            mine = self.engine.finish()
+            taken = {name: total - pending.before[name] for name, total in self.engine.counts.items()}
+        groups, counts = zip(*gather_objects((mine, taken), group=self.layout.replica_host), strict=True)
+        everyone = [group for part in groups for group in part]
         pending.groups = self.groups_of(pending.prompts, everyone, version=pending.version)
+        if any(counts):
+            lengths = [len(prompt.ids_P) for prompt in pending.prompts]
+            for part in (*counts, {"prompt_tokens": sum(lengths), "sampled_groups": len(lengths)}):
+                self._counts.update(part)
+
+    def take_counts(self) -> dict[str, float]:
+        """What the replica's engines have counted (RolloutEngine.counts) in the batches that ended since the last call,
+        with `prompt_tokens` and `sampled_groups` of these; {} of engines that count nothing."""
+        taken, self._counts = self._counts, Counter()
+        return dict(taken)
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Inside are batches of an evaluation, which take_counts() leaves out."""
+        kept = self._counts.copy()
+        yield
+        self._counts = kept
 
     def groups_of(
         self, prompts: Sequence[Prompt], everyone: Sequence[Sequence[Sampled]], *, version: int

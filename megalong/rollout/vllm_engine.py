@@ -81,8 +81,7 @@ class VllmEngine:
         self.width = model.config.hidden_size * (1 + getattr(model.config, "num_deepstack", 0))
         self.dtype = model.dtype
         self.has_mrope = "mrope_section" in (model.config.rope_parameters or {})
-        self.prefilled_tokens = 0  # prompt tokens computed since the start
-        self.handover_seconds = 0.0  # spent on embeddings on their way to the engine, since the start
+        self.counts = {"prefilled_tokens": 0, "handover_seconds": 0.0}
         self._asleep = False
         self._begun: Any = None  # requests, from begin() to finish()
         self._group: Any = None  # of NCCL, with the engine's workers
@@ -171,7 +170,7 @@ class VllmEngine:
             self._asleep = False
         started = time.perf_counter()
         media = self.media.write([request.embeds_ND for request in requests if request.embeds_ND is not None])
-        self.handover_seconds += time.perf_counter() - started
+        self.counts["handover_seconds"] += time.perf_counter() - started
         stripped = [replace(request, embeds_ND=None) for request in requests]
         self._send("generate", stripped, sampling=sampling, media=media)
         self._begun = stripped
@@ -180,7 +179,7 @@ class VllmEngine:
         """See RolloutEngine."""
         requests, self._begun = self._begun, None
         groups, cached = self._answer("generate")
-        self.prefilled_tokens += sum(
+        self.counts["prefilled_tokens"] += sum(
             len(request.ids_P) - reused for request, group in zip(requests, cached, strict=True) for reused in group
         )
         return groups

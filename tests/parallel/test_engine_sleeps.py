@@ -38,6 +38,10 @@ class Sleeper:
     def version(self) -> int:
         return self.engine.version
 
+    @property
+    def counts(self) -> dict[str, float]:
+        return self.engine.counts
+
     def load_weights(self, buckets: Iterable[WeightBucket], *, version: int) -> None:
         self.engine.weights.version = -1  # the same version may come again
         self.engine.load_weights(buckets, version=version)

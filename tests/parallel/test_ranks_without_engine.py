@@ -24,6 +24,7 @@ class FakeEngine:
     def __init__(self, *, shares_gpus: bool = True) -> None:
         self.version, self.asleep, self.needs_weights, self.shares_gpus = -1, False, False, shares_gpus
         self.asked: list[str] = []
+        self.counts: dict[str, float] = {}
         self.sums: list[int] = []
 
     def load_weights(self, buckets: Iterable[WeightBucket], *, version: int) -> None:

@@ -311,6 +311,29 @@ def test_repeats_are_counted_over_the_step_in_the_order_of_the_global_batch(
         assert rollouts.count_repeats(run, [prompt(name) for name in batch[rank]], seen) == expected
 
 
+def test_more_prefill_than_a_prompt_per_group_is_said_once(layout: object, caplog: pytest.LogCaptureFixture) -> None:
+    """Each further response computes a block of 128 tokens anew, or all of a prompt that is shorter."""
+    run = fake_run(layout, told_of_prefill=False)
+    run.config.rollout.group_size = 8
+
+    def end_step(prefilled: int, *, prompt: int = 100_000) -> None:
+        counts = {"prefilled_tokens": prefilled, "handover_seconds": 0.5, "prompt_tokens": prompt, "sampled_groups": 1}
+        run.sampler = SimpleNamespace(take_counts=lambda: counts)
+        assert rollouts.prefill_metrics(run) == counts
+
+    end_step(8 * 100, prompt=100)
+    end_step(100_000 + 7 * 128)
+    assert caplog.messages == []
+    end_step(152_000)
+    end_step(800_000)
+    assert caplog.messages == [
+        "vLLM computed 152,000 prompt tokens for prompts of 100,000, 1.5 times what one prompt per group takes: keys "
+        "and values were gone before a group's other responses began; raise rollout.memory_share or rollout.engine_tp"
+    ]
+    run.sampler = SimpleNamespace(take_counts=dict)
+    assert rollouts.prefill_metrics(run) == {}
+
+
 # ---- from rewards to packs and losses
 
 

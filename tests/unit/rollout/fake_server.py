@@ -28,8 +28,8 @@ def serve(connection: Connection) -> None:
             os.kill(os.getpid(), 9)
         if fault == "hang":
             time.sleep(600)
-        if fault == "slow":
-            time.sleep(SLOW_SECONDS)
+        if fault in ("slow", "sample"):
+            time.sleep(SLOW_SECONDS if fault == "slow" else 0)
             connection.send_bytes(pickle.dumps((True, ([["group"]], [[2]]))))
             continue
         reply = (False, "Traceback ..\nValueError: no such token") if fault == "error" else (True, None)

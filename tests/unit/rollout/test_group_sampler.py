@@ -20,7 +20,7 @@ class EchoEngine:
 
     def __init__(self) -> None:
         self.requests: list[Request] = []
-        self.version, self.shares_gpus = -1, False
+        self.version, self.shares_gpus, self.counts = -1, False, {}
 
     def load_weights(self, buckets: Iterable[WeightBucket], *, version: int) -> None:
         self.version = version

@@ -126,9 +126,9 @@ def test_a_group_is_prefilled_once(frames: int, tmp_path: Path) -> None:
     try:
         for version in range(2):
             load(engine, model, version=version)
-            before = engine.prefilled_tokens
+            before = engine.counts["prefilled_tokens"]
             engine.generate([request], sampling=replace(GREEDY, group_size=8, max_tokens=2))
-            assert engine.prefilled_tokens - before == length + 7 * (length % 128)
+            assert engine.counts["prefilled_tokens"] - before == length + 7 * (length % 128)
     finally:
         engine.close()
 
@@ -188,7 +188,7 @@ def test_greedy_tokens_and_logprobs_equal_the_embedded_engine_s(case: Case, tmp_
         assert_equal(engine.generate(requests, sampling=GREEDY), embedded.generate(requests, sampling=GREEDY))
         # The second of a group takes whole blocks (128 tokens on the CPU) from the first.
         lengths = [len(request.ids_P) for request in requests]
-        assert engine.prefilled_tokens == sum(2 * length - length // 128 * 128 for length in lengths)
+        assert engine.counts["prefilled_tokens"] == sum(2 * length - length // 128 * 128 for length in lengths)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(0.9)

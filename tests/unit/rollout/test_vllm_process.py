@@ -21,9 +21,10 @@ from engines import make_request
 
 from megalong.config.tree import ModelConfig
 from megalong.engine.build import family_of
-from megalong.records import WeightBucket
+from megalong.records import Prompt, Sample, WeightBucket
 from megalong.rollout import shared_memory, vllm_engine
 from megalong.rollout.engine import RolloutEngineError, Sampling
+from megalong.rollout.sampler import GroupSampler
 from megalong.rollout.transfer import Transport
 from megalong.rollout.vllm_engine import VllmEngine, VllmSettings
 
@@ -135,9 +136,39 @@ def test_the_trainer_goes_on_while_the_process_samples(make: Make) -> None:
         engine.embeds_room(3)  # it reads those of the batch
     assert engine.finish() == [["group"]]
     assert time.monotonic() - started >= fake_server.SLOW_SECONDS
-    assert engine.prefilled_tokens == 1
+    assert engine.counts["prefilled_tokens"] == 1
     engine.load_weights(buckets(engine), version=2)
     assert engine.version == 2
+
+
+def test_what_a_batch_cost_is_counted_and_an_evaluation_s_left_out(
+    make: Make, layout: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process says that it had two of the three prompt tokens already."""
+    monkeypatch.setattr(GroupSampler, "groups_of", lambda *_, **__: [])
+    engine = make("sample")
+    sampler = GroupSampler(engine, layout, decode=str, seed=9)
+    sampler.load_weights(buckets(engine), version=0)
+
+    sample = Sample(
+        sample_id="a", question="q", answer="A", videos=(), problem_type="open-ended", category="c", reasoning="",
+        subtitles="",
+    )  # fmt: skip
+    prompt = Prompt(sample=sample, ids_P=(1, 2, 3), selections=(), positions_P=torch.arange(3), next_position=3)
+
+    def sample_batch() -> None:
+        sampler.finish(sampler.begin([prompt], [None], sampling=GREEDY, step=1))
+
+    engine.counts["handover_seconds"] = 100.0  # of batches before
+    sample_batch()
+    with sampler.uncounted():
+        sample_batch()
+    sample_batch()
+    counts = sampler.take_counts()
+    assert 0 < counts.pop("handover_seconds") < 50
+    assert counts == {"prefilled_tokens": 2, "prompt_tokens": 6, "sampled_groups": 2}
+    assert engine.counts["prefilled_tokens"] == 3
+    assert sampler.take_counts() == {}
 
 
 def test_a_process_that_died_meanwhile_is_found_by_who_waits_for_it(make: Make) -> None:
