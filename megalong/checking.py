@@ -180,17 +180,16 @@ def _prompts(run: Run, samples: list[Sample]) -> tuple[list[Prompt], list[Droppe
 
 
 def _send(run: Run, *, version: int) -> Sent:
-    """One update of all weights, whether the engine has them or not."""
+    """One update of all the engine's weights, whether it has them or not."""
     sent, name_of = Sent(), family_of(run.config.model).sampler_name
 
     def counted() -> Iterator[WeightBucket]:
-        for bucket in run.trainer.export_weights():
-            taken = [tensor for name, tensor in bucket.tensors.items() if name_of(name) is not None]
-            sent.buckets += bool(taken)
-            sent.tensors += len(taken)
-            sent.bytes += sum(tensor.nbytes for tensor in taken)
+        for bucket in run.trainer.export_weights(name_of=name_of):
+            sent.buckets += 1
+            sent.tensors += len(bucket.tensors)
+            sent.bytes += sum(tensor.nbytes for tensor in bucket.tensors.values())
             yield bucket
-            del bucket, taken  # their memory is the next one's
+            del bucket  # its memory is the next one's
 
     with run.timer.during("sync"):
         run.sampler.load_weights(counted(), version=version)

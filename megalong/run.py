@@ -68,9 +68,12 @@ class Run:
     ahead: Sequence[Prompt] = ()  # of a later step: their videos stay in memory
 
     def sync_weights(self) -> None:
-        """Send the trainer's weights to the sampler, unless it has them already."""
+        """Send the sampler its part of the trainer's weights, frozen ones once, unless it has them already."""
         if self.weights_version != self.trainer.num_updates or self.sampler.needs_weights:
-            self.sampler.load_weights(self.trainer.export_weights(), version=self.trainer.num_updates)
+            name_of = family_of(self.config.model).sampler_name
+            frozen = self.weights_version < 0 or self.sampler.needs_weights
+            buckets = self.trainer.export_weights(name_of=name_of, frozen=frozen)
+            self.sampler.load_weights(buckets, version=self.trainer.num_updates)
             self.weights_version = self.trainer.num_updates
 
     def steps(self, total: int) -> Iterator[int]:

@@ -174,9 +174,18 @@ class Trainer:
             metrics={"entropy": totals.pop("entropy_sum") / rows, **totals},
         )
 
-    def export_weights(self) -> Iterator[WeightBucket]:
-        """The trained weights in Hugging Face names, in buckets (collective over the replica)."""
-        return export_weights(self.model, self.model.weight_table(), self.layout)
+    def export_weights(
+        self, *, name_of: Callable[[str], str | None] = str, frozen: bool = True
+    ) -> Iterator[WeightBucket]:
+        """The weights in Hugging Face names, in buckets (collective over the replica).
+
+        name_of: as EmbeddedEngine's; a weight that it has no name for is left out. frozen=False: those that training
+        does not change, too.
+        """
+        trained = {name for name, _ in self.trainable}
+        table = [entry for entry in self.model.weight_table() if frozen or entry.megatron in trained]
+        wanted = [entry for entry in table if any(name_of(name) is not None for name in entry.hf)]
+        return export_weights(self.model, wanted, self.layout)
 
     def _finish_gradients(self) -> None:
         """Sum gradients over data-parallel ranks, then those that several ranks of a replica hold only a part of."""

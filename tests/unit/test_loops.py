@@ -571,9 +571,9 @@ def test_run_steps_stop_after_the_step_in_progress_on_sigterm(layout: object) ->
 
 
 def test_weights_are_sent_once_per_update() -> None:
-    sent: list[int] = []
-    trainer = SimpleNamespace(num_updates=0, export_weights=lambda: [])
-    sampler = SimpleNamespace(load_weights=lambda buckets, version: sent.append(version), needs_weights=False)
+    sent: list[tuple[int, bool]] = []  # and whether frozen weights are among them
+    trainer = SimpleNamespace(num_updates=0, export_weights=lambda *, name_of, frozen: frozen)
+    sampler = SimpleNamespace(load_weights=lambda frozen, version: sent.append((version, frozen)), needs_weights=False)
     run = run_module.Run(
         config=RunConfig(), layout=None, trainer=trainer, vision=None, builder=None, sampler=sampler, logger=None,
         timer=None, origin=None, resumed={},
@@ -581,10 +581,10 @@ def test_weights_are_sent_once_per_update() -> None:
     for updates in (0, 0, 1, 1, 3):
         trainer.num_updates = updates
         run.sync_weights()
-    assert sent == [0, 1, 3]
+    assert sent == [(0, True), (1, False), (3, False)]
     sampler.needs_weights = True  # an engine that slept threw them away
     run.sync_weights()
-    assert sent == [0, 1, 3, 3]
+    assert sent[3:] == [(3, True)]
 
 
 def test_make_ready_leaves_out_the_prompts_of_unreadable_videos() -> None:
