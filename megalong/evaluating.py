@@ -118,6 +118,7 @@ def answer(run: Run, samples: Sequence[Sample], *, name: str, step: int) -> Answ
         everyone.chosen.update(part.chosen)
         everyone.dropped += part.dropped
     run.logger.dropped(everyone.dropped)
+    run.report_decoded_elsewhere()
     return everyone
 
 

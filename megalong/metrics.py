@@ -1,5 +1,5 @@
-"""What a run writes about itself: metrics.jsonl, TensorBoard, W&B, samples, dropped samples, the step line, curves,
-notices.
+"""What a run writes about itself: metrics.jsonl, TensorBoard, W&B, samples, dropped samples, files decoded elsewhere,
+the step line, curves, notices.
 
 The only home of TensorBoard and Weights & Biases. Names of metrics that the step line, the curves and the tables look
 for: `reward` (weighted mean over responses), `reward/<function>`, `kl`, `entropy`, `response_tokens`,
@@ -39,6 +39,7 @@ from megalong.records import Dropped
 
 METRICS_FILE, EVALUATIONS_FILE = "metrics.jsonl", "evaluations.jsonl"
 SAMPLES_FILE, DROPPED_FILE, TIMELINE_FILE = "samples.jsonl", "dropped.jsonl", "timeline.jsonl"
+ELSEWHERE_FILE = "decoded_elsewhere.jsonl"
 SECONDS = "seconds/"
 
 STEP_LINE: tuple[tuple[str, str, str], ...] = (
@@ -91,8 +92,10 @@ class RunLogger:
         if not is_main:
             return
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        for name in (METRICS_FILE, EVALUATIONS_FILE, SAMPLES_FILE, DROPPED_FILE, TIMELINE_FILE):
+        for name in (METRICS_FILE, EVALUATIONS_FILE, SAMPLES_FILE, DROPPED_FILE, ELSEWHERE_FILE, TIMELINE_FILE):
             drop_later_steps(self.run_dir / name, step=resume_step)
+        elsewhere = self.run_dir / ELSEWHERE_FILE
+        self._elsewhere = {row["path"] for row in read_jsonl(elsewhere)} if elsewhere.exists() else set()
         if tensorboard:
             self._board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=resume_step + 1)
             self._board.add_text("config", f"```yaml\n{config_yaml(config)}```", resume_step)
@@ -126,6 +129,14 @@ class RunLogger:
                 first = rows[0]
                 tqdm.write(f"sample {first.sample_id} is left out ({first.stage}: {first.reason}); all: {DROPPED_FILE}")
                 self._told_of_drops = True
+
+    def decoded_elsewhere(self, reasons: Mapping[str, str]) -> None:
+        """Append files that the chosen decoder refused, and why, to decoded_elsewhere.jsonl, each once in a run."""
+        if self._is_main:
+            new = [path for path in reasons if path not in self._elsewhere]
+            rows = [{"step": self._step + 1, "path": path, "reason": reasons[path]} for path in new]
+            _append(self.run_dir / ELSEWHERE_FILE, rows)
+            self._elsewhere.update(new)
 
     def timeline(self, step: int, row: Mapping[str, Any]) -> None:
         """Append what a step did when (timeline.timeline_row) to timeline.jsonl."""

@@ -135,10 +135,13 @@ class Run:
         self.logger.dropped(everywhere)
         return len(everywhere)
 
-    def count_decoded_elsewhere(self) -> int:
-        """Video files of all replicas so far that the chosen decoder refused, so that PyAV decoded them."""
-        parts = gather_objects(list(self.vision.decoded_elsewhere), group=self.layout.dp)
-        return len({path for part in parts for path in part})
+    def report_decoded_elsewhere(self) -> int:
+        """Write the files of all replicas that the chosen decoder refused, so that PyAV decoded them, to
+        decoded_elsewhere.jsonl; returns how many there are so far."""
+        parts = gather_objects(self.vision.decoded_elsewhere, group=self.layout.dp)
+        reasons = {path: reason for part in parts for path, reason in part.items()}
+        self.logger.decoded_elsewhere(reasons)
+        return len(reasons)
 
     def store_metrics(self) -> dict[str, float]:
         """Files of video.cache_dir that were refused, and that made room, so far, over all ranks (collective)."""

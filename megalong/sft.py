@@ -100,7 +100,7 @@ def log_step(run: Run, step: int, stats: StepStats, num_dropped: int, *, seconds
             "learning_rate": stats.learning_rate,
             "skipped": float(run.trainer.num_skipped),
             "dropped": float(num_dropped),
-            "decoded_elsewhere": float(run.count_decoded_elsewhere()),
+            "decoded_elsewhere": float(run.report_decoded_elsewhere()),
             "tokens_per_second": stats.num_tokens / seconds,
             **stats.metrics,
             **run.store_metrics(),

@@ -152,6 +152,7 @@ def evaluated_beside_a_slow_replica(config: RunConfig, seconds: float) -> tuple[
         mock.patch.object(evaluating, "_answer_batch", answer),
     ):
         run.timer.longest = 0.0
+        run.vision.decoder.fallbacks = {"both.mp4": "a reason", f"{run.layout.dp_rank}.mp4": "another"}
         report = evaluate_policy(run, samples, name="eval", step=0)
         run.timer.since = time.monotonic()
     assert report.overall.num_questions == 7
@@ -164,6 +165,11 @@ def test_a_replica_never_waits_for_more_than_a_batch_of_another(demo: DemoWorld,
     (_, slow), (waited, fast) = run_world(2, evaluated_beside_a_slow_replica, config, 1.0, folder=tmp_path / "world")
     assert (slow, fast) == (4, 3)
     assert 1.0 < waited < 2.5  # all of the other's share takes more than four seconds
+    elsewhere = [json.loads(line) for line in (tmp_path / "run" / "decoded_elsewhere.jsonl").read_text().splitlines()]
+    assert {row["path"]: row["reason"] for row in elsewhere} == {
+        "both.mp4": "a reason", "0.mp4": "another", "1.mp4": "another",
+    }  # fmt: skip
+    assert len(elsewhere) == 3
 
 
 def held_for_training(demo: DemoWorld, run_dir: Path, task: str) -> list[str]:

@@ -126,6 +126,7 @@ def test_other_processes_write_nothing(tmp_path: Path, config: RunConfig) -> Non
     logger.log_evaluation(1, {"strict": 1.0})
     logger.samples(1, [{"a": 1}])
     logger.dropped([Dropped(sample_id="a", stage="decode", reason="b")])
+    logger.decoded_elsewhere({"a.mp4": "b"})
     logger.close()
     assert not (tmp_path / "run").exists()
 
@@ -137,6 +138,24 @@ def test_samples_and_dropped_keep_text_as_it_is(tmp_path: Path, config: RunConfi
     assert read_jsonl(tmp_path / "samples.jsonl") == [{"step": 1, "text": "<think>né\n</think>", "reward": 1.0}]
     want = {"step": 1, "sample_id": "v", "stage": "prompt", "reason": "too long"}
     assert read_jsonl(tmp_path / "dropped.jsonl") == [want]
+
+
+def test_a_file_that_was_decoded_elsewhere_is_named_once_in_a_run(tmp_path: Path, config: RunConfig) -> None:
+    first = open_logger(tmp_path, config)
+    for step, reasons in ((1, {"a.mp4": "AV1"}), (2, {"a.mp4": "AV1", "b.mp4": "10 bits"})):
+        first.decoded_elsewhere(reasons)
+        first.log(step, {})
+    rows = [
+        {"step": 1, "path": "a.mp4", "reason": "AV1"},
+        {"step": 2, "path": "b.mp4", "reason": "10 bits"},
+    ]
+    assert read_jsonl(tmp_path / "decoded_elsewhere.jsonl") == rows
+    second = open_logger(tmp_path, config, resume_step=1)  # which finds them again
+    for _ in range(2):
+        second.decoded_elsewhere({"b.mp4": "10 bits", "a.mp4": "AV1"})
+    assert read_jsonl(tmp_path / "decoded_elsewhere.jsonl") == rows
+    open_logger(tmp_path, config).decoded_elsewhere({"b.mp4": "10 bits"})
+    assert read_jsonl(tmp_path / "decoded_elsewhere.jsonl") == [{**rows[1], "step": 1}]
 
 
 def test_step_line(tmp_path: Path, config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
