@@ -22,16 +22,7 @@ MODEL_PATH=$1 DATA=$2
 shift 2
 RECIPE=${RECIPE:-$ROOT/launch/recipes/grpo_7b_256f.yaml}
 GPUS=${GPUS:-8}
+share_gpus GPUS
 
-ENGINE_GPUS=${ENGINE_GPUS:-0}
-if ((ENGINE_GPUS > 0)); then
-  set -- rollout.placement=disaggregated "rollout.engines_per_node=$ENGINE_GPUS" "$@"
-fi
-TRAINERS=$((GPUS - ENGINE_GPUS))
-if ((TRAINERS < 1)); then
-  echo "$0: ENGINE_GPUS=$ENGINE_GPUS leaves $TRAINERS of GPUS=$GPUS to the trainer, which needs at least 1;" \
-    "lower ENGINE_GPUS or raise GPUS" >&2
-  exit 2
-fi
-
-torchrun_local "$TRAINERS" grpo "$RECIPE" "gpus=$TRAINERS" "model.path=$MODEL_PATH" "data.train=$DATA" "$@"
+torchrun_local "$TRAINERS" grpo "$RECIPE" "gpus=$TRAINERS" "model.path=$MODEL_PATH" "data.train=$DATA" \
+  "${ENGINE_OVERRIDES[@]}" "$@"

@@ -20,6 +20,22 @@ run() {
   fi
 }
 
+# share_gpus NAME: of the GPUs that the variable NAME counts, ENGINE_GPUS are for vLLM engines, one each. Sets TRAINERS,
+# the number of the others, and ENGINE_OVERRIDES.
+share_gpus() {
+  local gpus=${!1}
+  ENGINE_GPUS=${ENGINE_GPUS:-0} ENGINE_OVERRIDES=()
+  if ((ENGINE_GPUS > 0)); then
+    ENGINE_OVERRIDES=(rollout.placement=disaggregated "rollout.engines_per_node=$ENGINE_GPUS")
+  fi
+  TRAINERS=$((gpus - ENGINE_GPUS))
+  if ((TRAINERS < 1)); then
+    echo "$0: ENGINE_GPUS=$ENGINE_GPUS leaves $TRAINERS of $1=$gpus to the trainer, which needs at least 1;" \
+      "lower ENGINE_GPUS or raise $1" >&2
+    exit 2
+  fi
+}
+
 # torchrun_local PROCESSES ARGS...: `megalong ARGS` on that many processes of this machine.
 torchrun_local() {
   local processes=$1

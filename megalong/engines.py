@@ -14,7 +14,7 @@ import torch
 
 from megalong.config.errors import ConfigError
 from megalong.config.model_shape import ModelShape
-from megalong.config.placement import colocated_problems, place_engines, replica_problems
+from megalong.config.placement import colocated_problems, idle_gpus, place_engines, replica_problems
 from megalong.config.tree import MEMORY_SHARE, EnginePlacement, RolloutConfig, RunConfig
 from megalong.config.tree import RolloutEngine as EngineChoice
 from megalong.config.validate import Task
@@ -50,12 +50,16 @@ def check_engines(config: RunConfig, *, task: Task, world_size: int, shape: Mode
         return
     problems = [*vllm_problems(config, training=task in ("grpo", "check-sync"), world_size=world_size, model=shape)]
     if names and not problems:
-        placement, engines = place_engines(config.rollout, gpus=len(names), processes=_local("LOCAL_WORLD_SIZE"))
+        placed = place_engines(config.rollout, gpus=len(names), processes=_local("LOCAL_WORLD_SIZE"))
+        placement, engines = placed
         if placement is EnginePlacement.colocated:
             problems += colocated_problems(config.rollout, config.parallel, world_size=world_size)
             if ahead:
                 problems.append(_not_beside_the_trainer("rollout.placement=auto puts the engines on its GPUs here"))
         problems += replica_problems(config.parallel, engines, world_size=world_size)
+        idle = idle_gpus(config.rollout, placed, gpus=len(names))
+        if idle and not problems and os.environ.get("RANK", "0") == "0":
+            logger.warning("%s", idle)
     if problems:
         raise ConfigError(problems)
 

@@ -58,6 +58,25 @@ def place_engines(rollout: RolloutConfig, *, gpus: int, processes: int) -> tuple
     return placement, engines
 
 
+def idle_gpus(rollout: RolloutConfig, placed: tuple[EnginePlacement, Engines], *, gpus: int) -> str:
+    """What to change where a node has GPUs without a training process and without an engine; "" where it has none.
+
+    placed: what place_engines gave for a node with so many GPUs.
+    """
+    placement, engines = placed
+    used = {*range(len(engines)), *(number for engine in engines if engine is not None for number in engine)}
+    idle = gpus - len(used)
+    if not idle:
+        return ""
+    change = f"raise rollout.engines_per_node={rollout.engines_per_node} or rollout.engine_tp={rollout.engine_tp}"
+    if placement is EnginePlacement.colocated:
+        change = f"set rollout.placement=disaggregated with a rollout.engine_tp of at most {idle}"
+    return (
+        f"{idle} of a node's {gpus} GPUs are idle: no training process and no {placement.name} vLLM engine is on "
+        f"them; {change}, or start more processes than {len(engines)}"
+    )
+
+
 def replica_problems(parallel: ParallelConfig, engines: Engines, *, world_size: int) -> Iterator[str]:
     """Replicas that no process with an engine belongs to, when every node has these engines."""
     driven = {replica_of(rank, parallel, world_size=world_size)

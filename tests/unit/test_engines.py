@@ -192,6 +192,37 @@ def test_the_chosen_engine_and_its_gpus_are_said(
     assert caplog.messages == [line]
 
 
+TP4 = ["parallel.tp=4"]
+IDLE = {  # GPUs and training processes of a node, overrides -> the warning
+    "disaggregated": (
+        8, 4, TP4,
+        "3 of a node's 8 GPUs are idle: no training process and no disaggregated vLLM engine is on them; raise "
+        "rollout.engines_per_node=1 or rollout.engine_tp=1, or start more processes than 4",
+    ),
+    "colocated": (
+        6, 4, [*TP4, "rollout.engine_tp=4"],
+        "2 of a node's 6 GPUs are idle: no training process and no colocated vLLM engine is on them; set "
+        "rollout.placement=disaggregated with a rollout.engine_tp of at most 2, or start more processes than 4",
+    ),
+    "four engines": (8, 4, [*TP4, "rollout.engines_per_node=4"], None),
+    "one of four": (8, 4, [*TP4, "rollout.engine_tp=4"], None),
+    "all colocated": (4, 4, TP4, None),
+    "no vLLM": (8, 4, [*TP4, "rollout.engine=embedded"], None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize(("gpus", "processes", "overrides", "warning"), IDLE.values(), ids=IDLE.keys())
+def test_gpus_that_nobody_uses_are_warned_of_by_the_first_rank(
+    gpus: int, processes: int, overrides: list[str], warning: str | None, rank: str, monkeypatch: pytest.MonkeyPatch,
+    tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    install_vllm(monkeypatch)
+    monkeypatch.setenv("RANK", rank)
+    check_on_a_node(a_config(tiny_checkpoint, *overrides), monkeypatch, gpus=gpus, processes=processes)
+    assert caplog.messages == ([warning] if warning and rank == "0" else [])
+
+
 # parallel.*, processes of all nodes, of one, what is asked for -> the replicas that have no engine
 REPLICAS = {
     "one engine for four replicas": ({"tp": 1}, 4, 4, {"gpus": 5}, "3 of 4 replicas (the first: 1) have no rollout"),

@@ -157,17 +157,28 @@ def test_slurm_script(tmp_path: Path) -> None:
         *("model.path=/ckpt", "data.train=train.jsonl", "grpo.batch_size=64"),
     ]
     check_recipe_and_overrides(command, task="grpo")
-    # As many processes as Slurm gave GPUs; fewer where engines have the others; never more.
+    # As many processes as Slurm gave GPUs; fewer where that was asked for; never more.
     for given, asked, processes in (("4", None, "4"), ("8", "4", "4"), (None, "2", "2")):
         gpus = {"SLURM_GPUS_ON_NODE": given, "GPUS_PER_NODE": asked}
         gpus = {name: value for name, value in gpus.items() if value is not None}
         (command,) = commands(dry_run(str(spooled), *args, **slurm, **gpus))
         assert command[command.index("--nproc-per-node") + 1] == processes
         assert f"gpus={4 * int(processes)}" in command
+    # Some of them for engines; one at least trains.
+    (command,) = commands(dry_run(str(spooled), *args, **slurm, SLURM_GPUS_ON_NODE="8", ENGINE_GPUS="2"))
+    assert command[command.index("--nproc-per-node") + 1] == "6"
+    assert command[-6:] == [
+        *("gpus=24", "model.path=/ckpt", "data.train=train.jsonl"),
+        *("rollout.placement=disaggregated", "rollout.engines_per_node=2", "grpo.batch_size=64"),
+    ]
+    check_recipe_and_overrides(command, task="grpo")
+    done = dry_run(str(spooled), *args, **slurm, GPUS_PER_NODE="4", ENGINE_GPUS="4")
+    assert done.returncode == 2
+    assert "ENGINE_GPUS=4 leaves 0 of GPUS_PER_NODE=4 to the trainer" in done.stderr
     for given, asked in (("4", "8"), ("8", "0"), ("8", "eight")):
         done = dry_run(str(spooled), *args, **slurm, SLURM_GPUS_ON_NODE=given, GPUS_PER_NODE=asked)
         assert done.returncode == 2
-        assert f"GPUS_PER_NODE={asked} is how many processes" in done.stderr
+        assert f"GPUS_PER_NODE={asked} is how many GPUs to use" in done.stderr
         assert f"from 1 to the {given} GPUs that Slurm gave: change it, or sbatch --gpus-per-node" in done.stderr
 
 
