@@ -78,7 +78,7 @@ def check_prefill(session: Session) -> None:
 def generate_apart(session: Session, request: Request, **changes: Any) -> tuple[float, list[Sampled], list[int]]:
     """Seconds, responses, and prompt tokens that each response found in the cache: none."""
     engine, started = session.engine, time.perf_counter()
-    media = engine.media.write([request.embeds_ND] if request.embeds_ND is not None else [])
+    media, _ = engine.media.write([request.embeds_ND])
     sampling = session.sampling(request, **changes)
     responses, cached = engine._call(
         "generate_apart", replace(request, embeds_ND=None), sampling=sampling, media=media
@@ -91,7 +91,7 @@ def generate_embeds(session: Session, request: Request, **changes: Any) -> tuple
     engine = session.engine
     embeds_PD = whole_embeddings(session, request)
     started = time.perf_counter()
-    media = engine.media.write([embeds_PD])
+    media, _ = engine.media.write([embeds_PD])
     copied = time.perf_counter() - started
     responses, found = engine._call("generate_embeds", sampling=session.sampling(request, **changes), media=media)
     return responses, {**found, "copy_s": copied, "seconds": time.perf_counter() - started}

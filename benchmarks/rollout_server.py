@@ -41,7 +41,7 @@ class BaselineServer(Server):
         if media is not None:
             self.llm.collective_rpc("open_media", args=media)
         self.calls += 1
-        prompt = engine_input(request, first_row=0, name=f"{self.calls}/0")
+        prompt = engine_input(request, first_row=0, call=self.calls)
         for place, seed in enumerate(request.seeds):
             salted = {**prompt, "cache_salt": f"{self.calls}/{place}"}
             params = self._params(sampling, seed=seed, tells_of_each_token=False)

@@ -240,7 +240,7 @@ def make_ready(run: Run, prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[
 def owned_embeddings(run: Run, prompts: Sequence[Prompt]) -> list[Tensor | None]:
     """What the engine of this rank is given of the prompts' videos (collective over the replica)."""
     room = run.sampler.embeds_room(prompts)
-    return run.vision.embeddings_of(prompts, run.sampler.owners(len(prompts)), room_ND=room)
+    return run.vision.embeddings_of(prompts, run.sampler.owners(prompts), room_ND=room)
 
 
 def read_samples(config: RunConfig, *, manifest: str, video_dir: str | None, thinking_targets: bool) -> list[Sample]:

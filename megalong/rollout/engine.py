@@ -37,7 +37,9 @@ class Request:
     ids_P: tuple[int, ...]  # MEDIA_TOKEN where a vision embedding goes
     positions_P: Tensor  # int64, CPU; [P] or [3, P], as in Prompt
     next_position: int  # of the first response token
-    embeds_ND: Tensor | None  # [N, D], in order of the MEDIA_TOKEN places
+    # [N, D], in order of the MEDIA_TOKEN places; the very same tensor in requests about the same videos, so that an
+    # engine sees what they share
+    embeds_ND: Tensor | None
     seeds: tuple[int, ...]  # one per response: a response does not depend on what else is in the batch
 
     def check(self, *, group_size: int) -> None:
@@ -101,8 +103,8 @@ class RolloutEngine(Protocol):
         """Whether it is a process of its own on the trainer's GPUs, which then take turns."""
 
     def embeds_room(self, rows: int) -> Tensor | None:
-        """[rows, D] of host memory, from where it takes the embeddings of its next requests, one after the other;
-        written there, they need not be copied again. None: it takes them where they are."""
+        """[rows, D] of host memory, from where it takes the embeddings of its next requests, one after the other, what
+        several share once; written there, they need not be copied again. None: it takes them where they are."""
 
     @property
     def asleep(self) -> bool:

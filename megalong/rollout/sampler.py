@@ -13,7 +13,6 @@ from torch import Tensor
 
 from megalong.parallel.collectives import gather_objects
 from megalong.parallel.layout import ParallelLayout
-from megalong.parallel.split import shard_range
 from megalong.records import MEDIA_TOKEN, Prompt, RolloutGroup, WeightBucket
 from megalong.rollout.engine import Request, RolloutEngine, Sampled, Sampling
 
@@ -25,6 +24,32 @@ def response_seeds(sample_id: str, *, seed: int, step: int, repeat: int, group_s
     """
     first = repeat * group_size
     return tuple(zlib.crc32(f"{seed}/{step}/{sample_id}/{first + index}".encode()) for index in range(group_size))
+
+
+def share_out(prompts: Sequence[Prompt], num_engines: int) -> list[int]:
+    """Which engine samples each prompt.
+
+    No engine gets more than an equal share, rounded up: a batch lasts as long as its slowest engine, and two that
+    compute the same video side by side take no longer than one. Within that, questions about the same videos go to one.
+    """
+    count = len(prompts)
+    first_of: dict[object, int] = {}
+    videos = [first_of.setdefault(prompt.selections or index, index) for index, prompt in enumerate(prompts)]
+    order = sorted(range(count), key=videos.__getitem__)  # questions about the same videos side by side
+    largest = -(-count // num_engines)
+    engines = [0] * count
+    first = 0
+    for engine in range(num_engines):
+        others = num_engines - engine - 1
+        last = first + -(-(count - first) // (others + 1))
+        for stop in range(last, max(first, count - others * largest - 1), -1):
+            if stop == count or videos[order[stop - 1]] != videos[order[stop]]:
+                last = stop  # the most that ends with a video and leaves the others no more than `largest`
+                break
+        for index in order[first:last]:
+            engines[index] = engine
+        first = last
+    return engines
 
 
 @dataclass(kw_only=True, slots=True)
@@ -124,14 +149,15 @@ class GroupSampler:
     ) -> PendingGroups:
         """Ask the engines for one group per prompt.
 
-        embeds: [N, D'] of each prompt that this rank owns (owners); the others' are not read. repeats: how many times
-        this step, on any replica, has had each prompt's sample before; by default no sample comes twice.
+        embeds: [N, D'] of each prompt that this rank owns (owners), the very same tensor for prompts about the same
+        videos; the others' are not read. repeats: how many times this step, on any replica, has had each prompt's
+        sample before; by default no sample comes twice.
         """
         self.settle()
         self._make_room()
         self._released = False
         repeats = repeats or [0] * len(prompts)
-        here = self._owned(len(prompts))
+        here = self._owned(prompts)
         requests = [
             Request(
                 ids_P=prompt.ids_P,
@@ -170,8 +196,11 @@ class GroupSampler:
         if pending.asked:
             mine = self.engine.finish()
             taken = {name: total - pending.before[name] for name, total in self.engine.counts.items()}
-        groups, counts = zip(*gather_objects((mine, taken), group=self.layout.replica_host), strict=True)
-        everyone = [group for part in groups for group in part]
+        parts, counts = zip(*gather_objects((mine, taken), group=self.layout.replica_host), strict=True)
+        owners, sampled = self.owners(pending.prompts), dict[int, list[Sampled]]()
+        for rank, part in enumerate(parts):
+            sampled.update(zip([index for index, owner in enumerate(owners) if owner == rank], part, strict=True))
+        everyone = [sampled[index] for index in range(len(owners))]
         pending.groups = self.groups_of(pending.prompts, everyone, version=pending.version)
         if any(counts):
             lengths = [len(prompt.ids_P) for prompt in pending.prompts]
@@ -210,16 +239,14 @@ class GroupSampler:
     def embeds_room(self, prompts: Sequence[Prompt]) -> Tensor | None:
         """Host memory for the embeddings of those of the prompts that this rank owns: see RolloutEngine."""
         self.settle()
-        here = self._owned(len(prompts))
-        rows = sum(prompt.ids_P.count(MEDIA_TOKEN) for prompt, mine in zip(prompts, here, strict=True) if mine)
+        mine = [prompt for prompt, here in zip(prompts, self._owned(prompts), strict=True) if here]
+        rows = sum({prompt.selections: prompt.ids_P.count(MEDIA_TOKEN) for prompt in mine}.values())
         return self.engine.embeds_room(rows) if rows else None
 
-    def _owned(self, num_prompts: int) -> list[bool]:
+    def _owned(self, prompts: Sequence[Prompt]) -> list[bool]:
         """Of each prompt, whether this rank's engine samples it."""
-        return [owner == self.layout.replica_rank for owner in self.owners(num_prompts)]
+        return [owner == self.layout.replica_rank for owner in self.owners(prompts)]
 
-    def owners(self, num_prompts: int) -> list[int]:
+    def owners(self, prompts: Sequence[Prompt]) -> list[int]:
         """The rank of the replica that samples each prompt."""
-        size = len(self._drivers)
-        shares = [shard_range(num_prompts, index, size) for index in range(size)]
-        return [self._drivers[index] for index, (first, last) in enumerate(shares) for _ in range(first, last)]
+        return [self._drivers[index] for index in share_out(prompts, len(self._drivers))]

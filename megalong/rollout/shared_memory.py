@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any
 
@@ -98,22 +99,26 @@ class MediaRoom:
                 self._pinned = True
         return self._whole[:count]
 
-    def write(self, embeds: Sequence[Tensor]) -> tuple[str, int, int] | None:
-        """Put [n, width] tensors one after the other; returns the file, its rows and their width, None without any.
+    def write(self, embeds: Sequence[Tensor | None]) -> tuple[tuple[str, int, int] | None, list[int | None]]:
+        """Put [n, width] tensors one after the other; one that comes several times once.
 
+        Returns the file, its rows and their width, None without any; and the first row of each tensor, None for None.
         Those that were written to their place in rows() stay there.
         """
-        if not embeds:
-            return None
-        count = sum(map(len, embeds))
-        places = self.rows(count).split([len(part) for part in embeds])
-        if any(part.data_ptr() != place.data_ptr() for part, place in zip(embeds, places, strict=True)):
+        parts = {id(part): part for part in embeds if part is not None}
+        if not parts:
+            return None, [None] * len(embeds)
+        lengths = [len(part) for part in parts.values()]
+        count = sum(lengths)
+        places = self.rows(count).split(lengths)
+        if any(part.data_ptr() != place.data_ptr() for part, place in zip(parts.values(), places, strict=True)):
             first, last = places[0].data_ptr(), places[0].data_ptr() + count * self.width * self.dtype.itemsize
             # One that is there, but elsewhere, would be overwritten before it is copied.
-            parts = [part.clone() if first <= part.data_ptr() < last else part for part in embeds]
-            for part, place in zip(parts, places, strict=True):
+            held = [part.clone() if first <= part.data_ptr() < last else part for part in parts.values()]
+            for part, place in zip(held, places, strict=True):
                 place.copy_(part)
-        return str(self.path), count, self.width
+        first_rows = dict(zip(parts, accumulate(lengths, initial=0), strict=False))
+        return (str(self.path), count, self.width), [first_rows.get(id(part)) for part in embeds]
 
     def close(self) -> None:
         """Let go of the memory and its file."""

@@ -159,7 +159,7 @@ class VllmEngine:
         return wrong
 
     def begin(self, requests: Sequence[Request], *, sampling: Sampling) -> None:
-        """See RolloutEngine. Embeddings are handed over once per prompt, and its keys and values computed once."""
+        """See RolloutEngine. Embeddings that requests share are handed over once, the keys and values computed once."""
         self._require_idle("generate")
         self.weights.require()
         for request in requests:
@@ -169,10 +169,10 @@ class VllmEngine:
             self._call("wake")
             self._asleep = False
         started = time.perf_counter()
-        media = self.media.write([request.embeds_ND for request in requests if request.embeds_ND is not None])
+        media, first_rows = self.media.write([request.embeds_ND for request in requests])
         self.counts["handover_seconds"] += time.perf_counter() - started
         stripped = [replace(request, embeds_ND=None) for request in requests]
-        self._send("generate", stripped, sampling=sampling, media=media)
+        self._send("generate", stripped, sampling=sampling, media=media, first_rows=first_rows)
         self._begun = stripped
 
     def finish(self) -> list[list[Sampled]]:

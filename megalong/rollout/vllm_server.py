@@ -14,7 +14,6 @@ import sys
 import threading
 import time
 import traceback
-from collections import deque
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
@@ -42,7 +41,8 @@ from megalong.records import MEDIA_TOKEN
 from megalong.rollout import vllm_worker
 from megalong.rollout.engine import Request, Sampled, Sampling
 from megalong.rollout.process_group import end_with
-from megalong.rollout.transfer import MEDIA_ITEM_TOKENS, TRANSFER_BACKEND
+from megalong.rollout.same_video import Turns, media_items
+from megalong.rollout.transfer import TRANSFER_BACKEND
 
 logger = init_logger("vllm.megalong")
 
@@ -105,20 +105,27 @@ class Server:
         self.llm.collective_rpc("close_media")
 
     def generate(
-        self, requests: Sequence[Request], *, sampling: Sampling, media: tuple[str, int, int] | None
+        self,
+        requests: Sequence[Request],
+        *,
+        sampling: Sampling,
+        media: tuple[str, int, int] | None,
+        first_rows: Sequence[int | None],
     ) -> tuple[list[list[Sampled]], list[list[int]]]:
         """Groups in the order of the requests, and how many prompt tokens of each response were not computed anew.
 
-        media: file, rows and width of the embeddings of all requests, in order; Request.embeds_ND is not looked at.
+        media: file, rows and width of the embeddings of all requests; first_rows: where each one's begin there, in the
+        same place for requests that share them. Request.embeds_ND is not looked at.
         """
         if media is not None:
             self.llm.collective_rpc("open_media", args=media)
         self.calls += 1
-        prompts, first_row = [], 0
-        for index, request in enumerate(requests):
-            prompts.append(engine_input(request, first_row=first_row, name=f"{self.calls}/{index}"))
-            first_row += request.ids_P.count(MEDIA_TOKEN)
-        finished = self._sample(prompts, requests, sampling)
+        prompts = [
+            engine_input(request, first_row=first_row, call=self.calls)
+            for request, first_row in zip(requests, first_rows, strict=True)
+        ]
+        budget = self.llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
+        finished = self._sample(prompts, requests, sampling, Turns(requests, first_rows, step_tokens=budget))
         groups = [[finished[index, place] for place in range(sampling.group_size)] for index in range(len(requests))]
         return (
             [[sampled_of(output.outputs[0]) for output in group] for group in groups],
@@ -126,34 +133,23 @@ class Server:
         )
 
     def _sample(
-        self, prompts: Sequence[dict[str, Any]], requests: Sequence[Request], sampling: Sampling
+        self, prompts: Sequence[dict[str, Any]], requests: Sequence[Request], sampling: Sampling, turns: Turns
     ) -> dict[tuple[int, int], Any]:
-        """vLLM's finished RequestOutput of each response, by request and place in its group.
-
-        A response finds in the prefix cache what was computed before it was scheduled. So the first response of a group
-        goes ahead, and the others follow when it has a token; sent together, they may be scheduled behind the first
-        piece of a long prompt, and compute the rest once each. As many groups go ahead at a time as one step takes.
-        """
+        """vLLM's finished RequestOutput of each response, by request and place in its group."""
         engine, started, first_tokens, steps = self.llm.llm_engine, time.perf_counter(), 0.0, 0
-        budget = engine.vllm_config.scheduler_config.max_num_batched_tokens
-        waiting, ahead = deque(range(len(requests))), set[int]()
         finished: dict[tuple[int, int], Any] = {}
 
         def add(index: int, place: int) -> None:
             params = self._params(sampling, seed=requests[index].seeds[place], tells_of_each_token=place == 0)
             engine.add_request(f"{index}/{place}", prompts[index], params)
 
-        while waiting or engine.has_unfinished_requests():
-            while waiting and (
-                not ahead or sum(len(requests[index].ids_P) for index in [*ahead, waiting[0]]) <= budget
-            ):
-                ahead.add(waiting[0])
-                add(waiting.popleft(), 0)
+        while turns.waiting or engine.has_unfinished_requests():
+            for index in turns.take():
+                add(index, 0)
             steps += 1
             for output in engine.step():
                 index, place = map(int, output.request_id.split("/"))
-                if index in ahead:
-                    ahead.remove(index)
+                if turns.arrived(index):
                     first_tokens = time.perf_counter() - started
                     for follower in range(1, sampling.group_size):
                         add(index, follower)
@@ -180,46 +176,32 @@ class Server:
         )
 
 
-def engine_input(request: Request, *, first_row: int, name: str) -> dict[str, Any]:
-    """The prompt in the form that vLLM's renderer would give it.
+def engine_input(request: Request, *, first_row: int | None, call: int) -> dict[str, Any]:
+    """The prompt in the form that vLLM's renderer would give it; see media_items.
 
-    Media places become items of at most MEDIA_ITEM_TOKENS; the places between and behind them are tokens. `name` is
-    unique to the request among all that share a prefix cache.
+    The places between and behind media are tokens.
     """
     ids = [0 if token == MEDIA_TOKEN else token for token in request.ids_P]
-    runs = media_runs(request.ids_P)
-    if not runs:
+    media = media_items(request, first_row=first_row, call=call)
+    if not media:
         return {"type": "token", "prompt_token_ids": ids}
-    items, row, told = [], first_row, 0
-    for offset, length in runs:
-        last = len(ids) if (offset, length) == runs[-1] else offset + length
-        positions = request.positions_P[..., told:last]
-        fields = {"rows": torch.tensor([row, row + length]), "positions": positions.expand(3, -1).contiguous()}
+    items = []
+    for item in media:
+        rows = torch.tensor([item.row, item.row + item.length])
+        fields = {"rows": rows, "positions": item.positions.expand(3, -1).contiguous()}
         items.append(
             MultiModalKwargsItem(
                 {key: MultiModalFieldElem(data=data, field=MultiModalBatchedField()) for key, data in fields.items()}
             )
         )
-        row, told = row + length, last
+    places = [PlaceholderRange(offset=item.offset, length=item.length) for item in media]
     return {
         "type": "multimodal",
         "prompt_token_ids": ids,
         "mm_kwargs": MultiModalKwargsItems({"video": items}),
-        "mm_hashes": {"video": [f"{name}/{index}" for index in range(len(runs))]},
-        "mm_placeholders": {"video": [PlaceholderRange(offset=offset, length=length) for offset, length in runs]},
+        "mm_hashes": {"video": [item.name for item in media]},
+        "mm_placeholders": {"video": places},
     }
-
-
-def media_runs(ids: Sequence[int]) -> list[tuple[int, int]]:
-    """(offset, length) of the runs of MEDIA_TOKEN, long ones in pieces."""
-    is_media = torch.tensor(ids) == MEDIA_TOKEN
-    edges = torch.diff(is_media.int(), prepend=torch.zeros(1, dtype=torch.int32), append=torch.zeros(1).int())
-    starts, stops = (edges == 1).nonzero()[:, 0].tolist(), (edges == -1).nonzero()[:, 0].tolist()
-    return [
-        (at, min(MEDIA_ITEM_TOKENS, stop - at))
-        for start, stop in zip(starts, stops, strict=True)
-        for at in range(start, stop, MEDIA_ITEM_TOKENS)
-    ]
 
 
 def sampled_of(output: Any) -> Sampled:

@@ -183,23 +183,25 @@ class VisionStage:
     ) -> list[Tensor | None]:
         """The embeddings of each prompt that this rank of the replica owns, [N, D']; None for the others.
 
-        owners: the rank of the replica that each prompt is for (the same on every rank). room_ND: of as many rows as
-        there are here, where they are written one after the other: on the device are those of one prompt at a time.
+        Prompts about the same videos have the very same tensor. owners: the rank of the replica that each prompt is for
+        (the same on every rank). room_ND: of as many rows as there are here, each video's counted once, where they are
+        written one after the other: on the device are those of one prompt at a time.
         """
-        found: list[Tensor | None] = []
+        found: dict[tuple[int, tuple[FrameSelection, ...]], Tensor | None] = {}
         first = 0
-        for prompt, owner in zip(prompts, owners, strict=True):
-            everything = torch.arange(sum(self._rows(item, (0, len(item.frames))) for item in prompt.selections))
+        for key in dict.fromkeys((owner, prompt.selections) for prompt, owner in zip(prompts, owners, strict=True)):
+            owner, selections = key
+            everything = torch.arange(sum(self._rows(item, (0, len(item.frames))) for item in selections))
             wanted = [everything if rank == owner else everything[:0] for rank in range(self.layout.replica_size)]
-            rows_nD = self.embeddings(prompt.selections, wanted)
+            rows_nD = self.embeddings(selections, wanted)
             if rows_nD is None or not len(rows_nD):
-                found.append(None)
+                found[key] = None
             elif room_ND is None:
-                found.append(rows_nD)
+                found[key] = rows_nD
             else:
-                found.append(room_ND[first : first + len(rows_nD)].copy_(rows_nD))
+                found[key] = room_ND[first : first + len(rows_nD)].copy_(rows_nD)
                 first += len(rows_nD)
-        return found
+        return [found[owner, prompt.selections] for prompt, owner in zip(prompts, owners, strict=True)]
 
     def take_decoding(self) -> list[tuple[float, float]]:
         """Begin and end, by time.perf_counter(), of what the decoding threads have finished since the last call."""

@@ -72,7 +72,7 @@ def sampled(drivers: tuple[int, ...], count: int) -> tuple[list[RolloutGroup], l
 
     sampler.load_weights(buckets(), version=4)
     prompts = [prompt(number) for number in range(count)]
-    owners = sampler.owners(count)
+    owners = sampler.owners(prompts)
     embeds = [
         torch.full((1, 2), float(item.ids_P[0])) if owner == layout.replica_rank else None
         for item, owner in zip(prompts, owners, strict=True)

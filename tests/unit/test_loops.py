@@ -195,8 +195,8 @@ class Sampler:
         self.mixed, self.shares_gpus = mixed, shares_gpus
         self.repeats: list[list[int]] = []
 
-    def owners(self, num_prompts: int) -> list[int]:
-        return [0] * num_prompts
+    def owners(self, prompts: Sequence[Prompt]) -> list[int]:
+        return [0] * len(prompts)
 
     def embeds_room(self, prompts: Sequence[Prompt]) -> None:
         return None

@@ -377,8 +377,9 @@ def test_requests_that_make_no_sense_are_refused(world: World) -> None:
 def test_embeddings_go_to_their_own_prompt(world: World, plain: Plain) -> None:
     """Two prompts with the same ids differ by their videos alone; an engine may keep room for them."""
     one, other = video_request(6, 2), replace(video_request(6, 2), embeds_ND=torch.zeros(8, WIDTH))
+    asked_again = make_request((*one.ids_P[:-2], 7, 8, 9), one.embeds_ND, (0,))
     engine = world.engine()
-    for batch in ([one], [other, one], [other], [one, other, video_request(5, 3)]):
+    for batch in ([one], [other, one], [other], [one, other, video_request(5, 3)], [one, other, asked_again]):
         for request, group in zip(batch, engine.generate(batch, sampling=GREEDY), strict=True):
             want = plain.logprobs(request, group[0].ids)
             torch.testing.assert_close(torch.tensor(group[0].logprobs), want, rtol=1e-5, atol=1e-5)

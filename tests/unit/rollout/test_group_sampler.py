@@ -10,7 +10,7 @@ import torch
 
 from megalong.records import MEDIA_TOKEN, FrameSelection, Prompt, Sample, WeightBucket
 from megalong.rollout.engine import Request, Sampled, Sampling
-from megalong.rollout.sampler import GroupSampler, response_seeds
+from megalong.rollout.sampler import GroupSampler, response_seeds, share_out
 
 SAMPLING = Sampling(group_size=3, max_tokens=8, temperature=1.0, top_p=1.0, top_k=0)
 
@@ -37,12 +37,13 @@ class EchoEngine:
         ]
 
 
-def prompt(name: str) -> Prompt:
+def prompt(name: str, *, video: str = "") -> Prompt:
     sample = Sample(
         sample_id=name, question="q", answer="A", videos=(), problem_type="open-ended", category="c", reasoning="",
         subtitles="",
     )  # fmt: skip
-    selections: tuple[FrameSelection, ...] = ()
+    frames = FrameSelection(path=video, frames=(0, 1), seconds=(0.0, 0.5), height=8, width=8)
+    selections = (frames,) if video else ()
     return Prompt(sample=sample, ids_P=(1, 2, 3), selections=selections, positions_P=torch.arange(3), next_position=3)
 
 
@@ -123,7 +124,7 @@ def test_a_rank_without_an_engine_makes_room_before_any_engine_wakes_up(
         sampler.load_weights(buckets, version=1)
         assert happened == ["bucket"], "an engine with GPUs of its own needs none of this one's"
     else:
-        monkeypatch.setattr(sampler, "owners", lambda count: [1] * count)
+        monkeypatch.setattr(sampler, "owners", lambda prompts: [1] * len(prompts))
         with pytest.raises(TypeError):  # True is no list of groups
             sampler.finish(sampler.begin([prompt("a")], [None], sampling=SAMPLING, step=1))
         assert happened == ["emptied", "gather", "gather"]
@@ -177,7 +178,7 @@ def test_one_batch_at_a_time_and_none_with_other_weights_than_it_began_with(layo
 def test_an_engine_has_room_for_the_embeddings_of_its_own_prompts(
     layout: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a replica of three ranks, the first and the last drive an engine each."""
+    """Of a replica of three ranks, the first and the last drive an engine each. A video's are there once."""
     asked: list[int] = []
 
     class Engine(EchoEngine):
@@ -187,11 +188,61 @@ def test_an_engine_has_room_for_the_embeddings_of_its_own_prompts(
 
     drives = [(True, False), (False, False), (True, False)]
     monkeypatch.setattr("megalong.rollout.sampler.gather_objects", lambda item, *, group: drives)
-    prompts = [replace(prompt(str(count)), ids_P=(MEDIA_TOKEN,) * count + (5, 6)) for count in (1, 2, 4, 8)]
-    for rank, rows in enumerate((3, None, 12)):
+    prompts = [
+        replace(prompt(str(index), video=str(count)), ids_P=(MEDIA_TOKEN,) * count + (5, 6))
+        for index, count in enumerate((1, 4, 2, 8, 4, 8, 8, 1))
+    ]
+    for rank, rows in enumerate((5, None, 10)):
         engine = Engine() if rows else None
         sampler = GroupSampler(engine, replace(layout, replica_size=3, replica_rank=rank), decode=str, seed=9)
         room = sampler.embeds_room(prompts)
         assert (room is None) if rows is None else room.shape == (rows, 2)
         assert sampler.embeds_room([]) is None
-    assert asked == [3, 12]
+    assert asked == [5, 10]
+
+
+@pytest.mark.parametrize(
+    ("videos", "engines", "want"),
+    [
+        ("abcde", 2, "00011"),
+        ("abc", 4, "012"),
+        ("", 2, ""),
+        ("abab", 2, "0101"),
+        ("aabbb", 2, "00111"),  # three and two would do as well
+        ("-----", 2, "00011"),  # text
+        ("aaaa", 2, "0011"),  # one engine would have everything to do
+        ("aaabbbcc", 2, "00001111"),
+        ("abcabcabc", 3, "012012012"),
+        ("aabbcc", 4, "001123"),
+        ("aaaabbbcccd", 4, "00011122233"),
+    ],
+)
+def test_questions_about_one_video_go_to_one_engine_where_shares_stay_equal(
+    videos: str, engines: int, want: str
+) -> None:
+    prompts = [prompt(str(index), video=name.strip("-")) for index, name in enumerate(videos)]
+    shares = share_out(prompts, engines)
+    assert "".join(map(str, shares)) == want
+    assert max(map(shares.count, range(engines))) == -(-len(videos) // engines)
+
+
+def test_groups_are_in_the_order_of_the_prompts_whichever_engine_has_them(
+    layout: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two engines; questions about two videos by turns."""
+    prompts = [prompt(str(index), video="ab"[index % 2]) for index in range(4)]
+    two = [(True, False), (True, False)]
+    monkeypatch.setattr("megalong.rollout.sampler.gather_objects", lambda item, *, group: two)
+    samplers = [
+        GroupSampler(EchoEngine(), replace(layout, replica_size=2, replica_rank=rank), decode=str, seed=9)
+        for rank in range(2)
+    ]
+    pending = [sampler.begin(prompts, [None] * 4, sampling=SAMPLING, step=5) for sampler in samplers]
+    parts = [sampler.engine.finish() for sampler in samplers]
+    assert list(map(len, parts)) == [2, 2]
+    monkeypatch.setattr(EchoEngine, "finish", lambda self: None)
+    monkeypatch.setattr("megalong.rollout.sampler.gather_objects", lambda item, *, group: parts)
+    for sampler, begun in zip(samplers, pending, strict=True):
+        for index, group in enumerate(sampler.finish(begun)):
+            seeds = response_seeds(str(index), seed=9, step=5, repeat=0, group_size=3)
+            assert group.response_ids == tuple((seed, 3) for seed in seeds)

@@ -139,15 +139,27 @@ def test_embeddings_are_copied_unless_they_are_in_their_place(tmp_path: Path) ->
     room = MediaRoom(tmp_path, width=3, dtype=torch.float32)
     rows = room.rows(6)
     rows.copy_(torch.arange(6.0)[:, None])
-    path, count, width = room.write([rows[:2], rows[2:6]])
+    (path, count, width), first_rows = room.write([rows[:2], None, rows[2:6]])
     assert (count, width) == (6, 3)
+    assert first_rows == [0, None, 2]
     written = torch.from_file(path, shared=True, size=18).view(6, 3)
     assert written[:, 0].tolist() == [0, 1, 2, 3, 4, 5]
     room.write([rows[2:6], rows[:2]])  # there, and elsewhere
     assert written[:, 0].tolist() == [2, 3, 4, 5, 0, 1]
     room.write([torch.full((2, 3), 7.0), rows[:2]])
     assert written[:4, 0].tolist() == [7, 7, 2, 3]
-    assert room.write([]) is None
+    assert room.write([None]) == (None, [None])
+    room.close()
+
+
+def test_embeddings_that_come_several_times_are_written_once(tmp_path: Path) -> None:
+    """Those of questions about one video, and equal ones of another."""
+    room = MediaRoom(tmp_path, width=3, dtype=torch.float32)
+    one, two = torch.rand(2, 3), torch.rand(4, 3)
+    (path, count, _), first_rows = room.write([one, two, None, one, one.clone(), two])
+    assert (count, first_rows) == (8, [0, 2, None, 0, 6, 2])
+    written = torch.from_file(path, shared=True, size=24).view(8, 3)
+    assert torch.equal(written, torch.cat([one, two, one]))
     room.close()
 
 

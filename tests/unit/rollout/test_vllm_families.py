@@ -141,6 +141,37 @@ def assert_equal(groups: list[list[Sampled]], expected: list[list[Sampled]]) -> 
             torch.testing.assert_close(torch.tensor(one.logprobs), torch.tensor(other.logprobs), rtol=1e-4, atol=1e-4)
 
 
+def test_questions_about_one_video_are_prefilled_once(tmp_path: Path) -> None:
+    """What they begin with, in whole blocks; each answer is what it is alone. Not for the next call, whose embeddings
+    or weights may be others. With M-RoPE and deepstack: positions and levels of each question's own tokens, too."""
+    torch.manual_seed(12)
+    model, first, group = qwen3_vl(), timed_request(steps=18), replace(GREEDY, max_tokens=6)
+    media_stop, blocks = 5 + 16 * 17 + 15, 256  # tokens, of which two blocks are whole
+
+    def question(tail: range) -> Request:
+        ids = (*first.ids_P[:media_stop], *tail)
+        positions_P, following = mrope_positions(list(ids), [Grid(ticks=(0,), rows=3, columns=4)] * 18)
+        return replace(first, ids_P=ids, positions_P=positions_P, next_position=following)
+
+    other = replace(first, embeds_ND=first.embeds_ND.flip(0))
+    requests = [first, other, question(range(40, 49)), question(range(60, 90))]
+    engine = engine_of(model, tmp_path, prefill_tokens=64)
+    try:
+        load(engine, model)
+        alone = [engine.generate([request], sampling=group)[0] for request in requests]
+        separately = sum(2 * len(request.ids_P) - blocks for request in requests)
+        assert engine.counts["prefilled_tokens"] == separately
+        for _ in range(2):
+            before = engine.counts["prefilled_tokens"]
+            assert_equal(engine.generate(requests, sampling=group), alone)
+            assert engine.counts["prefilled_tokens"] - before == separately - 2 * blocks, (
+                "two questions find the video there"
+            )
+            assert len(engine.media) == 2 * len(first.embeds_ND)
+    finally:
+        engine.close()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Case:
     make: Callable[[], PreTrainedModel]

@@ -21,7 +21,7 @@ from engines import make_request
 
 from megalong.config.tree import ModelConfig
 from megalong.engine.build import family_of
-from megalong.records import Prompt, Sample, WeightBucket
+from megalong.records import MEDIA_TOKEN, Prompt, Sample, WeightBucket
 from megalong.rollout import shared_memory, vllm_engine
 from megalong.rollout.engine import RolloutEngineError, Sampling
 from megalong.rollout.sampler import GroupSampler
@@ -122,6 +122,20 @@ def test_the_engine_lets_go_of_a_room_before_a_larger_one_is_made(make: Make) ->
     assert engine.embeds_room(3).data_ptr() == small
     with pytest.raises(RolloutEngineError, match=r"no such token in close_media\(\)"):
         engine.embeds_room(5)
+
+
+def test_the_process_is_told_where_each_request_s_embeddings_are(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of questions about one video in the same place."""
+    engine, sent = make(""), {}
+    engine.load_weights(buckets(engine), version=0)
+    monkeypatch.setattr(engine, "_send", lambda method, requests, **rest: sent.update(rest, requests=requests))
+    one, other = engine.embeds_room(5).split([2, 3])
+    places = [[4, *[MEDIA_TOKEN] * count, 5] for count in (2, 3, 0, 2)]
+    embeds = [one, other, None, one]
+    engine.begin([make_request(*pair, (0,)) for pair in zip(places, embeds, strict=True)], sampling=GREEDY)
+    assert sent["media"] == (str(engine.media.path), 5, engine.width)
+    assert sent["first_rows"] == [0, 2, None, 0]
+    assert [request.embeds_ND for request in sent["requests"]] == [None] * 4
 
 
 def test_the_trainer_goes_on_while_the_process_samples(make: Make) -> None:

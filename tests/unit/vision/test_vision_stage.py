@@ -159,23 +159,25 @@ def test_embeddings_are_the_tower_s_in_the_order_asked_for(make: object, videos:
 
 
 @pytest.mark.parametrize("in_room", [False, True])
-def test_prompts_get_their_videos_one_prompt_at_a_time(
+def test_prompts_get_their_videos_one_prompt_at_a_time_and_each_video_once(
     make: object, videos: dict[str, str], in_room: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those of all prompts of an hour each would not fit on the device at once."""
-    stage, names = make(), ["a", "", "ba"]
+    """Those of all prompts of an hour each would not fit on the device at once. The last prompt is another rank's."""
+    stage, names = make(), ["a", "", "ba", "a", "ba", "a"]
     batch = [sample(name, *(videos[letter] for letter in name)) for name in names]
     selections, _ = ready(stage, batch)
-    prompts = [SimpleNamespace(selections=[selections[videos[letter]] for letter in name]) for name in names]
+    prompts = [SimpleNamespace(selections=tuple(selections[videos[letter]] for letter in name)) for name in names]
     want = [stage.embeddings(prompt.selections) for prompt in prompts]
     asked, embeddings = [], stage.embeddings
     monkeypatch.setattr(stage, "embeddings", lambda items, *rest: asked.append(len(items)) or embeddings(items, *rest))
     room = torch.empty(len(want[0]) + len(want[2]), WIDTH) if in_room else None
-    first, none, last = stage.embeddings_of(prompts, [0, 0, 0], room_ND=room)
+    first, none, last, *again, other = stage.embeddings_of(prompts, [0, 0, 0, 0, 0, 1], room_ND=room)
     if in_room:
         assert [part.data_ptr() for part in (first, last)] == [room[at].data_ptr() for at in (0, len(first))]
-    assert asked == [1, 0, 2]
-    assert none is None
+    assert asked == [1, 0, 2, 1]
+    assert none is other is None
+    assert again[0] is first
+    assert again[1] is last
     torch.testing.assert_close([first, last], [want[0], want[2]], rtol=0, atol=0)
 
 
