@@ -47,9 +47,11 @@ for all errors."""
 
 MISTAKES = (
     ConfigError, ManifestError, CheckpointError, EmbeddingCacheError, StoreFullError, FileNotFoundError,
-    RolloutEngineError, WeightSyncError, DecoderProcessError, TooManySkippedStepsError,
+    TooManySkippedStepsError,
 )  # fmt: skip
-"""Errors about what the user gave, what came of it, and of the processes beside this one: their message says it all."""
+"""Errors about what the user gave, and of what came of it: their message says it all."""
+BESIDE = (RolloutEngineError, WeightSyncError, DecoderProcessError)
+"""Errors of the processes beside this one: to their message belongs whose they are."""
 
 
 class RunFailedError(RuntimeError):
@@ -108,6 +110,8 @@ def explain(
     error: BaseException, *, place: str, phase: str, config: RunConfig, trains: bool = True
 ) -> RunFailedError | None:
     """The message for an error that is not a mistake in the program; None for those that need their traceback."""
+    if isinstance(error, BESIDE):
+        return RunFailedError(f"{place}: {error}")
     causes = list(_chain(error))
     for cause in causes:
         first_line = (str(cause).splitlines() or [""])[0]

@@ -21,12 +21,13 @@ from harness import DemoWorld
 from megatron.core import dist_checkpointing, parallel_state
 from torch import Tensor
 
-from megalong import evaluating, run, sft
+from megalong import engines, evaluating, run, sft
 from megalong.__main__ import main
 from megalong.engine import checkpoint
 from megalong.engine.trainer import LossOf, TooManySkippedStepsError, Trainer
 from megalong.grpo import train_grpo
 from megalong.records import StepStats, TokenBatch
+from megalong.rollout import vllm_engine
 from megalong.sft import train_sft
 
 CRASHED = 17
@@ -203,6 +204,20 @@ def _is_last_rank() -> bool:
     return dist.get_rank() == dist.get_world_size() - 1
 
 
+@contextmanager
+def engine_dies(_: int) -> Iterator[None]:
+    """vLLM is installed, it seems, and its process ends in the first generate(). The last rank drives none."""
+    settings = engines._settings
+    with (
+        mock.patch.object(engines, "_settings", lambda *of, **run: None if _is_last_rank() else settings(*of, **run)),
+        mock.patch.object(sys, "path", [*sys.path, str(Path(__file__).parent / "unit" / "rollout")]),
+        mock.patch.dict(os.environ, FAKE_ENGINE="exit", FAKE_METHOD="generate"),
+        mock.patch.object(vllm_engine, "SERVER", "fake_server"),
+        mock.patch.object(engines, "_takes_vllm", return_value=True),
+    ):
+        yield
+
+
 def crash_before_writing(step: int) -> object:
     return _crash_at(dist_checkpointing, "save", lambda _, path: _is_of(path, step))
 
@@ -292,6 +307,7 @@ FAULTS = {
         real_gpu_out_of_memory_in_step,
         host_out_of_memory_in_step,
         disk_full_in_step,
+        engine_dies,
         crash_before_writing,
         crash_half_written,
         crash_before_naming,

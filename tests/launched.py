@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from megalong.metrics import read_jsonl
@@ -78,9 +79,12 @@ def kill_rank(rank: int, *, launched: subprocess.Popen, folder: Path) -> None:
         assert time.monotonic() < deadline, "no two steps within four minutes"
         time.sleep(0.05)
     processes = descendants(folder)
-    parents = {pid: int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) for pid in processes}
+    parents = {}
+    for pid in processes:
+        with suppress(FileNotFoundError):  # a helper that is gone meanwhile
+            parents[pid] = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     # A rank's helpers have its environment, too.
-    (victim,) = [pid for pid in processes if processes[pid] == str(rank) and processes[parents[pid]] is None]
+    (victim,) = [pid for pid in parents if processes[pid] == str(rank) and processes.get(parents[pid], "") is None]
     os.kill(victim, signal.SIGKILL)
 
 

@@ -35,8 +35,8 @@ class VisionStage:
     """Owns the decoded frames of this rank and the embeddings of its replica's videos.
 
     Every rank of a replica calls the same methods with the same arguments. A rank decodes and encodes only its
-    share of each video's frames; paths and frame indexes travel between processes, pixels never do. A family without
-    vision has neither encoder nor video layout: samples without videos pass, others raise ValueError.
+    share of each video's frames; paths and frame indexes travel between ranks, pixels never do. A family without vision
+    has neither encoder nor video layout: samples without videos pass, others raise ValueError.
     """
 
     def __init__(
@@ -187,21 +187,20 @@ class VisionStage:
         (the same on every rank). room_ND: of as many rows as there are here, each video's counted once, where they are
         written one after the other: on the device are those of one prompt at a time.
         """
-        found: dict[tuple[int, tuple[FrameSelection, ...]], Tensor | None] = {}
-        first = 0
-        for key in dict.fromkeys((owner, prompt.selections) for prompt, owner in zip(prompts, owners, strict=True)):
-            owner, selections = key
+        found, first = {}, 0
+        keys = [(owner, prompt.selections) for prompt, owner in zip(prompts, owners, strict=True)]
+        for owner, selections in dict.fromkeys(keys):
             everything = torch.arange(sum(self._rows(item, (0, len(item.frames))) for item in selections))
             wanted = [everything if rank == owner else everything[:0] for rank in range(self.layout.replica_size)]
             rows_nD = self.embeddings(selections, wanted)
             if rows_nD is None or not len(rows_nD):
-                found[key] = None
+                found[owner, selections] = None
             elif room_ND is None:
-                found[key] = rows_nD
+                found[owner, selections] = rows_nD
             else:
-                found[key] = room_ND[first : first + len(rows_nD)].copy_(rows_nD)
+                found[owner, selections] = room_ND[first : first + len(rows_nD)].copy_(rows_nD)
                 first += len(rows_nD)
-        return [found[owner, prompt.selections] for prompt, owner in zip(prompts, owners, strict=True)]
+        return [found[key] for key in keys]
 
     def take_decoding(self) -> list[tuple[float, float]]:
         """Begin and end, by time.perf_counter(), of what the decoding threads have finished since the last call."""

@@ -13,9 +13,11 @@ from megalong.engine.checkpoint import complete_checkpoints
 SFT = ("sft.steps=4",)
 
 
-def fail(demo: DemoWorld, folder: Path, *faults: str, overrides: tuple[str, ...] = SFT) -> tuple[list[int], list[str]]:
-    """Exit code, and what megalong wrote at its end, of each of two data-parallel ranks."""
-    world = World(2, command_line, demo, folder / "run", "sft", overrides, *faults, folder=folder)
+def fail(
+    demo: DemoWorld, folder: Path, *faults: str, task: str = "sft", overrides: tuple[str, ...] = SFT
+) -> tuple[list[int], list[str]]:
+    """Exit code, and what megalong wrote at its end, of each of two ranks, data-parallel ones by default."""
+    world = World(2, command_line, demo, folder / "run", task, overrides, *faults, folder=folder)
     codes = world.exit_codes()
     return codes, [(folder / f"rank{rank}.log").read_text() for rank in range(2)]
 
@@ -75,6 +77,19 @@ def test_a_store_without_room_for_a_step_says_which_setting_to_raise(demo: DemoW
     for log in logs:
         assert message(log).startswith("megalong sft: 0.000 GiB of decoded frames do not fit beside the 0.000 GiB that")
         assert "raise video.frame_cache_gib (now 0.000) or lower the batch size" in message(log)
+
+
+def test_an_engine_that_dies_ends_the_run_on_every_rank(demo: DemoWorld, tmp_path: Path) -> None:
+    """One rank drives it, the other waits for its responses. The engine's folder, in memory, goes with it."""
+    before = set(Path("/dev/shm").glob("megalong-engine-*"))
+    overrides = ("parallel.tp=2", "rollout.engine=vllm", "rollout.memory_share=0.1")
+    codes, logs = fail(demo, tmp_path, "engine_dies", task="grpo", overrides=overrides)
+    assert codes == [1, 1]
+    assert message(logs[0]).startswith("megalong grpo: rank 0, phase 'rollout': the vLLM engine (process ")
+    assert "GPUs none, exit code 7) ended in generate(). The end of " in message(logs[0])
+    assert "line before the exit" in logs[0]
+    assert message(logs[1]).startswith("megalong grpo: rank 1, phase 'rollout': another rank ended or does not answer")
+    assert set(Path("/dev/shm").glob("megalong-engine-*")) <= before
 
 
 def test_a_full_disk_leaves_the_older_checkpoint(demo: DemoWorld, tmp_path: Path) -> None:

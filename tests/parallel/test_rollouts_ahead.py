@@ -26,6 +26,7 @@ from megalong.engine.build import TORCH_DTYPE, family_of
 from megalong.engine.trainer import Trainer
 from megalong.grpo import train_grpo
 from megalong.metrics import read_jsonl
+from megalong.models.families import FAMILIES
 from megalong.parallel.layout import ParallelLayout
 from megalong.records import StepStats, TokenBatch, WeightBucket
 from megalong.rollout.embedded import EmbeddedEngine
@@ -179,7 +180,9 @@ def use(trainer: Trainer, weights: dict[str, Tensor]) -> None:
 
 
 def checksum(trainer: Trainer) -> int:
-    return sum(int(bucket.checksums_n.sum()) for bucket in trainer.export_weights())
+    """Of what the sampler gets."""
+    buckets = trainer.export_weights(name_of=FAMILIES["longvila"].sampler_name)
+    return sum(int(bucket.checksums_n.sum()) for bucket in buckets)
 
 
 def watch(demo: DemoWorld, folder: Path, *overrides: str, engine: str = "WatchedEngine") -> Seen:

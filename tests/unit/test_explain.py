@@ -47,7 +47,7 @@ def test_a_full_disk_is_no_mistake_in_the_program() -> None:
         assert text.startswith(f"rank 0, phase 'train': No space left on device: {where}; free space there and start")
         own = RolloutEngineError("give the container more shared memory")
         own.__cause__ = error
-        assert explain(own, place="rank 0", phase="rollout", config=config) is None
+        assert str(explain(own, place="rank 0", phase="rollout", config=config)) == f"rank 0: {own}"
 
 
 def test_the_cause_counts_and_memory_before_the_collective_it_broke() -> None:

@@ -238,8 +238,8 @@ def test_groups_are_in_the_order_of_the_prompts_whichever_engine_has_them(
         for rank in range(2)
     ]
     pending = [sampler.begin(prompts, [None] * 4, sampling=SAMPLING, step=5) for sampler in samplers]
-    parts = [sampler.engine.finish() for sampler in samplers]
-    assert list(map(len, parts)) == [2, 2]
+    parts = [(sampler.engine.finish(), {}) for sampler in samplers]
+    assert [len(groups) for groups, _ in parts] == [2, 2]
     monkeypatch.setattr(EchoEngine, "finish", lambda self: None)
     monkeypatch.setattr("megalong.rollout.sampler.gather_objects", lambda item, *, group: parts)
     for sampler, begun in zip(samplers, pending, strict=True):
