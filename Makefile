@@ -4,6 +4,8 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Two workers, a file's tests in one of them: half of the tests start processes and wait.
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 .PHONY: venv demo test lint check
 
@@ -25,7 +27,7 @@ demo: $(STAMP)
 	PYTHON=$(BIN)/python launch/demo.sh
 
 test: lint
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -33,4 +35,4 @@ lint: $(STAMP)
 
 # Before a commit: lint and the unit tests alone.
 check: lint
-	$(BIN)/python -m pytest -q tests/unit
+	$(PYTEST) tests/unit

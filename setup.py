@@ -38,7 +38,7 @@ setup(
             "flash-attn-4[cu13]>=4.0.0b16,<4.0.0b20",  # later ones need other CuTe packages than vLLM 0.25 pins
         ],
         "wandb": ["wandb"],
-        "test": ["pytest", "pytest-timeout", "hypothesis", "pillow", "ruff", "wandb"],
+        "test": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "pillow", "ruff", "wandb"],
     },
     entry_points={
         "console_scripts": [
