@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -179,19 +180,22 @@ def places_of(run: Run, scored: Sequence[ScoredGroup]) -> list[int]:
 def pack_updates(run: Run, scored: Sequence[ScoredGroup]) -> list[list[PolicyBatch]]:
     """Packs of each optimizer update of this rollout batch. Advantages see the rewards of all replicas.
 
-    Update u takes every group whose place in the global batch leaves the remainder u when divided by the number of
-    updates: the same groups however many replicas share the batch, and of one round as many from each replica. Updates
-    without a group are left out, but for one when there is no group at all.
+    The updates take the groups by turns, data.questions_per_video at a time, in order of their place in the batch: the
+    same groups however many replicas share it, and of one round as many from each replica. Updates without a group are
+    left out, but for one when there is no group at all.
     """
     grpo, layout = run.config.grpo, run.layout
     rewards = gather_objects([item.rewards_G for item in scored], group=layout.dp)
     before = sum(len(part) for part in rewards[: layout.dp_rank])
     everyone = [rewards_G for part in rewards for rewards_G in part]
-    advantages: list[Tensor] = group_advantages(everyone, kind=grpo.advantage) if everyone else []
-    places = places_of(run, scored)
+    if sum(map(len, everyone)) > 1:
+        advantages = group_advantages(everyone, kind=grpo.advantage)
+    else:  # the only response that drops have left: there is nothing to compare it with
+        advantages = [torch.zeros(len(rewards_G)) for rewards_G in everyone]
+    places, together = places_of(run, scored), run.config.data.questions_per_video
     updates = []
-    for update in range(max(1, min(grpo.updates_per_batch, len(everyone)))):
-        chosen = [index for index, place in enumerate(places) if place % grpo.updates_per_batch == update]
+    for update in range(max(1, min(grpo.updates_per_batch, -(-len(everyone) // together)))):
+        chosen = [index for index, place in enumerate(places) if place // together % grpo.updates_per_batch == update]
         groups = [scored[index].group for index in chosen]
         mine = [advantages[before + index] for index in chosen]
         share = run.config.mr_sp.mode.name == "shared_prefix"

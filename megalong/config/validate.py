@@ -330,7 +330,7 @@ def _batch_problems(config: RunConfig, task: Task, *, world_size: int) -> Iterat
     replica = config.parallel.tp * config.parallel.cp * config.parallel.pp
     updates = config.grpo.updates_per_batch if task == "grpo" else 1
     batch = config.sft.batch_size if task == "sft" else config.grpo.batch_size
-    if min(replica, updates, batch) < 1 or world_size % replica:
+    if min(replica, updates, batch, config.data.questions_per_video) < 1 or world_size % replica:
         return
     dp = world_size // replica
     if batch % updates:
@@ -343,6 +343,11 @@ def _batch_problems(config: RunConfig, task: Task, *, world_size: int) -> Iterat
         yield (
             f"{share} is not a multiple of the {dp} replicas that {world_size} processes make; every replica takes the "
             f"same number per step: make {task}.batch_size a multiple of {updates * dp}"
+        )
+    elif updates > 1 and (batch // updates // dp) % config.data.questions_per_video:
+        yield (
+            f"data.questions_per_video={config.data.questions_per_video} does not divide the {batch // updates // dp} "
+            "prompts that a replica takes for an update of grpo.updates_per_batch; choose a divisor, or 1"
         )
 
 
@@ -359,6 +364,8 @@ def _grpo_problems(config: RunConfig) -> Iterator[str]:
             f"rollout.group_size={group} with grpo.advantage={advantage.name}: it compares the responses of a group, "
             "so it needs at least 2; raise rollout.group_size or use grpo.advantage=reinforce_pp"
         )
+    elif group * config.grpo.batch_size < 2:
+        yield f"grpo.advantage={advantage.name} compares the responses of a batch, which has one; raise grpo.batch_size"
     if config.grpo.dynamic_sampling and not weights.get("accuracy"):
         yield (
             "grpo.dynamic_sampling=true keeps groups whose accuracy varies, but reward.weights has no accuracy; "

@@ -349,6 +349,24 @@ def test_pack_updates_shares_groups_out_and_keeps_their_advantages(layout: objec
     assert grpo.pack_updates(fake_run(layout, config=config(updates_per_batch=2)), []) == [[]]  # .. but for one
 
 
+def test_an_update_takes_all_questions_about_a_video_that_come_together(layout: object) -> None:
+    settings = config(updates_per_batch=2)
+    settings.data.questions_per_video = 2
+    items = [scored(name, values) for name, values in zip("abcde", ([1, 0], [0, 1]) * 2 + ([0, 0],), strict=False)]
+    updates = grpo.pack_updates(fake_run(layout, config=settings), items)
+    assert [[batch.advantages_S.sign().tolist() for batch in update] for update in updates] == [
+        [[1.0, -1.0, -1.0, 1.0, 0.0, 0.0]],  # a and b, e
+        [[1.0, -1.0, -1.0, 1.0]],  # c and d
+    ]
+    assert len(grpo.pack_updates(fake_run(layout, config=settings), items[:2])) == 1
+
+
+def test_the_only_response_that_drops_have_left_has_no_advantage(layout: object) -> None:
+    settings = config(advantage=AdvantageKind.reinforce_pp)
+    ((batch,),) = grpo.pack_updates(fake_run(layout, config=settings), [scored("a", [1])])
+    assert batch.advantages_S.tolist() == [0.0]
+
+
 def test_updates_have_the_same_groups_on_any_number_of_replicas_after_several_rounds(
     layout: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:

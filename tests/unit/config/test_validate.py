@@ -129,6 +129,17 @@ CASES: list[tuple[Task, list[str], list[str]]] = [
     ("sft", ["sft.batch_size=33"], ["make sft.batch_size a multiple of 2"]),
     ("grpo", ["grpo.updates_per_batch=3"], ["grpo.updates_per_batch=3 does not divide grpo.batch_size=32"]),
     ("grpo", ["grpo.updates_per_batch=32"], ["make grpo.batch_size a multiple of 64"]),
+    (
+        "grpo",
+        ["grpo.updates_per_batch=4", "data.questions_per_video=8"],
+        ["data.questions_per_video=8 does not divide the 4 prompts that a replica takes for an update"],
+    ),
+    ("sft", ["data.questions_per_video=0"], ["data.questions_per_video=0 must be at least 1"]),
+    (
+        "sft",
+        ["data.questions_per_video=2", "data.shuffle=false"],
+        ["set data.shuffle=true or data.questions_per_video=1"],
+    ),
     ("grpo", ["rollout.group_size=1"], ["rollout.group_size=1 with grpo.advantage=grpo"]),
     ("grpo", ["rollout.group_size=1", "grpo.advantage=rloo"], ["grpo.advantage=rloo"]),
     ("grpo", ["rollout.group_size=1", "grpo.advantage=dr_grpo"], ["grpo.advantage=dr_grpo"]),
