@@ -203,9 +203,9 @@ class DataConfig:
     shuffle: bool = True
     seed: int = 1
     questions_per_video: int = 1
-    """Questions about the same video that come side by side, where it has as many: the video is then decoded, encoded
-    and, with mr_sp.mode=shared_prefix and room in a pack, computed in training once for all of them. Best a divisor of
-    a replica's share of the batch; with grpo.updates_per_batch of its share of an update. 1: in any order."""
+    """Questions about the same video that come side by side, where it has as many: the video is then decoded, encoded,
+    prefilled (vLLM) and, with mr_sp.mode=shared_prefix and room in a pack, computed in training once for all. Best a
+    divisor of a replica's share of the batch; with grpo.updates_per_batch, of its share of an update. 1: any order."""
     thinking: bool = True
     """Ask for <think>..</think><answer>..</answer>; false sends the bare question."""
     max_prompt_tokens: int = 131072
