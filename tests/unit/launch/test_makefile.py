@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[3]
+PYTEST = ".venv/bin/python -m pytest -q -n 2 --dist loadfile"
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 
@@ -38,9 +39,9 @@ def fake_python(folder: Path, *, fails_on: str) -> str:
     ("target", "last"),
     [
         ("demo", ["PYTHON=.venv/bin/python launch/demo.sh"]),
-        ("test", [".venv/bin/ruff check .", ".venv/bin/ruff format --check .", ".venv/bin/python -m pytest -q"]),
+        ("test", [".venv/bin/ruff check .", ".venv/bin/ruff format --check .", PYTEST]),
         ("lint", [".venv/bin/ruff check .", ".venv/bin/ruff format --check ."]),
-        ("check", [".venv/bin/ruff format --check .", ".venv/bin/python -m pytest -q tests/unit"]),
+        ("check", [".venv/bin/ruff format --check .", f"{PYTEST} tests/unit"]),
     ],
 )
 def test_targets_make_the_environment_first(checkout: Path, target: str, last: list[str]) -> None:
