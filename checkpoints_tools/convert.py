@@ -91,10 +91,10 @@ def megatron_to_hf(
     """Write a Hugging Face folder with the checkpoint's weights in the names, files and order of `like`.
 
     megatron: a checkpoint, or a run's folder of them (the newest is taken). dtype None keeps the checkpoint's; another
-    one is also what each config.json says then.
-    Tensors outside the weight table and all other files are those of `like`, unchanged. shard_bytes None keeps the
-    weight files of `like`; otherwise each folder's are cut anew. allow_pickle: `like` may hold .bin files; what is
-    written is safetensors. Raises ConvertError, with nothing left at `out`.
+    one is also what each config.json says then. Tensors outside the weight table and all other files are those of
+    `like`, unchanged. shard_bytes None keeps the weight files of `like`; otherwise each folder's are cut anew.
+    allow_pickle: `like` may hold .bin files; what is written is safetensors. Raises ConvertError, with nothing left at
+    `out`.
     """
     began = time.monotonic()
     plan = plan_export(megatron, like, dtype=dtype, shard_bytes=shard_bytes, allow_pickle=allow_pickle)

@@ -5,8 +5,8 @@
 #
 # MODEL_PATH  checkpoint folder (default runs/demo/model)
 # DATA        training manifest (default runs/demo/data/train_rl.jsonl)
-# The run's folder is runs/tiny_grpo (logger.run_dir=..): the demo's own run is complete. It starts from the SFT weights of
-# the demo; model.init_from=null starts from MODEL_PATH's own.
+# The run's folder is runs/tiny_grpo (logger.run_dir=..): the demo's own run is complete. It starts from the SFT weights
+# of the demo; model.init_from=null starts from MODEL_PATH's own.
 # MEGALONG_DRY_RUN=1 prints the command instead of running it.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"

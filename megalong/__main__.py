@@ -21,10 +21,8 @@ RECIPE_VERBS = {
 PLANNED = ("sft", "grpo", "eval", "check-sync", "cache-embeddings")
 """Verbs that plan works out."""
 
-FAILURES = (
-    "RunFailedError", "RolloutEngineError", "WeightSyncError", "DecoderProcessError", "TooManySkippedStepsError",
-)  # fmt: skip
-"""Errors of the machine, of the rollout engine, of the decoding process or of the steps, by name as in _is."""
+FAILURES = ("RunFailedError", "TooManySkippedStepsError")
+"""Errors of the machine and of the processes beside this one, or of the steps, by name as in _is."""
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -206,8 +206,8 @@ def memory_advice(phase: str, config: RunConfig, *, trains: bool = True) -> str:
 def warn_of_memory(config: RunConfig, task: Task, shape: ModelShape, *, world_size: int, card: int) -> None:
     """Say before the weights are read what GPUs of `card` bytes are not expected to have room for.
 
-    No error: what `megalong plan` says is an upper estimate, a tenth too high, with
-    activations in host memory a quarter, and samples may share a video.
+    No error: what `megalong plan` says is an upper estimate, a tenth too high, with activations in host memory a
+    quarter, and samples may share a video.
     """
     planned = plan(with_gpus(config, world_size), task, shape)
     for what in host_shortages(planned):
