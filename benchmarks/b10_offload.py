@@ -12,7 +12,7 @@ The optimizer is left out: its states for 28 layers do not fit on one GPU beside
 the gradients of each form must be those of `kept`, or nothing is timed; at the timed size the gradient norm must be.
 
     python benchmarks/b10_offload.py [--prefix 131072] [--layers 28] [--forms kept offload save_on_cpu] [--json FILE]
-        [--tiny]
+        [--plot FILE.png] [--tiny]
 
 What is kept of 28 layers at a prefix of 131,072 tokens takes 55 GB of host memory.
 """
@@ -30,7 +30,8 @@ from unittest import mock
 
 import torch
 from b2_train_step import distance, guarded, our_gradients
-from steps import PEAK, Bench, Case, free, make_folder, parser_of, save
+from plots import bars
+from steps import PEAK, Bench, Case, free, machine, make_folder, parser_of, save
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 
@@ -158,6 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--prefix", type=int, help="131072; 96 with --tiny")
     parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=list(FORMS))
     parser.add_argument("--repeats", type=int, default=2, help="steps that are timed, after one that is not")
+    parser.add_argument("--plot", help="file for the plot")
     args = parser.parse_args(argv)
     case = Case(
         frames=0, text=args.prefix or (96 if args.tiny else 131_072), group=args.responses,
@@ -184,6 +186,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         bench.close()
         destroy_layout()
     save(args.json, [*checks, *rows])
+    if args.plot:
+        measured = [row for row in rows if "seconds" in row]
+        groups = {
+            "seconds": {row["form"]: row["seconds"] for row in measured},
+            "peak GB": {row["form"]: row["peak_gb"] for row in measured},
+        }
+        title = f"Kept activations: P={case.text:,}, {layers} layers, {machine()['device']}"
+        bars(groups, path=args.plot, unit="seconds; GB", title=title)
     norms = [row["grad_norm"] for row in rows if "grad_norm" in row]
     if norms and max(norms) > (1 + LARGEST_ERROR) * min(norms):
         raise SystemExit(f"gradient norms at the timed size differ: {norms}")

@@ -6,16 +6,18 @@ output and gradients against ours. Forward + backward of one layer: 28 query and
 
     shared          ours: the prefix and each response by the kernel, the responses on the prefix by the kernel, merged
     repeated        each response behind its own copy of the prefix, one call of the kernel for each
+    repeated_fa2    the same by torch's FlashAttention-2, which the paper's system runs
     prefix_grouper  the package prefix-grouper: the prefix by the kernel, then the responses against the prefix's keys,
                     repeated and concatenated with their own, by FlashAttention-2 (the one with a mask aligned there)
     flex            FlexAttention, compiled, the whole pack in one call; its block mask is made before the clock starts
 
-Prints a table; --json FILE keeps the numbers. prefix_grouper needs that package (pip install prefix-grouper).
+Prints a table; --json FILE keeps the numbers, --plot FILE.png draws them. prefix_grouper needs that package (pip
+install prefix-grouper).
 
 --calls also times the kernel's calls one by one: the prefix, the responses on the prefix, and the responses' own.
 
     python benchmarks/b1_attention.py [--prefix 32768 131072] [--responses 8] [--length 1024] [--kernels cudnn]
-        [--baselines repeated prefix_grouper flex] [--json FILE] [--tiny]
+        [--baselines repeated repeated_fa2 prefix_grouper flex] [--json FILE] [--plot FILE.png] [--tiny]
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from steps import save
+from plots import bars
+from steps import machine, save
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
@@ -105,6 +108,10 @@ def repeated(parts: list[Tensor], group: Group, kernel: str) -> list[Tensor]:
     return outputs
 
 
+def repeated_fa2(parts: list[Tensor], group: Group, _: str) -> list[Tensor]:
+    return repeated(parts, group, "flash" if DEVICE.type == "cuda" else "cpu_flash")
+
+
 def prefix_grouper(parts: list[Tensor], group: Group, kernel: str) -> list[Tensor]:
     """Responses of one length only: the package pads them, and then its calls need masks that no fast kernel takes."""
 
@@ -167,6 +174,7 @@ def block_mask(group: Group) -> BlockMask:
 
 BASELINES: dict[str, Callable[[list[Tensor], Group, str], list[Tensor]]] = {
     "repeated": repeated,
+    "repeated_fa2": repeated_fa2,
     "prefix_grouper": prefix_grouper,
     "flex": flex,
 }
@@ -176,7 +184,7 @@ FORMS = {"shared": shared, **BASELINES}
 def upstream(name: str, grad: Tensor, group: Group) -> list[Tensor]:
     """The gradient of each output. Every copy of the prefix gets its share of the shared prefix's, as in training: with
     zeros in all copies but one the chip needs less power and runs faster than it ever does."""
-    if name != "repeated":
+    if not name.startswith("repeated"):
         return [grad]
     copies = grad[: group.prefix] / len(group.lens)
     return [torch.cat((copies, rows)) for rows in grad[group.prefix :].split(group.lens)]
@@ -190,7 +198,7 @@ def results(name: str, parts: list[Tensor], grad: Tensor, group: Group, kernel: 
     """Output of every row of the group once, dQ, dK, dV."""
     outputs = FORMS[name](parts, group, kernel)
     grads = torch.autograd.grad(outputs, parts, upstream(name, grad, group))
-    if name == "repeated":
+    if name.startswith("repeated"):
         outputs = [torch.cat((outputs[0][: group.prefix], *(rows[group.prefix :] for rows in outputs)))]
     return [outputs[0].detach(), *grads]
 
@@ -333,6 +341,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--calls", action="store_true", help="also time the kernel's calls one by one")
     parser.add_argument("--tiny", action="store_true", help="4 and 2 heads of width 8 in float32, for a CPU")
     parser.add_argument("--json")
+    parser.add_argument("--plot", help="file for the plot")
     args = parser.parse_args(argv)
     if "prefix_grouper" in args.baselines and find_spec("prefix_grouper") is None:
         parser.error("--baselines prefix_grouper: pip install prefix-grouper, or leave it out")
@@ -352,6 +361,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             calls = measure_calls(group, kernel, dtype=dtype) if args.calls else []
             rows.append({**row, "calls": calls, "shared_error": ours, "repeated_error": theirs})
     save(args.json, rows)
+    if args.plot:
+        forms = ("shared", *args.baselines)
+        bars(
+            {f"{row['kernel']}\nP={row['prefix']:,}": {name: row[f"{name}_ms"] for name in forms} for row in rows},
+            path=args.plot, unit="ms, forward + backward of one layer",
+            title=f"Attention of G={args.responses} responses of {lens[0]} on a prefix, {machine()['device']}",
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ B8 is the pass without gradients. First, at a small size, each form's log-probab
 those of float32 (B13): shared in float32 must agree to 1e-5, and shared in bfloat16 be at most a quarter further off
 than repeated, or nothing is timed.
 
-    python benchmarks/b2_train_step.py [--prefix 65536 131072] [--json FILE] [--tiny]
+    python benchmarks/b2_train_step.py [--prefix 65536 131072] [--json FILE] [--plot FILE.png] [--tiny]
 """
 
 from __future__ import annotations
@@ -27,12 +27,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from plots import bars
 from steps import (
     PEAK,
     Bench,
     Case,
     free,
     is_out_of_memory,
+    machine,
     make_folder,
     parser_of,
     peak_gb,
@@ -257,6 +259,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--prefix", type=int, nargs="+", help="65536 131072; 48 96 with --tiny")
     parser.add_argument("--hf-sequences", type=int, default=1, help="sequences that transformers is timed on")
     parser.add_argument("--check-layers", type=int, default=2)
+    parser.add_argument("--plot", help="file for the plot")
     args = parser.parse_args(argv)
     lengths = args.length or (8 if args.tiny else 512)
     prefixes = args.prefix or ([48, 96] if args.tiny else [65536, 131072])
@@ -268,6 +271,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         folder = make_folder(Path(scratch) / "timed", layers=args.layers or 4, tiny=args.tiny)
         rows = time_all(folder, cases, overrides=args.overrides, count=min(args.hf_sequences, args.responses))
     save(args.json, [*checks, *rows])
+    if args.plot:
+        groups: dict[str, dict[str, float]] = {}
+        for row in rows:
+            if "seconds" in row:
+                groups.setdefault(f"{row['kind']}\nP={row['prefix']:,}", {})[row["form"]] = row["seconds"]
+        title = f"A step's LLM part, G={args.responses} responses of {lengths}, {machine()['device']}"
+        bars(groups, path=args.plot, unit="seconds", title=title)
 
 
 if __name__ == "__main__":

@@ -27,9 +27,13 @@ OUT_OF_MEMORY = 17
 """Exit code of a rank that ran out of memory: the others may wait for it in a collective, so all of them end."""
 
 
-def passes(expected: float) -> int:
-    """Steps of a point of `expected` seconds, the first of which warms up; 1: a short step does."""
-    return 4 if expected < 4 else 3 if expected < 10 else 2 if expected < 25 else 1
+def passes(expected: float, *, timed: int) -> int:
+    """Steps of a point of `expected` seconds, the first of which warms up; 1: a short step does.
+
+    timed: the most that are timed.
+    """
+    usual = 4 if expected < 4 else 3 if expected < 10 else 2 if expected < 25 else 1
+    return min(usual, 1 + timed if expected < 10 else timed)
 
 
 def measure(bench: Bench, point: dict[str, Any], *, expected: float) -> dict[str, Any]:
@@ -39,7 +43,7 @@ def measure(bench: Bench, point: dict[str, Any], *, expected: float) -> dict[str
     (attention.kernels.LONG_FROM_TOKENS), and by page-locking what it will offload.
     """
     case, how = Case(**point["case"]), {"mode": point["mode"], "recompute": point["recompute"]}
-    count = passes(expected)
+    count = passes(expected, timed=point["timed"])
     short = replace(case, frames=min(case.frames, 128), text=min(case.text, 32_768))
     bench.step(bench.packs(case if count > 1 else short, mode=point["mode"]), **how)
     if count == 1:
@@ -71,9 +75,9 @@ def why_not(row: dict[str, Any], rows: Iterable[dict[str, Any]], *, expected: fl
         return reason
     if expected > row["max_seconds"]:
         return f"not run: estimated {expected:.0f} s a step"
-    left = deadline - time.time()
-    if passes(expected) * expected > left:
-        return f"not run: {passes(expected)} steps of an estimated {expected:.1f} s, {max(0.0, left):.0f} s left"
+    left, count = deadline - time.time(), passes(expected, timed=row["timed"])
+    if count * expected > left:
+        return f"not run: {count} steps of an estimated {expected:.1f} s, {max(0.0, left):.0f} s left"
     return ""
 
 
@@ -99,10 +103,10 @@ def work(session: dict[str, Any], line: Callable[[dict[str, Any]], str]) -> None
                     raise
                 row |= {"status": "out of memory"}
                 if bench.layout.world_size > 1:
-                    _report(row, session, line)
+                    report(row, session, line)
                     os._exit(OUT_OF_MEMORY)
             if bench.layout.is_main:
-                _report(row, session, line)
+                report(row, session, line)
             free(bench.layout.device)
             dist.barrier()
     finally:
@@ -130,7 +134,7 @@ def _decision(row: dict[str, Any], rows: list[dict[str, Any]], session: dict[str
     return expected, why_not(row, rows, expected=expected, deadline=session["deadline"])
 
 
-def _report(row: dict[str, Any], session: dict[str, Any], line: Callable[[dict[str, Any]], str]) -> None:
+def report(row: dict[str, Any], session: dict[str, Any], line: Callable[[dict[str, Any]], str]) -> None:
     """Print the row and write all so far where --json says: of a session that is cut off, these are there."""
     print(line(row), flush=True)
     results = Path(session["results"])
@@ -158,20 +162,32 @@ def video_session(args: Any, points: Sequence[dict[str, Any]], *, rate: float) -
         "overrides": [*parallel_overrides(gpus=args.gpus, tp=args.tp, cp_a2a=args.cp_a2a), *args.overrides],
         "rate": rate,
         "points": [
-            {**point, "case": {"frames": point["size"], **case}, "max_seconds": args.max_seconds} for point in points
+            {
+                **point,
+                "case": {"frames": point["size"], **case},
+                "timed": args.timed,
+                "max_seconds": args.max_seconds,
+            }
+            for point in points
         ],
     }
 
 
 def drive(
-    sessions: Sequence[dict[str, Any]], args: Any, *, script: str, line: Callable[[dict[str, Any]], str]
+    sessions: Sequence[dict[str, Any]],
+    args: Any,
+    *,
+    script: str,
+    line: Callable[[dict[str, Any]], str],
+    work_of: Callable[[dict[str, Any], Callable[[dict[str, Any]], str]], None] = work,
 ) -> list[dict[str, Any]]:
     """Run the sessions one after another, each in processes of its own, for --seconds; returns the rows of all points,
     which --json has as they come.
 
     A session is {gpus, layers, tiny, vision, overrides, rate (FLOP/s of a GPU, before one is known), points}; a point
-    {name, series, size, case, mode, recompute or memory_gb, max_seconds, and maybe rehearsal}. After out of memory the
-    session is started again for the points that are left. A lone session of one process runs in this one.
+    {name, series, size, case, mode, recompute or memory_gb, timed, max_seconds, and maybe rehearsal}. After out of
+    memory the session is started again for the points that are left. A lone session of one process runs in this one, by
+    work_of, which `script` calls, too.
     """
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     deadline = time.time() + args.seconds
@@ -181,7 +197,7 @@ def drive(
             folder = make_folder(Path(scratch) / str(number), layers=given["layers"], tiny=given["tiny"])
             session = {**given, "folder": str(folder), "results": str(results), "json": args.json, "deadline": deadline}
             if len(sessions) == 1 and given["gpus"] == 1:
-                work(session, line)
+                work_of(session, line)
             else:
                 _run_in_processes(session, results, script=script, line=line)
         return read_rows(results)
@@ -210,11 +226,11 @@ def _run_in_processes(
             for point in left:
                 row = {**point, "world": session["gpus"]}
                 if row["name"] not in {r["name"] for r in found} and (reason := beyond_memory(row, found)):
-                    _report({**row, "status": reason}, session, line)
+                    report({**row, "status": reason}, session, line)
             continue
         for point in left:
             if point["name"] not in {row["name"] for row in found}:
-                _report({**point, "status": f"failed: {code}", "world": session["gpus"]}, session, line)
+                report({**point, "status": f"failed: {code}", "world": session["gpus"]}, session, line)
         return
 
 

@@ -31,22 +31,25 @@ def run_all(folder: Path) -> None:
     sys.path.insert(0, str(BENCHMARKS))
     installed = ["prefix_grouper"] if find_spec("prefix_grouper") else []
     for name, options in {
-        "b1_attention": ["--calls", "--baselines", "repeated", *installed],
+        "b1_attention": ["--calls", "--baselines", "repeated", "repeated_fa2", *installed],
         "b2_train_step": ["--prefix", "48"],
         "b10_offload": [],
-        "figure1": ["--gpus", "1", "--frames", "4", "--plot", str(folder / "figure1.png")],
-        "b7_scaling": ["--gpus", "1", "--prefix", "48"],
+        "figure1": ["--gpus", "1", "--frames", "4"],
+        "b7_scaling": ["--gpus", "1", "--prefix", "48", "--kinds", "shared", "sequence"],
+        "b7_stock": ["--gpus", "1", "--kinds", "stock"],
         "longest": ["--gpus", "1", "--tp", "1", "--frames", "4"],
     }.items():
-        script = importlib.import_module(name)
-        script.main(["--tiny", "--responses", "4", "--json", str(folder / f"{name}.json"), *options])
+        script = importlib.import_module(name.replace("b7_stock", "b7_scaling"))
+        plot = [] if name == "longest" else ["--plot", str(folder / f"{name}.png")]
+        script.main(["--tiny", "--responses", "4", "--json", str(folder / f"{name}.json"), *plot, *options])
 
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     folder = tmp_path_factory.mktemp("benchmarks")
     run_world(1, run_all, folder, folder=folder / "world")
-    assert (folder / "figure1.png").stat().st_size > 0
+    plots = {path.stem for path in folder.glob("*.png") if path.stat().st_size > 0}
+    assert plots == {"b1_attention", "b2_train_step", "b10_offload", "figure1", "b7_scaling", "b7_stock"}
     return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
 
 
@@ -65,7 +68,8 @@ def test_b1_times_what_it_compared(rows):
     (row,) = rows["b1_attention"]
     assert max(row["shared_error"], row["repeated_error"]) < 1e-5
     timed = {name.removesuffix("_ms") for name in row if name.endswith("_ms")}
-    assert timed == {"shared", "repeated"} | ({"prefix_grouper"} if find_spec("prefix_grouper") else set())
+    installed = {"prefix_grouper"} if find_spec("prefix_grouper") else set()
+    assert timed == {"shared", "repeated", "repeated_fa2"} | installed
     assert max(row[f"{name}_gap"] for name in timed) < 1e-5
     assert min(row[f"{name}_ms"] for name in timed) > 0
     assert [call["call"] for call in row["calls"]] == ["prefix", "responses on the prefix", "responses"]
@@ -122,6 +126,19 @@ def test_b7_and_longest_measure_their_points(rows):
     (row,) = rows["longest"]
     assert {"vision", "forward", "backward", "optimizer"} <= set(row["phases"])
     assert len(row["peak_gb"]) == 1
+
+
+def test_b7_puts_stock_megatron_beside_the_same_sequence(rows, tmp_path):
+    """Its model is megatron-core's own: the log-probabilities of ours are checked by it."""
+    b7 = importlib.import_module("b7_scaling")
+    (stock,), ours = rows["b7_stock"], rows["b7_scaling"][1]
+    assert stock["status"] == "measured"
+    assert stock["case"] == ours["case"]
+    assert stock["logprobs"] == pytest.approx(ours["logprobs"], abs=2e-2)
+    (line,) = b7.compare([ours, stock])
+    assert "as fast as stock megatron-core" in line
+    with pytest.raises(SystemExit, match="log-probabilities differ"):
+        b7.compare([ours, {**stock, "logprobs": stock["logprobs"][::-1]}])
 
 
 def test_b10_times_what_it_compared(rows):

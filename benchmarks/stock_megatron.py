@@ -1,0 +1,174 @@
+"""B7's public baseline: megatron-core's own GPTModel, as it comes, on a plain sequence.
+
+Its layers, its attention (Transformer Engine's on a GPU), its context parallelism (p2p, the fastest of its forms in
+this case), full recomputation of each layer; the weights and tokens are those of our `sequence`, so that the
+log-probabilities must be ours. Forward + backward; the sum of gradients over the GPUs is left out.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer import TransformerConfig
+from megatron.core.utils import get_batch_on_this_cp_rank
+from sessions import report
+from steps import Bench, Case, is_out_of_memory, peak_gb, reset_peak
+from torch import Tensor, nn
+
+from megalong.models.gpt_shape import GptShape
+from megalong.parallel.collectives import gather_objects
+from megalong.parallel.layout import ParallelLayout, destroy_layout
+
+SERIES = "stock megatron-core"
+
+
+class HeadOfRows(nn.Module):
+    """megatron's output head on the rows that predict a response token, as ours: logits of all would be 40 GB."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head, self.rows_R = head, torch.empty(0, dtype=torch.int64)
+
+    def forward(self, hidden_TBD: Tensor, **how: Any) -> tuple[Tensor, Tensor | None]:
+        return self.head(hidden_TBD[self.rows_R], **how)
+
+
+def stock_model(shape: GptShape, layout: ParallelLayout, *, vocab: int) -> GPTModel:
+    """megatron-core's model of the sizes, weights as they were allocated. vocab: padded."""
+    on_gpu = layout.device.type == "cuda"
+    config = TransformerConfig(
+        num_layers=shape.layers,
+        hidden_size=shape.hidden,
+        num_attention_heads=shape.heads,
+        num_query_groups=shape.kv_heads,
+        kv_channels=shape.head_dim,
+        ffn_hidden_size=shape.ffn,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=shape.qkv_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=layout.tp_size,
+        sequence_parallel=layout.tp_size > 1,
+        context_parallel_size=layout.context.size,
+        cp_comm_type="p2p",
+        params_dtype=torch.bfloat16,
+        bf16=True,
+        use_cpu_initialization=not on_gpu,
+        perform_initialization=False,
+        recompute_granularity="full",
+        recompute_method="uniform",
+        recompute_num_layers=1,
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=on_gpu,
+        bias_dropout_fusion=on_gpu,
+        apply_rope_fusion=on_gpu,
+        masked_softmax_fusion=False,
+    )
+    spec = get_gpt_layer_with_transformer_engine_spec() if on_gpu else get_gpt_layer_local_spec(normalization="RMSNorm")
+    model = GPTModel(
+        config, spec, vocab_size=vocab, max_sequence_length=shape.max_positions, position_embedding_type="rope",
+        rotary_base=int(shape.rope_theta), parallel_output=True,
+    )  # fmt: skip
+    model.output_layer = HeadOfRows(model.output_layer)
+    return model.to(device=layout.device, dtype=torch.bfloat16)
+
+
+@torch.no_grad()
+def take_weights(model: GPTModel, ours: nn.Module) -> None:
+    """Those of our LLM, under the same names."""
+    given = dict(ours.named_parameters())
+    for name, parameter in model.named_parameters():
+        parameter.copy_(given.pop(name.replace("output_layer.head.", "output_layer.")))
+    if given:
+        raise RuntimeError(f"stock megatron-core has no parameters {sorted(given)}")
+
+
+class StockStep:
+    """Forward and backward of one plain sequence of a prompt and a response."""
+
+    def __init__(self, bench: Bench, case: Case) -> None:
+        self.layout = bench.layout
+        ours = bench.trainer.model
+        self.model = stock_model(ours.spec.gpt, self.layout, vocab=len(ours.llm.head_weight) * self.layout.tp_size)
+        take_weights(self.model, ours.llm)
+        (pack,) = bench.packs(case, mode="stage1+2")
+        del ours
+        bench.close()
+        ids_T, device = pack.tokens.ids_T.to(self.layout.device), self.layout.device
+        targets_T = torch.full_like(ids_T, -1)
+        targets_T[case.text - 1 : case.text - 1 + case.response] = pack.tokens.targets_R.to(device)
+        mine = {"ids": ids_T[None], "places": torch.arange(len(ids_T), device=device)[None], "targets": targets_T[None]}
+        mine = get_batch_on_this_cp_rank(mine)
+        self.ids_BT, self.places_BT = mine["ids"], mine["places"]
+        rows_R = mine["targets"][0].ge(0).nonzero()[:, 0]
+        self.targets_R, self.places_R = mine["targets"][0, rows_R], mine["places"][0, rows_R].tolist()
+        self.model.output_layer.rows_R = rows_R
+        # megatron's CPU attention makes the mask that it was not given on a GPU
+        above = None if device.type == "cuda" else torch.ones(len(ids_T), len(ids_T), dtype=torch.bool).triu(1)
+        self.mask = None if above is None else above[None, None]
+        self.case = case
+
+    def run(self) -> dict[str, Any]:
+        device = self.layout.device
+        self.model.zero_grad(set_to_none=True)
+        synchronize(device)
+        dist.barrier()
+        start = time.perf_counter()
+        logits_RV = self.model(self.ids_BT, self.places_BT, self.mask)[0]
+        nll_R = F.cross_entropy(logits_RV.float(), self.targets_R, reduction="none")
+        synchronize(device)
+        middle = time.perf_counter()
+        nll_R.sum().backward()
+        synchronize(device)
+        end = time.perf_counter()
+        found = dict(zip(self.places_R, (-nll_R).tolist(), strict=True))
+        everyone = gather_objects((middle - start, end - middle, found, peak_gb(device)), group=self.layout.world)
+        forward, backward = (max(part[index] for part in everyone) for index in (0, 1))
+        logprobs = [value for _, value in sorted(item for part in everyone for item in part[2].items())]
+        return {
+            "seconds": forward + backward,
+            "phases": {"forward": forward, "backward": backward},
+            "peak_gb": [part[3] for part in everyone],
+            "mean_nll": -sum(logprobs) / len(logprobs),
+            "logprobs": logprobs[:: max(1, len(logprobs) // 64)],  # as Bench.step has them
+        }
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def work(session: dict[str, Any], line: Callable[[dict[str, Any]], str]) -> None:
+    """The one point of the session, as sessions.work does ours. A rank that runs out of memory ends the session."""
+    (point,) = session["points"]
+    bench = Bench(Path(session["folder"]), session["overrides"], vision=False)
+    row = {**point, "world": bench.layout.world_size}
+    try:
+        step = StockStep(bench, Case(**point["case"]))
+        reset_peak(bench.layout.device)
+        steps = [step.run() for _ in range(1 + point["timed"])][1:]
+        row |= {"status": "measured", **min(steps, key=lambda found: found["seconds"])}
+        row["all_seconds"] = [found["seconds"] for found in steps]
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        row["status"] = "out of memory"
+    if bench.layout.is_main:
+        report(row, session, line)
+    destroy_layout()
