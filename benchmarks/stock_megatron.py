@@ -21,7 +21,6 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.transformer import TransformerConfig
-from megatron.core.utils import get_batch_on_this_cp_rank
 from sessions import report
 from steps import Bench, Case, is_out_of_memory, peak_gb, reset_peak
 from torch import Tensor, nn
@@ -112,11 +111,10 @@ class StockStep:
         ids_T, device = pack.tokens.ids_T.to(self.layout.device), self.layout.device
         targets_T = torch.full_like(ids_T, -1)
         targets_T[case.text - 1 : case.text - 1 + case.response] = pack.tokens.targets_R.to(device)
-        mine = {"ids": ids_T[None], "places": torch.arange(len(ids_T), device=device)[None], "targets": targets_T[None]}
-        mine = get_batch_on_this_cp_rank(mine)
-        self.ids_BT, self.places_BT = mine["ids"], mine["places"]
-        rows_R = mine["targets"][0].ge(0).nonzero()[:, 0]
-        self.targets_R, self.places_R = mine["targets"][0, rows_R], mine["places"][0, rows_R].tolist()
+        mine_T = zigzag(torch.arange(len(ids_T), device=device), self.layout)
+        self.ids_BT, self.places_BT, targets_T = ids_T[None, mine_T], mine_T[None], targets_T[mine_T]
+        rows_R = targets_T.ge(0).nonzero()[:, 0]
+        self.targets_R, self.places_R = targets_T[rows_R], mine_T[rows_R].tolist()
         self.model.output_layer.rows_R = rows_R
         # megatron's CPU attention makes the mask that it was not given on a GPU
         above = None if device.type == "cuda" else torch.ones(len(ids_T), len(ids_T), dtype=torch.bool).triu(1)
@@ -147,6 +145,12 @@ class StockStep:
             "mean_nll": -sum(logprobs) / len(logprobs),
             "logprobs": logprobs[:: max(1, len(logprobs) // 64)],  # as Bench.step has them
         }
+
+
+def zigzag(rows_T: Tensor, layout: ParallelLayout) -> Tensor:
+    """This rank's share of a sequence as megatron-core's context parallelism has it."""
+    chunks, rank = rows_T.chunk(2 * layout.context.size), layout.context.rank
+    return torch.cat((chunks[rank], chunks[-1 - rank]))
 
 
 def synchronize(device: torch.device) -> None:
