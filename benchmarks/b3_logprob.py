@@ -18,10 +18,12 @@ import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megalong_kernels import logprob as kernels
+from steps import machine
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -309,7 +311,7 @@ def plot(found: dict, path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     rows, width, vocab = found["shape"]
     figure.suptitle(
-        f"Log-probability and entropy, {rows} rows x {width}, vocabulary {vocab}, bf16, {found['gpu']}", x=0.4
+        f"Log-probability and entropy, {rows} rows x {width}, vocabulary {vocab}, bf16, {found['device']}", x=0.4
     )
     figure.tight_layout()
     figure.savefig(path, dpi=150)
@@ -325,6 +327,11 @@ def installed() -> tuple[dict[str, Candidate], dict[str, str]]:
             absent[name] = f"not installed: {error}"
             print(f"{name}: {absent[name]}", flush=True)
     return candidates, absent
+
+
+def header(shape: tuple[int, ...], *, absent: dict[str, str]) -> dict[str, Any]:
+    """What the file begins with."""
+    return {**machine(), "shape": shape, "absent": absent}
 
 
 def main() -> None:
@@ -346,7 +353,7 @@ def main() -> None:
         torch.backends.cuda.matmul.allow_tf32 = False
         candidates, absent = installed()
         shape = (args.rows, args.width, args.vocab)
-        found = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "shape": shape, "absent": absent}
+        found = header(shape, absent=absent)
         found["errors_small"] = check(candidates, (1024, 1024, 20000), torch.float64)
         found["errors"] = check(candidates, shape, torch.float32)
         parts = inputs(*shape)

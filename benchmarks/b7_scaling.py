@@ -32,8 +32,6 @@ FORMS = {
     "sequence": ("stage1+2", "full"),
     "stock": ("stage1+2", "full"),
 }
-LARGEST_GAP = 0.25
-"""Of a log-probability: bfloat16 is off by a few hundredths, and those of different tokens by whole nats."""
 RATE = 400e12
 COUNTED = ("prepare", "forward", "backward", "gradient sums")
 
@@ -56,7 +54,7 @@ def line(row: dict[str, Any]) -> str:
 def gap(row: dict[str, Any], other: dict[str, Any]) -> float:
     """Largest difference of a log-probability. Raises SystemExit when they cannot be of the same work."""
     far = max(abs(a - b) for a, b in zip(row["logprobs"], other["logprobs"], strict=True))
-    if not far < LARGEST_GAP:
+    if not far < stock_megatron.LARGEST_GAP:
         raise SystemExit(f"{row['name']} and {other['name']}: log-probabilities differ by {far:.2e}")
     return far
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,10 @@ from torch import Tensor, nn
 from megalong.models.gpt_shape import GptShape
 from megalong.parallel.collectives import gather_objects
 from megalong.parallel.layout import ParallelLayout, destroy_layout
+from megalong.records import PolicyBatch
 
-SERIES = "stock megatron-core"
+LARGEST_GAP = 0.25
+"""Of a log-probability: bfloat16 is off by a few hundredths, and those of different tokens by whole nats."""
 
 
 class HeadOfRows(nn.Module):
@@ -100,29 +103,22 @@ def take_weights(model: GPTModel, ours: nn.Module) -> None:
 class StockStep:
     """Forward and backward of one plain sequence of a prompt and a response."""
 
-    def __init__(self, bench: Bench, case: Case) -> None:
-        self.layout = bench.layout
-        ours = bench.trainer.model
-        self.model = stock_model(ours.spec.gpt, self.layout, vocab=len(ours.llm.head_weight) * self.layout.tp_size)
-        take_weights(self.model, ours.llm)
-        (pack,) = bench.packs(case, mode="stage1+2")
-        del ours
-        bench.close()
-        ids_T, device = pack.tokens.ids_T.to(self.layout.device), self.layout.device
+    def __init__(self, model: GPTModel, layout: ParallelLayout, pack: PolicyBatch) -> None:
+        self.model, self.layout, device = model, layout, layout.device
+        ids_T, targets_R = pack.tokens.ids_T.to(device), pack.tokens.targets_R.to(device)
         targets_T = torch.full_like(ids_T, -1)
-        targets_T[case.text - 1 : case.text - 1 + case.response] = pack.tokens.targets_R.to(device)
-        mine_T = zigzag(torch.arange(len(ids_T), device=device), self.layout)
+        targets_T[-len(targets_R) - 1 : -1] = targets_R  # the response is the end of the sequence
+        mine_T = zigzag(torch.arange(len(ids_T), device=device), layout)
         self.ids_BT, self.places_BT, targets_T = ids_T[None, mine_T], mine_T[None], targets_T[mine_T]
-        rows_R = targets_T.ge(0).nonzero()[:, 0]
-        self.targets_R, self.places_R = targets_T[rows_R], mine_T[rows_R].tolist()
-        self.model.output_layer.rows_R = rows_R
+        self.rows_R = targets_T.ge(0).nonzero()[:, 0]
+        self.targets_R, self.places_R = targets_T[self.rows_R], mine_T[self.rows_R].tolist()
         # megatron's CPU attention makes the mask that it was not given on a GPU
         above = None if device.type == "cuda" else torch.ones(len(ids_T), len(ids_T), dtype=torch.bool).triu(1)
         self.mask = None if above is None else above[None, None]
-        self.case = case
 
     def run(self) -> dict[str, Any]:
         device = self.layout.device
+        self.model.output_layer.rows_R = self.rows_R
         self.model.zero_grad(set_to_none=True)
         synchronize(device)
         dist.barrier()
@@ -162,10 +158,17 @@ def work(session: dict[str, Any], line: Callable[[dict[str, Any]], str]) -> None
     """The one point of the session, as sessions.work does ours. A rank that runs out of memory ends the session."""
     (point,) = session["points"]
     bench = Bench(Path(session["folder"]), session["overrides"], vision=False)
-    row = {**point, "world": bench.layout.world_size}
+    row, case = {**point, "world": bench.layout.world_size}, Case(**point["case"])
     try:
-        step = StockStep(bench, Case(**point["case"]))
-        reset_peak(bench.layout.device)
+        ours, layout = bench.trainer.model, bench.layout
+        model = stock_model(ours.spec.gpt, layout, vocab=len(ours.llm.head_weight) * layout.tp_size)
+        take_weights(model, ours.llm)
+        check(model, bench, replace(case, text=min(case.text, 4096 - case.response)))
+        (pack,) = bench.packs(case, mode="stage1+2")
+        del ours
+        bench.close()
+        step = StockStep(model, layout, pack)
+        reset_peak(layout.device)
         steps = [step.run() for _ in range(1 + point["timed"])][1:]
         row |= {"status": "measured", **min(steps, key=lambda found: found["seconds"])}
         row["all_seconds"] = [found["seconds"] for found in steps]
@@ -176,3 +179,15 @@ def work(session: dict[str, Any], line: Callable[[dict[str, Any]], str]) -> None
     if bench.layout.is_main:
         report(row, session, line)
     destroy_layout()
+
+
+def check(model: GPTModel, bench: Bench, case: Case) -> None:
+    """Its log-probabilities are those of our step. Raises SystemExit where they are not: nothing is timed then."""
+    packs = bench.packs(case, mode="stage1+2")
+    ours = bench.step(packs, mode="stage1+2", recompute="full")["logprobs"]
+    theirs = StockStep(model, bench.layout, packs[0]).run()["logprobs"]
+    far = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+    if bench.layout.is_main:
+        print(f"stock megatron-core, {case.text} + {case.response} tokens: log-probabilities {far:.1e} off", flush=True)
+    if not far < LARGEST_GAP:
+        raise SystemExit(f"stock megatron-core and ours: log-probabilities differ by {far:.2e}; it is not timed")

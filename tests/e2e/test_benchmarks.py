@@ -118,6 +118,18 @@ def test_the_four_modes_of_figure_1_take_the_same_step(rows):
     assert all(row["flops"] > 2 * found[0]["flops"] for row in found[1:])
 
 
+def test_b3_draws_what_it_wrote(tmp_path):
+    """Its kernels need a GPU; its file and its plot do not."""
+    b3 = importlib.import_module("b3_logprob")
+    rows = [
+        {"name": name, "kind": kind, "ms": 10.0, "spread_ms": (9.0, 11.0), "tflops": 500.0, "extra_gb": 0.5}
+        for kind in ("forward", "both")
+        for name in ("ours", "eager")
+    ]
+    b3.plot({**b3.header((8, 4, 16), absent={}), "rows": rows}, tmp_path / "b3.png")
+    assert (tmp_path / "b3.png").stat().st_size > 0
+
+
 def test_b7_and_longest_measure_their_points(rows):
     assert [(row["kind"], row["status"]) for row in rows["b7_scaling"]] == [
         ("shared", "measured"),
