@@ -84,7 +84,7 @@ def stock_model(shape: GptShape, layout: ParallelLayout, *, vocab: int) -> GPTMo
     spec = get_gpt_layer_with_transformer_engine_spec() if on_gpu else get_gpt_layer_local_spec(normalization="RMSNorm")
     model = GPTModel(
         config, spec, vocab_size=vocab, max_sequence_length=shape.max_positions, position_embedding_type="rope",
-        rotary_base=int(shape.rope_theta), parallel_output=True,
+        rotary_base=int(shape.rope_theta), seq_len_interpolation_factor=shape.rope_scaling, parallel_output=True,
     )  # fmt: skip
     model.output_layer = HeadOfRows(model.output_layer)
     return model.to(device=layout.device, dtype=torch.bfloat16)
