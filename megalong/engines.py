@@ -36,6 +36,8 @@ SHARES = {
     Transport.file: 0.2,
 }
 """rollout.memory_share=0: the last one is of the host's memory."""
+START_SECONDS = 1200
+"""The most that an engine's start may take, under a long parallel.timeout_minutes, too."""
 
 
 def check_engines(config: RunConfig, *, task: Task, world_size: int, shape: ModelShape) -> None:
@@ -147,6 +149,8 @@ def _settings(config: RunConfig, layout: ParallelLayout, *, task: Task) -> VllmS
     if devices is None:
         return None
     temperature = config.eval.temperature if task == "eval" else rollout.temperature
+    # Shorter than the watchdog's, which would end the run without the engine's log.
+    timeout_seconds = 0.9 * 60 * (config.parallel.timeout_minutes or 24 * 60)
     return VllmSettings(
         devices=devices,
         transport=transport,
@@ -158,8 +162,8 @@ def _settings(config: RunConfig, layout: ParallelLayout, *, task: Task) -> VllmS
         processed_logprobs=temperature not in (0.0, 1.0),
         sleeps=transport is Transport.ipc and rollout.sleep,
         discard_weights=config.model.train_llm and task != "eval",
-        # Shorter than the watchdog's, which would end the run without the engine's log.
-        timeout_seconds=0.9 * 60 * (config.parallel.timeout_minutes or 24 * 60),
+        start_seconds=min(START_SECONDS, timeout_seconds),
+        timeout_seconds=timeout_seconds,
         log_file=Path(config.logger.run_dir) / f"engine_rank{layout.rank}.log",
         seed=config.seed + layout.rank,
     )

@@ -33,7 +33,6 @@ from megalong.rollout.weight_check import Update, WeightCheck
 SERVER = "megalong.rollout.vllm_server"
 """Module that the engine's process runs."""
 
-_START_SECONDS = 1200  # loading vLLM, building the model, capturing graphs
 _LOOK_SECONDS = 0.5  # between two looks at the engine's process while a collective with it is under way
 _LOG_LINES = 15
 _TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -53,7 +52,8 @@ class VllmSettings:
     processed_logprobs: bool  # log-probabilities at the sampling temperature, not at 1
     sleeps: bool  # release() gives GPU memory back
     discard_weights: bool  # and throws the weights away: the update behind it holds all of them
-    timeout_seconds: float  # that a call may last
+    start_seconds: float  # that loading vLLM, building the model and capturing graphs may last
+    timeout_seconds: float  # that any other call may last
     log_file: Path
     seed: int
 
@@ -345,7 +345,7 @@ class VllmEngine:
     def _answer(self, method: str) -> Any:
         if self._answers:
             return self._answers.pop(0)
-        limit = _START_SECONDS if method == "start" else self.settings.timeout_seconds
+        limit = self.settings.start_seconds if method == "start" else self.settings.timeout_seconds
         started = time.monotonic()
         while not self._connection.poll(1.0):
             self._require_alive(method)

@@ -192,6 +192,17 @@ def test_the_chosen_engine_and_its_gpus_are_said(
     assert caplog.messages == [line]
 
 
+@pytest.mark.parametrize(("minutes", "start", "call"), [(10, 540, 540), (60, 1200, 3240), (0, 1200, 77760)])
+def test_an_engine_has_less_time_than_the_watchdog_gives(
+    minutes: float, start: float, call: float, layout: ParallelLayout, tiny_checkpoint: Path
+) -> None:
+    """Of its start, too: the watchdog would end the run without the engine's log."""
+    config = a_config(tiny_checkpoint, f"parallel.timeout_minutes={minutes}")
+    settings = engines._settings(config, layout, task="grpo")
+    assert settings is not None
+    assert (settings.start_seconds, settings.timeout_seconds) == pytest.approx((start, call))
+
+
 TP4 = ["parallel.tp=4"]
 IDLE = {  # GPUs and training processes of a node, overrides -> the warning
     "disaggregated": (

@@ -88,6 +88,7 @@ def make_vllm(
             processed_logprobs=temperature != 1,
             sleeps=False,
             discard_weights=False,
+            start_seconds=120,
             timeout_seconds=120,
             log_file=Path(tempfile.mkdtemp()) / "engine.log",
             seed=1,

@@ -102,7 +102,7 @@ def engine_of(model: PreTrainedModel, folder: Path, *, max_tokens: int = 512, pr
     settings = VllmSettings(
         devices=(), transport=Transport.file, max_tokens=max_tokens, prefill_tokens=prefill_tokens, max_sequences=8,
         memory_share=0.1, cuda_graphs=False, processed_logprobs=False, sleeps=False, discard_weights=False,
-        timeout_seconds=120, log_file=folder / "engine.log", seed=1,
+        start_seconds=120, timeout_seconds=120, log_file=folder / "engine.log", seed=1,
     )  # fmt: skip
     return VllmEngine(model, name_of=str, eos_id=EOS, settings=settings)
 

@@ -43,14 +43,15 @@ def make(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     made: list[VllmEngine] = []
 
     def engine(
-        fault: str, *, method: str = "generate", transport: Transport = Transport.file, sleeps: bool = False
-    ) -> VllmEngine:
+        fault: str, *, method: str = "generate", transport: Transport = Transport.file, sleeps: bool = False,
+        start_seconds: float = 60.0,
+    ) -> VllmEngine:  # fmt: skip
         monkeypatch.setenv("FAKE_ENGINE", fault)
         monkeypatch.setenv("FAKE_METHOD", method)
         settings = VllmSettings(
             devices=(), transport=transport, max_tokens=64, prefill_tokens=64, max_sequences=4, memory_share=0.1,
-            cuda_graphs=False, processed_logprobs=False, sleeps=sleeps, discard_weights=sleeps, timeout_seconds=SECONDS,
-            log_file=tmp_path / "run" / "engine.log", seed=1,
+            cuda_graphs=False, processed_logprobs=False, sleeps=sleeps, discard_weights=sleeps,
+            start_seconds=start_seconds, timeout_seconds=SECONDS, log_file=tmp_path / "run" / "engine.log", seed=1,
         )  # fmt: skip
         with torch.device("meta"):
             model = family.sampler_model(tiny_checkpoint, torch.float32)
@@ -103,6 +104,11 @@ def test_a_process_that_hangs_is_ended_after_the_timeout(make: Make) -> None:
     assert "exit code -9) did not answer within 2 s; see parallel.timeout_minutes in generate()" in message
     assert "line before the hang" in message
     assert is_gone(engine._process.pid)
+
+
+def test_an_engine_that_hangs_at_its_start_is_ended_with_its_log(make: Make) -> None:
+    with pytest.raises(RolloutEngineError, match=r"did not answer within 2 s; .* in start\(\).*\nline before the hang"):
+        make("hang", method="start", start_seconds=SECONDS)
 
 
 def test_an_engine_sleeps_where_it_was_told_to(make: Make) -> None:
