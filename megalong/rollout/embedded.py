@@ -22,6 +22,7 @@ from transformers import (
 
 from megalong.records import MEDIA_TOKEN, WeightBucket, tensor_checksums
 from megalong.rollout.engine import Request, Sampled, Sampling, WeightSyncError
+from megalong.rollout.logits import float32_logits
 from megalong.rollout.weight_check import WeightCheck
 
 
@@ -71,6 +72,8 @@ class EmbeddedEngine:
         batch_prompts: int,
     ) -> None:  # fmt: skip
         self.model = model.to(device).eval().requires_grad_(False)
+        head = self.model.get_output_embeddings()
+        head.forward = lambda hidden: float32_logits(hidden, head.weight)
         self.weights = WeightCheck(model, name_of=name_of)
         self.eos_id = eos_id
         self.device = device

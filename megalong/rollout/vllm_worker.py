@@ -19,6 +19,7 @@ from vllm.config import VllmConfig
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo, worker_init_process_group
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.models.interfaces import SupportsMRoPE, SupportsMultiModal
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
@@ -31,6 +32,7 @@ from vllm.multimodal.processing.dummy_inputs import BaseDummyInputsBuilder
 from vllm.sequence import IntermediateTensors
 
 from megalong.records import tensor_checksums
+from megalong.rollout.logits import float32_logits
 from megalong.rollout.transfer import MEDIA_ITEM_TOKENS, TRANSFER_BACKEND, Manifest, Transport, unpack_bucket
 
 
@@ -94,6 +96,15 @@ class TakesMedia(SupportsMultiModal, SupportsMRoPE):
         return positions, int(positions[0, -1]) + 1 - len(input_tokens)
 
 
+class Float32Head(UnquantizedEmbeddingMethod):
+    """An output head whose logits are float32, as the trainer's."""
+
+    def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        if bias is not None:
+            raise ValueError("no family here has an output head with a bias")
+        return float32_logits(x, layer.weight)
+
+
 _register = MULTIMODAL_REGISTRY.register_processor(NoProcessor, info=MediaInfo, dummy_inputs=NoDummyMedia)
 
 
@@ -103,12 +114,20 @@ class MediaQwen2(Qwen2ForCausalLM, TakesMedia):
 
     embed_input_ids = TakesMedia.embed_ids_and_media
 
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self.lm_head.quant_method = Float32Head()
+
 
 @_register
 class MediaQwen3(Qwen3ForCausalLM, TakesMedia):
     """Qwen3."""
 
     embed_input_ids = TakesMedia.embed_ids_and_media
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self.lm_head.quant_method = Float32Head()
 
 
 @_register
@@ -123,6 +142,7 @@ class MediaQwen3Vl(Qwen3LLMForCausalLM, TakesMedia):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self.lm_head.quant_method = Float32Head()
         shape = (
             self.config.num_deepstack, vllm_config.scheduler_config.max_num_batched_tokens, self.config.hidden_size
         )  # fmt: skip

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from megalong.config.tree import Dtype, ModelConfig
 from megalong.engine.build import build_model, family_of
@@ -17,7 +18,7 @@ from megalong.models.policy import PolicyModel
 from megalong.parallel.layout import ParallelLayout
 from megalong.records import WeightBucket
 from megalong.rollout.embedded import EmbeddedEngine
-from megalong.rollout.engine import Request, RolloutEngine
+from megalong.rollout.engine import Request, RolloutEngine, Sampling
 from megalong.rollout.transfer import Transport
 from megalong.rollout.vllm_engine import VllmEngine, VllmSettings
 
@@ -101,6 +102,44 @@ def make_request(ids: Sequence[int], embeds_ND: torch.Tensor | None, seeds: tupl
     return Request(
         ids_P=tuple(ids), positions_P=torch.arange(len(ids)), next_position=len(ids), embeds_ND=embeds_ND, seeds=seeds
     )
+
+
+def known_hidden_model() -> Qwen2ForCausalLM:
+    """bfloat16, and the hidden state behind token i is exactly row i of its embedding, of 1 and -1: layers add nothing.
+
+    Its logits are of the size that a trained model's have.
+    """
+    config = Qwen2Config(
+        hidden_size=128, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=320, max_position_embeddings=512, tie_word_embeddings=False, rms_norm_eps=1e-6,
+    )  # fmt: skip
+    model = Qwen2ForCausalLM._from_config(config, dtype=torch.bfloat16)
+    generator = torch.Generator().manual_seed(3)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                parameter.zero_()
+        signs_VD = torch.randint(2, (320, 128), generator=generator) * 2 - 1
+        parameters["model.embed_tokens.weight"].copy_(signs_VD)
+        parameters["lm_head.weight"].copy_(torch.randn(320, 128, generator=generator))
+    return model
+
+
+def check_logits_are_not_rounded(engine: RolloutEngine, model: Qwen2ForCausalLM) -> None:
+    """`engine` has the weights of known_hidden_model: its log-probabilities are those of exact logits."""
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    requests = [make_request((7, token), None, (token,)) for token in range(20, 40)]
+    sampling = Sampling(group_size=1, max_tokens=1, temperature=1.0, top_p=1.0, top_k=0)
+    sampled = [group[0] for group in engine.generate(requests, sampling=sampling)]
+    hidden_RD = parameters["model.embed_tokens.weight"][20:40]
+    exact_RV = (hidden_RD.double() @ parameters["lm_head.weight"].double().t()).log_softmax(-1)
+    rounded_RV = (hidden_RD @ parameters["lm_head.weight"].t()).float().log_softmax(-1)
+    tokens_R1 = torch.tensor([[item.ids[0]] for item in sampled])
+    got_R = torch.tensor([item.logprobs[0] for item in sampled], dtype=torch.float64)
+    exact_R, rounded_R = (values.gather(1, tokens_R1)[:, 0].double() for values in (exact_RV, rounded_RV))
+    assert (rounded_R - exact_R).abs().max() > 1e-2
+    assert (got_R - exact_R).abs().max() < 1e-4
 
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from engines import World, make_request, make_world
+from engines import World, check_logits_are_not_rounded, known_hidden_model, make_request, make_world
 
-from megalong.records import MEDIA_TOKEN
+from megalong.records import MEDIA_TOKEN, WeightBucket
+from megalong.rollout.embedded import EmbeddedEngine
 from megalong.rollout.engine import Sampling
 
 
@@ -58,3 +59,11 @@ def test_a_prompt_that_the_prefill_cannot_be_split_from_is_refused(world: World,
     sampling = Sampling(group_size=1, max_tokens=3, temperature=0.0, top_p=1.0, top_k=0)
     with pytest.raises(ValueError, match="expected at least two tokens and a text token at the end"):
         world.engine().generate([make_request(ids, embeds_ND, (0,))], sampling=sampling)
+
+
+def test_logits_are_in_float32_also_of_bfloat16_weights() -> None:
+    model = known_hidden_model()
+    weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    engine = EmbeddedEngine(model, name_of=str, eos_id=319, device=torch.device("cpu"), batch_prompts=8)
+    engine.load_weights([WeightBucket.of(weights)], version=0)
+    check_logits_are_not_rounded(engine, model)

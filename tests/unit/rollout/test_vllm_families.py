@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engines import HAS_VLLM
+from engines import HAS_VLLM, check_logits_are_not_rounded, known_hidden_model
 from transformers import PreTrainedModel, Qwen2_5_VLTextConfig, Qwen3Config, Qwen3ForCausalLM, Qwen3VLConfig
 
 from megalong.models.qwen2_5_vl.positions import Grid, mrope_positions
@@ -231,5 +231,15 @@ def test_greedy_tokens_and_logprobs_equal_the_embedded_engine_s(case: Case, tmp_
         if case.deepstack:
             with pytest.raises(ValueError, match=f"embeddings are {WIDTH} wide, expected {3 * WIDTH}"):
                 engine.generate([replace(case.video, embeds_ND=case.video.embeds_ND[:, :WIDTH])], sampling=GREEDY)
+    finally:
+        engine.close()
+
+
+def test_logits_are_in_float32_also_of_bfloat16_weights(tmp_path: Path) -> None:
+    model = known_hidden_model()
+    engine = engine_of(model, tmp_path)
+    try:
+        load(engine, model)
+        check_logits_are_not_rounded(engine, model)
     finally:
         engine.close()
