@@ -15,6 +15,7 @@ from megalong.config.model_shape import ModelShape
 from megalong.config.plan import GIB, GPU_STORE, RUNTIME_BYTES, Plan, plan, planned_processes, shape_for_planning
 from megalong.config.plan_engine import ENGINE_BUCKET, EnginePlan
 from megalong.config.plan_text import render
+from megalong.config.plan_videos import videos_of
 from megalong.config.shapes import SHIPPED_SHAPES
 from megalong.config.tree import EnginePlacement
 from megalong.config.validate import Task, validate
@@ -545,6 +546,41 @@ def test_the_engines_of_a_replica_are_given_the_embeddings_of_its_prompts(recipe
     assert evaluation.videos.handover == 5 * evaluation.videos.embeddings
     row = f"embeddings of a replica's prompts, pinned in /dev/shm {training.videos.handover / GIB:,.2f} GiB"
     assert row in [" ".join(line.split()) for line in render(training).splitlines()]
+
+
+def test_questions_that_share_a_video_have_it_once(recipe: Path, shape: ModelShape) -> None:
+    """16 prompts of two replicas of four ranks: eight each, about two videos of four questions."""
+    two = ("gpus=8", "parallel.cp=1", "grpo.batch_size=16")
+    apart, shared = (
+        planned(recipe, shape, overrides=(*two, f"data.questions_per_video={count}", "rollout.engine_tp=2"))
+        for count in (1, 4)
+    )
+    assert (apart.layout.dp, apart.layout.replica) == (2, 4)
+    for name in ("handover", "step_store", "step_frames"):  # an engine of two has one video's four questions
+        assert getattr(apart.videos, name) == 4 * getattr(shared.videos, name) > 0
+    assert "a step's videos per process, if every 4 samples share one " in render(shared)
+    encode, prefill = "vision: encode every frame once", "rollout: prefill, once per prompt"
+    assert apart.flops[encode] == 4 * shared.flops[encode]
+    # Behind the video each of the other twelve questions has 256 tokens: a 3,615th of its prompt.
+    assert shared.flops[prefill] / apart.flops[prefill] == pytest.approx((4 + 12 / 1800) / 16, rel=2e-3)
+    assert shared.flops["forward and backward"] == apart.flops["forward and backward"]
+    # Four engines are given two of a video's four questions each; eight in threes are about four videos at most.
+    four = planned(recipe, shape, overrides=(*two, "data.questions_per_video=4"))
+    assert four.videos.handover == 4 * four.videos.embeddings
+    assert four.videos.step_store == shared.videos.step_store
+    threes = planned(recipe, shape, overrides=(*two, "data.questions_per_video=3"))
+    assert threes.videos.step_store == 4 * apart.videos.step_store // 8
+    asked = ("eval.manifest=e.jsonl", "eval.batch_prompts=5", "data.questions_per_video=4")
+    evaluation = planned(recipe, shape, task="eval", overrides=asked)
+    assert evaluation.videos.handover == 5 * evaluation.videos.embeddings, "its order is another"
+
+
+@pytest.mark.parametrize("together", range(1, 7))
+def test_as_many_videos_as_a_share_of_prompts_can_be_about(together: int) -> None:
+    for prompts in range(1, 20):
+        shares = [range(first, first + prompts) for first in range(0, prompts * together, prompts)]
+        most = max(len({prompt // together for prompt in share}) for share in shares)
+        assert videos_of(prompts, together=together) == most
 
 
 def test_an_engine_with_deepstack_holds_what_the_first_layers_add(recipe: Path, shape: ModelShape) -> None:
