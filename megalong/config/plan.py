@@ -344,7 +344,7 @@ def _activation_memory(
         memory["its scores (plain attention)"] = costs.score_bytes(shape, tp=layout.tp, a2a=a2a, pairs=pairs)
     memory[f"its MLP in {slices} slice(s)"] = mlp * -(-tokens // slices)
     if stage == layout.pp - 1:
-        rows = lengths.copies_per_pack * lengths.responses * lengths.response
+        rows = max(lengths.copies_per_pack, lengths.questions) * lengths.responses * lengths.response
         trains = task in TRAINING and model.train_llm
         memory["logits of a chunk of rows"] = costs.logits_bytes(shape, tp=layout.tp, rows=rows, train=trains)
     return memory

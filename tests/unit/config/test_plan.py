@@ -102,6 +102,12 @@ def test_plain_attention_holds_whole_score_matrices(recipe: Path, shape: ModelSh
     # Many long responses to a short prompt: 16 x 1,024 of them on 513 tokens, or each on itself.
     many = (plain, "video.num_frames=1", "rollout.group_size=16", "parallel.cp=1", "gpus=4")
     assert scores(*many) == 3 * 4 * 7 * 16 * 1024**2
+    # Four questions of 256 tokens and eight responses each, all on their video.
+    four = (*many[:2], "parallel.cp=1", "gpus=4", "data.questions_per_video=4", "data.pack_tokens=40000")
+    assert scores(*four) == 3 * 4 * 7 * 4 * (8 * 1024 + 256) * 513
+    assert scores(*four, "data.pack_tokens=20000") == 3 * 4 * 7 * 2 * (8 * 1024 + 256) * 513, "two have room"
+    assert scores(*four, "mr_sp.mode=stage1") == 3 * 4 * 7 * (513 + 1024) ** 2
+    assert scores(*four, "sft.batch_size=4", task="sft") == 3 * 4 * 7 * 4 * (256 + 1024) ** 2, "side by side"
     assert scores("model.dtype=float32", "gpus=0") is None, "the CPU's kernel takes float32"
     assert scores(plain, "gpus=0") == scores(plain)
     result = planned(recipe, shape, overrides=("video.num_frames=512", "model.dtype=float32"))
