@@ -6,6 +6,7 @@ from megalong.config import costs
 from megalong.config.model_shape import ModelShape
 from megalong.config.plan_engine import samples_by_vllm
 from megalong.config.plan_lengths import Lengths, options_per_pack
+from megalong.config.plan_videos import sharing
 from megalong.config.tree import RunConfig, keeps_embeddings
 from megalong.config.validate import TEXT_TOKENS, Task
 
@@ -26,7 +27,8 @@ def step_flops(
     config: RunConfig, task: Task, shape: ModelShape, *, lengths: Lengths, batch_size: int, videos: int, shared: bool
 ) -> dict[str, int]:
     """FLOPs of one step by part, of a check none. `shared=False`: log-probability and training passes repeat the
-    prompt. videos: of the batch, each encoded once where embeddings are kept, and prefilled once by vLLM."""
+    prompt. videos: of the batch, each encoded once where embeddings are kept, prefilled once by vLLM, and computed once
+    in a pack."""
     if task == "check-sync":
         return {}
     size = {"prompt": lengths.prompt, "response": lengths.response, "group": lengths.group}
@@ -62,4 +64,16 @@ def step_flops(
         pairs = TEXT_TOKENS * lengths.prompt - TEXT_TOKENS * (TEXT_TOKENS - 1) // 2
         question = costs.forward_flops(shape, costs.whole_work(tokens=TEXT_TOKENS, pairs=pairs, rows=1))
         flops["rollout: prefill, once per prompt"] = videos * prefill + (batch_size - videos) * question
+    # A pack that has no room for all of a video's questions has the others in the next one.
+    packed = videos * -(-sharing(config, task) // lengths.questions)
+    if shared and packed < batch_size:
+        again = costs.forward_flops(shape, costs.video_work(lengths.prompt - TEXT_TOKENS))
+        for name in ("old log-probabilities", "reference log-probabilities"):
+            if name in flops:
+                flops[name] -= (batch_size - packed) * again
+        again = costs.train_flops(
+            shape, costs.video_work(lengths.prompt - TEXT_TOKENS), recompute=config.model.recompute,
+            mlp_chunks=config.model.mlp_chunks,
+        )  # fmt: skip
+        flops["forward and backward"] -= (batch_size - packed) * again
     return flops

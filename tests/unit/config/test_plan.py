@@ -581,6 +581,27 @@ def test_questions_that_share_a_video_have_it_once(recipe: Path, shape: ModelSha
     assert evaluation.videos.handover == 5 * evaluation.videos.embeddings, "its order is another"
 
 
+def test_questions_that_a_pack_has_room_for_are_computed_with_one_video(recipe: Path, shape: ModelShape) -> None:
+    """512 frames: a group is 135,936 tokens long, four about one video 148,992."""
+    base = ("video.num_frames=512", "data.max_response_tokens=512", "grpo.updates_per_batch=2", "grpo.batch_size=8")
+    passes = ("old log-probabilities", "reference log-probabilities", "forward and backward")
+
+    def cost(questions: int, pack: int, *more: str) -> list[int]:
+        asked = (f"data.questions_per_video={questions}", f"data.pack_tokens={pack}")
+        flops = planned(recipe, shape, overrides=(*base, *asked, *more)).flops
+        return [flops[name] for name in passes]
+
+    apart, three = cost(1, 148_992), cost(4, 148_991)
+    for once, alone in zip(cost(4, 148_992), apart, strict=True):
+        assert alone / once == pytest.approx(3.44, abs=0.02)
+    # With room for three the fourth has the video again.
+    assert [(a - b) for a, b in zip(apart, three, strict=True)] == pytest.approx(
+        [(a - b) * 2 / 3 for a, b in zip(apart, cost(4, 148_992), strict=True)]
+    )
+    assert cost(4, 100_000) == apart
+    assert cost(4, 148_992, "mr_sp.mode=stage1") == cost(1, 148_992, "mr_sp.mode=stage1")
+
+
 @pytest.mark.parametrize("together", range(1, 7))
 def test_as_many_videos_as_a_share_of_prompts_can_be_about(together: int) -> None:
     for prompts in range(1, 20):
