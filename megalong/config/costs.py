@@ -144,6 +144,11 @@ def shared_work(prompt: int, response: int, group: int) -> Work:
     )
 
 
+def video_work(video: int) -> Work:
+    """What a pack has less of for each question that shares its video with another one: a video predicts nothing."""
+    return Work(tokens=video, pairs=video * (video + 1) // 2, last_tokens=0, last_pairs=0, rows=0)
+
+
 def repeated_work(prompt: int, response: int, group: int) -> Work:
     """The same group as separate sequences: the last token of every prompt."""
     return Work(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from megalong.config import costs
@@ -12,7 +13,7 @@ from megalong.config.model_shape import ModelShape, VisionShape
 from megalong.config.plan_engine import EnginePlan, bucket_memory, plan_engine, samples_by_vllm, samples_embedded
 from megalong.config.plan_flops import step_flops
 from megalong.config.plan_lengths import Lengths, check_prompts, lengths_of
-from megalong.config.plan_videos import GIB, VideoPlan, plan_videos, video_bytes
+from megalong.config.plan_videos import GIB, VideoPlan, plan_videos, sharing, video_bytes, videos_of
 from megalong.config.shapes import SHIPPED_SHAPES, read_model_shape
 from megalong.config.tree import Dtype, MrSpMode, Recompute, RunConfig, keeps_embeddings
 from megalong.config.validate import TRAINING, Task
@@ -121,6 +122,9 @@ def plan(config: RunConfig, task: Task, shape: ModelShape, *, note: str = "") ->
     batch_size = {"sft": config.sft.batch_size, "grpo": config.grpo.batch_size, "check-sync": check}.get(task, 1)
     stages = [_memory(config, task, shape, layout=layout, lengths=lengths, stage=stage) for stage in range(layout.pp)]
     totals = tuple(sum(memory.values()) for memory in stages)
+    together = sharing(config, task) if shape.vision else 1
+    videos = min(batch_size, layout.dp * videos_of(-(-batch_size // layout.dp), together=together))
+    flops_of = partial(step_flops, config, task, shape, lengths=lengths, batch_size=batch_size, videos=videos)
     return Plan(
         task=task,
         config_text=config_yaml(config),
@@ -133,11 +137,9 @@ def plan(config: RunConfig, task: Task, shape: ModelShape, *, note: str = "") ->
         videos=_videos(config, task, shape, layout=layout, lengths=lengths, batch_size=batch_size),
         host_activations=_host_activations(config, shape, layout=layout, lengths=lengths) if task in TRAINING else 0,
         host_states=_host_states(config, shape, layout=layout) if task in TRAINING else 0,
-        flops=step_flops(config, task, shape, lengths=lengths, batch_size=batch_size, shared=not lengths.repeats),
+        flops=flops_of(shared=not lengths.repeats),
         engine=_engine(config, task, shape, layout=layout, lengths=lengths, peak=max(totals)),
-        flops_repeated=sum(
-            step_flops(config, task, shape, lengths=lengths, batch_size=batch_size, shared=False).values()
-        ),
+        flops_repeated=sum(flops_of(shared=False).values()),
         timeout_minutes=config.parallel.timeout_minutes,
     )
 
@@ -342,7 +344,7 @@ def _activation_memory(
         memory["its scores (plain attention)"] = costs.score_bytes(shape, tp=layout.tp, a2a=a2a, pairs=pairs)
     memory[f"its MLP in {slices} slice(s)"] = mlp * -(-tokens // slices)
     if stage == layout.pp - 1:
-        rows = lengths.copies_per_pack * lengths.responses * lengths.response
+        rows = max(lengths.copies_per_pack, lengths.questions) * lengths.responses * lengths.response
         trains = task in TRAINING and model.train_llm
         memory["logits of a chunk of rows"] = costs.logits_bytes(shape, tp=layout.tp, rows=rows, train=trains)
     return memory

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from megalong.config import costs
 from megalong.config.model_shape import ModelShape
+from megalong.config.plan_engine import samples_by_vllm
 from megalong.config.plan_lengths import Lengths, options_per_pack
+from megalong.config.plan_videos import sharing
 from megalong.config.tree import RunConfig, keeps_embeddings
-from megalong.config.validate import Task
+from megalong.config.validate import TEXT_TOKENS, Task
 
 
 def _encodings(config: RunConfig, task: Task, lengths: Lengths) -> int:
@@ -22,10 +24,11 @@ def _encodings(config: RunConfig, task: Task, lengths: Lengths) -> int:
 
 
 def step_flops(
-    config: RunConfig, task: Task, shape: ModelShape, *, lengths: Lengths, batch_size: int, shared: bool
+    config: RunConfig, task: Task, shape: ModelShape, *, lengths: Lengths, batch_size: int, videos: int, shared: bool
 ) -> dict[str, int]:
     """FLOPs of one step by part, of a check none. `shared=False`: log-probability and training passes repeat the
-    prompt."""
+    prompt. videos: of the batch, each encoded once where embeddings are kept, prefilled once by vLLM, and computed once
+    in a pack."""
     if task == "check-sync":
         return {}
     size = {"prompt": lengths.prompt, "response": lengths.response, "group": lengths.group}
@@ -40,9 +43,8 @@ def step_flops(
         return parts
     if task != "sft":
         own = lengths.prompt * (lengths.prompt + 1) // 2
-        parts["rollout: prefill, once per prompt"] = costs.forward_flops(
-            shape, costs.whole_work(tokens=lengths.prompt, pairs=own, rows=1)
-        )
+        prefill = costs.forward_flops(shape, costs.whole_work(tokens=lengths.prompt, pairs=own, rows=1))
+        parts["rollout: prefill, once per prompt"] = prefill
         parts["rollout: decode"] = costs.decode_flops(shape, **size)
     if task == "grpo" and config.grpo.updates_per_batch > 1:
         parts["old log-probabilities"] = one_pass
@@ -50,9 +52,28 @@ def step_flops(
         parts["reference log-probabilities"] = one_pass
     if task == "eval" and config.eval.likelihood:
         again = -(-lengths.group // options_per_pack(config, lengths.prompt, lengths.response)) - 1
-        parts["likelihood of the options"] = one_pass + again * parts["rollout: prefill, once per prompt"]
+        parts["likelihood of the options"] = one_pass + again * prefill
     if task != "eval":
         parts["forward and backward"] = costs.train_flops(
             shape, work, recompute=config.model.recompute, mlp_chunks=config.model.mlp_chunks
         )
-    return {name: batch_size * value for name, value in parts.items()}
+    flops = {name: batch_size * value for name, value in parts.items()}
+    if videos < batch_size and keeps_embeddings(config):
+        flops["vision: encode every frame once"] = videos * parts["vision: encode every frame once"]
+    if videos < batch_size and samples_by_vllm(config, task):
+        pairs = TEXT_TOKENS * lengths.prompt - TEXT_TOKENS * (TEXT_TOKENS - 1) // 2
+        question = costs.forward_flops(shape, costs.whole_work(tokens=TEXT_TOKENS, pairs=pairs, rows=1))
+        flops["rollout: prefill, once per prompt"] = videos * prefill + (batch_size - videos) * question
+    # A pack that has no room for all of a video's questions has the others in the next one.
+    packed = videos * -(-sharing(config, task) // lengths.questions)
+    if shared and packed < batch_size:
+        again = costs.forward_flops(shape, costs.video_work(lengths.prompt - TEXT_TOKENS))
+        for name in ("old log-probabilities", "reference log-probabilities"):
+            if name in flops:
+                flops[name] -= (batch_size - packed) * again
+        again = costs.train_flops(
+            shape, costs.video_work(lengths.prompt - TEXT_TOKENS), recompute=config.model.recompute,
+            mlp_chunks=config.model.mlp_chunks,
+        )  # fmt: skip
+        flops["forward and backward"] -= (batch_size - packed) * again
+    return flops

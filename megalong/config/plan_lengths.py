@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from megalong.config import costs
 from megalong.config.model_shape import ModelShape
+from megalong.config.plan_videos import sharing
 from megalong.config.tree import SHARDED, ParallelConfig, RunConfig
-from megalong.config.validate import Task, frames_per_video, prompt_tokens
+from megalong.config.validate import TEXT_TOKENS, Task, frames_per_video, prompt_tokens
 
 CHECK_PROMPTS = 4
 
@@ -23,6 +24,7 @@ class Lengths:
     group: int  # responses of a prompt; 1 for sft
     responses: int  # behind each copy of a prompt in a pack: the group, or 1 where every response repeats its prompt
     copies_per_pack: int  # of the longest
+    questions: int  # about one video, which they share in a pack, at most
     pack: int  # tokens at most: shorter prompts and responses fill a pack up to data.pack_tokens
     packs: int  # of one optimizer step, on one replica, or on each of its context-parallel ranks when not sharded
     sharded: bool
@@ -50,14 +52,18 @@ class Lengths:
         """Pairs of a query and a key in the longest attention call of a rank of a ring, of one copy of a prompt.
 
         A lone sequence, or a prompt that responses share, on itself: over a ring in chunks, each on all before it
-        (attention.tree). The responses: together on their prompt, and each on itself in one padded batch.
+        (attention.tree). The responses: together on their prompt, and each on itself in one padded batch. Questions
+        about one video, with their responses: together on the video; with one each they are such a batch.
         """
-        shares = self.responses > 1
-        own = self.prompt if shares else self.longest
+        apart = self.questions > 1
+        own = self.prompt if self.responses > 1 else self.longest
         chunk = -(-own // (2 * ring))
         calls = [own**2 if ring == 1 else chunk * max(chunk, own - chunk)]
-        if shares:
-            calls += [-(-self.responses * self.response // ring) * self.prompt, self.responses * self.response**2]
+        if self.responses > 1 or apart:
+            below = self.questions * (self.responses * self.response + TEXT_TOKENS * apart)
+            calls += [-(-below // ring) * self.prompt, self.responses * self.response**2]
+        if apart and self.responses == 1:
+            calls.append(self.questions * (TEXT_TOKENS + self.response) ** 2)
         return max(calls)
 
     def on_rank(self, count: int, *, cp: int) -> int:
@@ -85,6 +91,10 @@ def lengths_of(config: RunConfig, task: Task, shape: ModelShape, *, dp: int, cp:
     longest = costs.shared_tokens(prompt, response, responses)
     per_pack = max(1, min(config.data.pack_tokens // longest, copies))
     packs = -(-copies // (per_pack if sharded else per_pack * cp))
+    questions = 1
+    if shape.vision and mode == "shared_prefix":
+        room = (config.data.pack_tokens - prompt + TEXT_TOKENS) // (longest - prompt + TEXT_TOKENS)
+        questions = max(1, min(sharing(config, task), prompts, room))
     if task == "eval":
         packs = -(-prompts * group // options_per_pack(config, prompt, response))
     return Lengths(
@@ -95,6 +105,7 @@ def lengths_of(config: RunConfig, task: Task, shape: ModelShape, *, dp: int, cp:
         group=group,
         responses=responses,
         copies_per_pack=per_pack,
+        questions=questions,
         pack=max(longest, min(config.data.pack_tokens, copies * longest)),
         packs=max(1, packs),
         sharded=sharded,

@@ -116,7 +116,8 @@ def _engine_text(engine: EnginePlan, videos: VideoPlan | None) -> str:
 
 def _videos_text(videos: VideoPlan, layout: Layout, task: Task) -> list[str]:
     """Of the stores of embeddings and of decoded frames."""
-    of_step = "a step's videos per process, if no two samples share one"
+    shared = f"every {videos.sharing} samples share" if videos.sharing > 1 else "no two samples share"
+    of_step = f"a step's videos per process, if {shared} one"
     if task == "cache-embeddings":
         of_step = "a video"
     share = -(-videos.embeddings // layout.replica)

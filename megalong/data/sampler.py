@@ -112,9 +112,17 @@ def neighbouring(
         fitting = next((with_room for with_room in places[len(part) : together] if with_room), None)
         place = [*(fitting.pop() if fitting else ()), *part]
         places[together - len(place)].append(place)
-    whole = [places[0][index] for index in rng.permutation(len(places[0]))]
-    rest = [sample for with_room in places[1:] for place in with_room for sample in place]
-    lead = min(-first % together, len(order))  # samples before the first place
-    while len(rest) < lead:
-        rest += whole.pop()
-    return np.array([*rest[:lead], *(sample for place in whole for sample in place), *rest[lead:]], dtype=np.int64)
+    whole, partial = places[0], [place for with_room in places[1:] for place in with_room]
+    rng.shuffle(whole)
+    rng.shuffle(partial)  # how many questions a video has tells nothing about when it comes
+    lead, head = min(-first % together, len(order)), []  # samples before the first place
+    while len(head) < lead:
+        head += (partial or whole).pop()
+    rest = head[lead:]
+    for place in partial:
+        rest += place
+        if len(rest) % together == 0:
+            whole.append(rest)
+            rest = []
+    rng.shuffle(whole)
+    return np.array([*head[:lead], *(sample for place in whole for sample in place), *rest], dtype=np.int64)

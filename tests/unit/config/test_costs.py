@@ -86,6 +86,20 @@ def test_the_last_layer_has_the_queries_that_predict(prompt: int, response: int,
     assert costs.shared_work(prompt, response, 1) == costs.repeated_work(prompt, response, 1)
 
 
+@pytest.mark.parametrize(("video", "text", "response", "group", "questions"), [(5, 2, 3, 2, 4), (3, 1, 1, 3, 2)])
+def test_questions_that_share_a_video_have_its_rows_and_pairs_once(
+    video: int, text: int, response: int, group: int, questions: int
+) -> None:
+    below = sum(seen for seen in range(video + 1, video + text + 1)) + group * sum(
+        video + text + own for own in range(1, response + 1)
+    )
+    one, saved = costs.shared_work(video + text, response, group), costs.video_work(video)
+    assert questions * one.tokens - (questions - 1) * saved.tokens == video + questions * (text + group * response)
+    pairs = questions * one.pairs - (questions - 1) * saved.pairs
+    assert pairs == sum(range(1, video + 1)) + questions * below
+    assert (saved.last_tokens, saved.last_pairs, saved.rows) == (0, 0, 0)
+
+
 def test_tokens_of_a_3600_frame_group() -> None:
     assert PROMPT_3600 == 925_456
     assert costs.shared_tokens(PROMPT_3600, 1024, 8) == 933_648

@@ -15,6 +15,7 @@ from megalong.config.model_shape import ModelShape
 from megalong.config.plan import GIB, GPU_STORE, RUNTIME_BYTES, Plan, plan, planned_processes, shape_for_planning
 from megalong.config.plan_engine import ENGINE_BUCKET, EnginePlan
 from megalong.config.plan_text import render
+from megalong.config.plan_videos import videos_of
 from megalong.config.shapes import SHIPPED_SHAPES
 from megalong.config.tree import EnginePlacement
 from megalong.config.validate import Task, validate
@@ -101,6 +102,12 @@ def test_plain_attention_holds_whole_score_matrices(recipe: Path, shape: ModelSh
     # Many long responses to a short prompt: 16 x 1,024 of them on 513 tokens, or each on itself.
     many = (plain, "video.num_frames=1", "rollout.group_size=16", "parallel.cp=1", "gpus=4")
     assert scores(*many) == 3 * 4 * 7 * 16 * 1024**2
+    # Four questions of 256 tokens and eight responses each, all on their video.
+    four = (*many[:2], "parallel.cp=1", "gpus=4", "data.questions_per_video=4", "data.pack_tokens=40000")
+    assert scores(*four) == 3 * 4 * 7 * 4 * (8 * 1024 + 256) * 513
+    assert scores(*four, "data.pack_tokens=20000") == 3 * 4 * 7 * 2 * (8 * 1024 + 256) * 513, "two have room"
+    assert scores(*four, "mr_sp.mode=stage1") == 3 * 4 * 7 * (513 + 1024) ** 2
+    assert scores(*four, "sft.batch_size=4", task="sft") == 3 * 4 * 7 * 4 * (256 + 1024) ** 2, "side by side"
     assert scores("model.dtype=float32", "gpus=0") is None, "the CPU's kernel takes float32"
     assert scores(plain, "gpus=0") == scores(plain)
     result = planned(recipe, shape, overrides=("video.num_frames=512", "model.dtype=float32"))
@@ -545,6 +552,62 @@ def test_the_engines_of_a_replica_are_given_the_embeddings_of_its_prompts(recipe
     assert evaluation.videos.handover == 5 * evaluation.videos.embeddings
     row = f"embeddings of a replica's prompts, pinned in /dev/shm {training.videos.handover / GIB:,.2f} GiB"
     assert row in [" ".join(line.split()) for line in render(training).splitlines()]
+
+
+def test_questions_that_share_a_video_have_it_once(recipe: Path, shape: ModelShape) -> None:
+    """16 prompts of two replicas of four ranks: eight each, about two videos of four questions."""
+    two = ("gpus=8", "parallel.cp=1", "grpo.batch_size=16")
+    apart, shared = (
+        planned(recipe, shape, overrides=(*two, f"data.questions_per_video={count}", "rollout.engine_tp=2"))
+        for count in (1, 4)
+    )
+    assert (apart.layout.dp, apart.layout.replica) == (2, 4)
+    for name in ("handover", "step_store", "step_frames"):  # an engine of two has one video's four questions
+        assert getattr(apart.videos, name) == 4 * getattr(shared.videos, name) > 0
+    assert "a step's videos per process, if every 4 samples share one " in render(shared)
+    encode, prefill = "vision: encode every frame once", "rollout: prefill, once per prompt"
+    assert apart.flops[encode] == 4 * shared.flops[encode]
+    # Behind the video each of the other twelve questions has 256 tokens: a 3,615th of its prompt.
+    assert shared.flops[prefill] / apart.flops[prefill] == pytest.approx((4 + 12 / 1800) / 16, rel=2e-3)
+    assert shared.flops["forward and backward"] == apart.flops["forward and backward"]
+    # Four engines are given two of a video's four questions each; eight in threes are about four videos at most.
+    four = planned(recipe, shape, overrides=(*two, "data.questions_per_video=4"))
+    assert four.videos.handover == 4 * four.videos.embeddings
+    assert four.videos.step_store == shared.videos.step_store
+    threes = planned(recipe, shape, overrides=(*two, "data.questions_per_video=3"))
+    assert threes.videos.step_store == 4 * apart.videos.step_store // 8
+    asked = ("eval.manifest=e.jsonl", "eval.batch_prompts=5", "data.questions_per_video=4")
+    evaluation = planned(recipe, shape, task="eval", overrides=asked)
+    assert evaluation.videos.handover == 5 * evaluation.videos.embeddings, "its order is another"
+
+
+def test_questions_that_a_pack_has_room_for_are_computed_with_one_video(recipe: Path, shape: ModelShape) -> None:
+    """512 frames: a group is 135,936 tokens long, four about one video 148,992."""
+    base = ("video.num_frames=512", "data.max_response_tokens=512", "grpo.updates_per_batch=2", "grpo.batch_size=8")
+    passes = ("old log-probabilities", "reference log-probabilities", "forward and backward")
+
+    def cost(questions: int, pack: int, *more: str) -> list[int]:
+        asked = (f"data.questions_per_video={questions}", f"data.pack_tokens={pack}")
+        flops = planned(recipe, shape, overrides=(*base, *asked, *more)).flops
+        return [flops[name] for name in passes]
+
+    apart, three = cost(1, 148_992), cost(4, 148_991)
+    for once, alone in zip(cost(4, 148_992), apart, strict=True):
+        assert alone / once == pytest.approx(3.44, abs=0.02)
+    # With room for three the fourth has the video again.
+    assert [(a - b) for a, b in zip(apart, three, strict=True)] == pytest.approx(
+        [(a - b) * 2 / 3 for a, b in zip(apart, cost(4, 148_992), strict=True)]
+    )
+    assert cost(4, 100_000) == apart
+    assert cost(4, 148_992, "mr_sp.mode=stage1") == cost(1, 148_992, "mr_sp.mode=stage1")
+
+
+@pytest.mark.parametrize("together", range(1, 7))
+def test_as_many_videos_as_a_share_of_prompts_can_be_about(together: int) -> None:
+    for prompts in range(1, 20):
+        shares = [range(first, first + prompts) for first in range(0, prompts * together, prompts)]
+        most = max(len({prompt // together for prompt in share}) for share in shares)
+        assert videos_of(prompts, together=together) == most
 
 
 def test_an_engine_with_deepstack_holds_what_the_first_layers_add(recipe: Path, shape: ModelShape) -> None:

@@ -126,6 +126,16 @@ def test_rests_of_videos_are_not_torn_apart():
     assert found == ["aaaa", "abbb", "cccd", "eeff"] or found == ["aaaa", "accc", "bbbd", "eeff"]
 
 
+@pytest.mark.parametrize(("together", "sizes"), [(4, [3] * 8 + [4] * 6), (8, [5] * 8 + [6] * 8 + [7] * 8)])
+def test_how_many_questions_a_video_has_does_not_tell_when_it_comes(together, sizes):
+    """None of 5, 6 and 7 questions fills a place of 8, nor makes room for another's."""
+    videos = [number for number, size in enumerate(sizes) for _ in range(size)]
+    stream = [sizes[videos[share[0]]] for share in share_of(0, 1, videos, batch_size=1, together=together, epochs=40)]
+    for size in set(sizes):
+        places = [at % len(videos) for at, found in enumerate(stream) if found == size]
+        assert sum(places) / len(places) / len(videos) == pytest.approx(0.5, abs=0.1)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
