@@ -36,10 +36,21 @@ def build_parser() -> argparse.ArgumentParser:
         example = "seed=2 questions.train_rl=100" if demo else "grpo.steps=200 parallel.tp=4"
         verb.add_argument("overrides", nargs="*", help=f"a.b=c, for example {example}")
         if name == "plan":
-            verb.add_argument("--task", choices=PLANNED, default="grpo")
+            verb.add_argument("--task", choices=PLANNED, default="grpo", help="verb to plan for (default: grpo)")
     report = verbs.add_parser("report", help="summary.json, table and picture of a demo folder")
-    report.add_argument("folder", type=Path)
+    report.add_argument("folder", type=Path, help="what launch/demo.sh filled, for example runs/demo")
     return parser
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Arguments in any order: argparse alone takes no overrides behind an option."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and ("overrides" not in args or any(text.startswith("-") for text in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     other ranks, the rollout engine) or a check that fails with one message and 1, a stuck phase with its stacks and 3;
     any other error keeps its traceback.
     """
-    args = build_parser().parse_args(argv)
+    args = parse(argv)
     # megatron-core says once per module that it falls back to torch's own kernels, as meant on a CPU.
     warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*not installed", category=UserWarning)
     try:
@@ -69,8 +80,8 @@ def main(argv: list[str] | None = None) -> int:
 def _is_complete(error: Exception) -> bool:
     """Errors whose message says what to change; all others keep their traceback."""
     given = ("ConfigError", "ManifestError", "CheckpointError", "FileNotFoundError")
-    stores = ("EmbeddingCacheError", "StoreFullError")
-    return _is(error, *given, *stores, *FAILURES)
+    others = ("EmbeddingCacheError", "StoreFullError", "ReportError")
+    return _is(error, *given, *others, *FAILURES)
 
 
 def _is(error: Exception, *names: str) -> bool:
