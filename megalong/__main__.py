@@ -63,6 +63,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     # megatron-core says once per module that it falls back to torch's own kernels, as meant on a CPU.
     warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*not installed", category=UserWarning)
+    # Of its own calls, which no setting of a run changes.
+    warnings.filterwarnings("ignore", message="full scope is deprecated", category=UserWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(megatron\.core|torch\.distributed)\.")
     try:
         if args.verb in RECIPE_VERBS:
             return _run_recipe(args)
@@ -73,8 +76,19 @@ def main(argv: list[str] | None = None) -> int:
         if not _is_complete(error):
             raise
         print(f"megalong {args.verb}: {error}", file=sys.stderr)  # noqa: T201
+        if _is(error, "ConfigError"):
+            _tell_torchrun(error)
         return 1 if _is(error, *FAILURES) else 2
     return 0
+
+
+def _tell_torchrun(error: Exception) -> None:
+    """A recipe that cannot be read is in torchrun's summary, too, as are the errors behind it."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file and not Path(file).exists():
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error.with_traceback(None))
 
 
 def _is_complete(error: Exception) -> bool:

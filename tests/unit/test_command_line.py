@@ -169,6 +169,20 @@ def test_configuration_errors(
     assert not (recipe.parent / "run").exists(), "nothing is written before the configuration is known to be right"
 
 
+def test_a_recipe_that_cannot_be_read_is_in_the_summary_of_torchrun(
+    recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = recipe.parent / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    assert "grpo.steps?" in failure(capsys, "grpo", str(recipe), "grpo.stpes=3")
+    assert "did you mean grpo.steps?" in file.read_text()
+
+
+def test_plan_names_the_families_before_it_looks_for_sizes(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = failure(capsys, "plan", str(recipe), "gpus=1", "model.path=gone", "model.family=qwen2_5_v")
+    assert "model.family='qwen2_5_v' is not known; one of ['longvila'," in line
+
+
 def test_overrides_may_stand_behind_an_option(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(recipe), "video.num_frames=3", "--task", "eval", "eval.manifest=e.jsonl"]) == 0
     text = capsys.readouterr().out
