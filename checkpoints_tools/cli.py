@@ -39,13 +39,13 @@ def build_parser() -> argparse.ArgumentParser:
         verb.add_argument("--out", type=Path, required=True, help="new folder; appears when it is complete")
         verb.add_argument("--dry-run", action="store_true", help="check everything, write nothing")
     compare = verbs.add_parser("verify", help="compare two checkpoints bit by bit; exit code 0 equal, 1 different")
-    compare.add_argument("a", type=Path)
-    compare.add_argument("b", type=Path)
+    for name in ("a", "b"):
+        compare.add_argument(name, type=Path, help="Hugging Face folder, or Megatron checkpoint (or folder of them)")
     compare.add_argument("--like", type=Path, help="Hugging Face folder with the sizes of two Megatron checkpoints")
     for verb in (to_megatron, to_hf, compare):
         verb.add_argument("--dtype", choices=DTYPES, default="keep", help="cast the model's tensors (default: keep)")
     inspect = verbs.add_parser("inspect", help="family, sizes, tensors, dtypes, parameters, checksum")
-    inspect.add_argument("folder", type=Path)
+    inspect.add_argument("folder", type=Path, help="as those of verify")
     inspect.add_argument("--no-checksum", action="store_true", help="read headers only")
     for verb in (to_megatron, to_hf, compare, inspect):
         verb.add_argument(

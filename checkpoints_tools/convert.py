@@ -127,7 +127,7 @@ def _checked_layout(blueprint: Blueprint, *, tp: int, pp: int) -> dict[str, int]
     gpt = blueprint.spec.gpt
     if min(tp, pp) < 1:
         raise ConvertError(f"--tp {tp} --pp {pp}: expected positive numbers")
-    raise_all(list(split_problems(gpt, tp=tp, pp=pp)))
+    raise_all([text.replace("parallel.", "--") for text in split_problems(gpt, tp=tp, pp=pp)])
     return {"tp": tp, "pp": pp, "vocab_rows": gpt.vocab + -gpt.vocab % tp}
 
 

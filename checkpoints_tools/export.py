@@ -64,7 +64,8 @@ def plan_export(
     """Read all headers and check them against each other. Raises ConvertError for anything that does not fit."""
     found = megatron_checkpoint(megatron)
     if found is None:
-        raise ConvertError(f"{megatron}: neither a Megatron checkpoint nor a folder with step_<n> checkpoints")
+        below = f"; {megatron}/checkpoints is there: try that" if (megatron / "checkpoints").is_dir() else ""
+        raise ConvertError(f"{megatron}: neither a Megatron checkpoint nor a folder with step_<n> checkpoints{below}")
     blueprint = read_blueprint(like)
     folder = HfFolder(like, blueprint.folders, allow_pickle=allow_pickle)
     check_folder(folder, blueprint)

@@ -91,6 +91,8 @@ def family_of_folder(path: Path) -> str:
     qwen2 stands for qwen2_5 too: their files do not differ.
     """
     file = path / "config.json"
+    if not path.is_dir():
+        raise ConvertError(f"{path}: no such folder")
     if not file.is_file():
         raise ConvertError(f"{path}: not a Hugging Face checkpoint folder (no config.json)")
     try:

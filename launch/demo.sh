@@ -14,6 +14,7 @@ cd "$ROOT"
 
 SEED=${SEED:-1} OUT=${OUT:-runs/demo}
 GPUS=${GPUS:-0}
+whole GPUS 0
 # One thread per process: two processes with a pool each are slower than two without.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1
 PROCESSES=$GPUS

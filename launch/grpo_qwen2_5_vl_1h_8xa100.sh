@@ -8,4 +8,5 @@
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
-RECIPE=${RECIPE:-$HERE/recipes/grpo_qwen2_5_vl_3b_1h.yaml} exec "$HERE/grpo_7b_8xa100.sh" "$@"
+RECIPE=${RECIPE:-$HERE/recipes/grpo_qwen2_5_vl_3b_1h.yaml}
+source "$HERE/grpo_7b_8xa100.sh"

@@ -3,7 +3,7 @@
 # RESTARTS  environment: how often torchrun starts all processes again after one ended with an error or was killed
 #           (default 0). They continue from the last checkpoint, so a small checkpoint.save_every loses little.
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-PYTHON=${PYTHON:-python3}
+PYTHON=${PYTHON:-python3} RESTARTS=${RESTARTS:-0}
 # On SIGTERM a run saves and exits; torchrun would kill it 30 s later, too soon for a checkpoint of 90 GB.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-270}
 # Processes that start again need a store of their own: in torchrun's, which is shared by default, they would find the
@@ -20,11 +20,22 @@ run() {
   fi
 }
 
+# whole NAME LOWEST: the variable NAME must be a whole number of at least LOWEST.
+whole() {
+  if [[ ! ${!1} =~ ^(0|[1-9][0-9]*)$ ]] || ((${!1} < $2)); then
+    echo "$0: $1=${!1} must be a whole number of at least $2; change it" >&2
+    exit 2
+  fi
+}
+whole RESTARTS 0
+
 # share_gpus NAME: of the GPUs that the variable NAME counts, ENGINE_GPUS are for vLLM engines, one each. Sets TRAINERS,
 # the number of the others, and ENGINE_OVERRIDES.
 share_gpus() {
   local gpus=${!1}
   ENGINE_GPUS=${ENGINE_GPUS:-0} ENGINE_OVERRIDES=()
+  whole "$1" 0
+  whole ENGINE_GPUS 0
   if ((ENGINE_GPUS > 0)); then
     ENGINE_OVERRIDES=(rollout.placement=disaggregated "rollout.engines_per_node=$ENGINE_GPUS")
   fi
@@ -44,6 +55,6 @@ torchrun_local() {
     echo "$0: GPUS=$processes is how many processes to start; set it to a whole number of at least 1" >&2
     exit 2
   fi
-  run "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$processes" --max-restarts "${RESTARTS:-0}" \
+  run "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$processes" --max-restarts "$RESTARTS" \
     -m megalong "$@"
 }

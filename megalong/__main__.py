@@ -36,10 +36,21 @@ def build_parser() -> argparse.ArgumentParser:
         example = "seed=2 questions.train_rl=100" if demo else "grpo.steps=200 parallel.tp=4"
         verb.add_argument("overrides", nargs="*", help=f"a.b=c, for example {example}")
         if name == "plan":
-            verb.add_argument("--task", choices=PLANNED, default="grpo")
+            verb.add_argument("--task", choices=PLANNED, default="grpo", help="verb to plan for (default: grpo)")
     report = verbs.add_parser("report", help="summary.json, table and picture of a demo folder")
-    report.add_argument("folder", type=Path)
+    report.add_argument("folder", type=Path, help="what launch/demo.sh filled, for example runs/demo")
     return parser
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Arguments in any order: argparse alone takes no overrides behind an option."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and ("overrides" not in args or any(text.startswith("-") for text in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,9 +60,12 @@ def main(argv: list[str] | None = None) -> int:
     other ranks, the rollout engine) or a check that fails with one message and 1, a stuck phase with its stacks and 3;
     any other error keeps its traceback.
     """
-    args = build_parser().parse_args(argv)
+    args = parse(argv)
     # megatron-core says once per module that it falls back to torch's own kernels, as meant on a CPU.
     warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*not installed", category=UserWarning)
+    # Of its own calls, which no setting of a run changes.
+    warnings.filterwarnings("ignore", message="full scope is deprecated", category=UserWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(megatron\.core|torch\.distributed)\.")
     try:
         if args.verb in RECIPE_VERBS:
             return _run_recipe(args)
@@ -62,15 +76,26 @@ def main(argv: list[str] | None = None) -> int:
         if not _is_complete(error):
             raise
         print(f"megalong {args.verb}: {error}", file=sys.stderr)  # noqa: T201
+        if _is(error, "ConfigError"):
+            _tell_torchrun(error)
         return 1 if _is(error, *FAILURES) else 2
     return 0
+
+
+def _tell_torchrun(error: Exception) -> None:
+    """A recipe that cannot be read is in torchrun's summary, too, as are the errors behind it."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file and not Path(file).exists():
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error.with_traceback(None))
 
 
 def _is_complete(error: Exception) -> bool:
     """Errors whose message says what to change; all others keep their traceback."""
     given = ("ConfigError", "ManifestError", "CheckpointError", "FileNotFoundError")
-    stores = ("EmbeddingCacheError", "StoreFullError")
-    return _is(error, *given, *stores, *FAILURES)
+    others = ("EmbeddingCacheError", "StoreFullError", "ReportError")
+    return _is(error, *given, *others, *FAILURES)
 
 
 def _is(error: Exception, *names: str) -> bool:

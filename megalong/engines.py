@@ -95,7 +95,10 @@ def _takes_vllm(config: RunConfig, model_type: str, *, task: Task, on_gpu: bool)
     if choice is EngineChoice.vllm:
         problems = []
         if importlib.util.find_spec("vllm") is None:
-            problems.append("rollout.engine=vllm, but vLLM is not installed; pip install 'megalong[gpu]'")
+            problems.append(
+                "rollout.engine=vllm, but vLLM is not installed; pip install -e '.[gpu]' in the checkout, or set "
+                "rollout.engine=embedded"
+            )
         if model_type not in MODELS:
             problems.append(
                 f"rollout.engine=vllm has no model for {model_type} (model.family={config.model.family}; it has "

@@ -20,6 +20,10 @@ EVALUATIONS = {
 SUMMARY_FILE, SECONDS_FILE, PICTURE_FILE = "summary.json", "seconds.json", "learning_curve.png"
 
 
+class ReportError(ValueError):
+    """A file of the demo's folder that is not what a run writes; the message names it."""
+
+
 def write_summary(demo_dir: str | Path) -> dict[str, Any]:
     """Write summary.json, learning_curve.png and grpo/reward_curve.png; returns what summary.json holds.
 
@@ -28,7 +32,7 @@ def write_summary(demo_dir: str | Path) -> dict[str, Any]:
     questions by the most likely option and `chance` of guessing them (both null without eval.likelihood).
     reward_curve: a row per GRPO step.
     seconds: wall clock of each stage and `total` (seconds.json), and of each phase inside the two runs.
-    Raises FileNotFoundError or ValueError naming the files that are absent or the one that lacks a field.
+    Raises FileNotFoundError or ReportError naming the files that are absent or the one that lacks a field.
     """
     folder = Path(demo_dir)
     needed = [*(f"{stage}/{METRICS_FILE}" for stage in ("sft", "grpo")), *EVALUATIONS.values(), SECONDS_FILE]
@@ -38,7 +42,10 @@ def write_summary(demo_dir: str | Path) -> dict[str, Any]:
             f"{folder} lacks {', '.join(absent)}; a report is of a folder that launch/demo.sh filled, with "
             f"{', '.join(needed)}: run all its stages with OUT={folder}"
         )
-    sft, grpo = (read_jsonl(folder / stage / METRICS_FILE) for stage in ("sft", "grpo"))
+    try:
+        sft, grpo = (read_jsonl(folder / stage / METRICS_FILE) for stage in ("sft", "grpo"))
+    except ValueError as error:
+        raise ReportError(str(error)) from error
     stages = {stage: float(seconds) for stage, seconds in _read(folder / SECONDS_FILE).items()}
     summary: dict[str, Any] = {key: read_accuracy(folder / file) for key, file in EVALUATIONS.items()}
     summary["reward_curve"] = [
@@ -69,7 +76,9 @@ def read_accuracy(path: Path) -> dict[str, Any]:
             "categories": {name: row["strict"] for name, row in report["categories"].items()},
         }
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not an evaluation report: {error!r} while reading overall and categories") from error
+        raise ReportError(
+            f"{path}: not an evaluation report: {error!r} while reading overall and categories"
+        ) from error
 
 
 def summary_table(summary: dict[str, Any]) -> str:
@@ -95,9 +104,9 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
+        raise ReportError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
+        raise ReportError(f"{path}: expected a JSON object, got {type(values).__name__}")
     return values
 
 

@@ -10,7 +10,11 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import IO, Any
 
+import yaml
+from omegaconf import OmegaConf
+
 from megalong.config.errors import ConfigError
+from megalong.config.load import config_yaml, known_keys
 from megalong.config.tree import RunConfig
 from megalong.config.validate import TRAINING, Task
 from megalong.engine.checkpoint import complete_checkpoints, newest_checkpoint, read_extra
@@ -109,6 +113,8 @@ def resumed_origin(start: Path, config: RunConfig, task: Task, *, keeps_referenc
         )
     if origin.train != os.path.abspath(config.data.train):
         logger.warning("%s: data.train was %s, and is %s now", start, origin.train, config.data.train)
+    if changed := changed_settings(config):
+        logger.info("%s: the run goes on with other settings: %s", start, ", ".join(changed))
     if not keeps_reference or origin.init_from is None or Path(origin.init_from).is_dir():
         return origin
     name = Path(origin.init_from).name
@@ -119,6 +125,21 @@ def resumed_origin(start: Path, config: RunConfig, task: Task, *, keeps_referenc
         f"{start}: the reference policy of its run is {origin.init_from}, which is gone; set model.init_from to where "
         f"{name} is now, or grpo.kl_coef=0"
     )
+
+
+def changed_settings(config: RunConfig) -> list[str]:
+    """What config.yaml of the run folder, which is about to be replaced, says otherwise; data.train is Origin's."""
+    try:
+        before = OmegaConf.load(Path(config.logger.run_dir) / "config.yaml")
+    except (OSError, yaml.YAMLError):  # nothing to compare with
+        return []
+    now, changed = OmegaConf.create(config_yaml(config)), []
+    for key in known_keys(RunConfig):
+        new = OmegaConf.select(now, key)
+        old = OmegaConf.select(before, key, default=new)  # an older version's file may lack it
+        if new != old and key != "data.train":
+            changed.append(f"{key}={new} (was {old})")
+    return changed
 
 
 def lock_folder(run_dir: Path) -> IO[str]:

@@ -257,7 +257,7 @@ def read_samples(config: RunConfig, *, manifest: str, video_dir: str | None, thi
         section = "eval" if manifest == config.eval.manifest else "data"
         raise ManifestError(
             f"{manifest}: none of its first {len(first)} videos is there, {first[0]} for one; relative paths start "
-            f"from {section}.video_dir={video_dir}, or from the manifest's folder where that is not set"
+            f"from {section}.video_dir={video_dir or 'null'}, or from the manifest's folder where that is not set"
         )
     try:
         check_problem_types(samples)

@@ -14,7 +14,7 @@ from megalong.config.plan_engine import EnginePlan, bucket_memory, plan_engine, 
 from megalong.config.plan_flops import step_flops
 from megalong.config.plan_lengths import Lengths, check_prompts, lengths_of
 from megalong.config.plan_videos import GIB, VideoPlan, plan_videos, sharing, video_bytes, videos_of
-from megalong.config.shapes import SHIPPED_SHAPES, read_model_shape
+from megalong.config.shapes import SHIPPED_SHAPES, check_family, read_model_shape
 from megalong.config.tree import Dtype, MrSpMode, Recompute, RunConfig, keeps_embeddings
 from megalong.config.validate import TRAINING, Task
 from megalong.config.validate_attention import a2a_ranks, takes_plain
@@ -83,6 +83,7 @@ def shape_for_planning(config: RunConfig) -> tuple[ModelShape, str]:
     Only a configuration with gpus > 0 is planned with the shipped sizes: a CPU run is never of such a model.
     """
     path, family = Path(config.model.path), config.model.family
+    check_family(family)
     if path.exists():
         return read_model_shape(path, family=family, video=config.video), ""
     if not config.gpus:

@@ -75,8 +75,8 @@ def _memory_text(plan: Plan) -> str:
     rows.append((f"total per {where}", f"{plan.memory_total / GIB:,.2f} GiB"))
     if len(plan.stages) > 1:
         rows += [(f"total on pipeline stage {n}", f"{total / GIB:,.2f} GiB") for n, total in enumerate(plan.stages)]
-    for card, budget in BUDGETS_GIB.items():
-        rows.append((f"on {card}", f"{_verdict(fits=plan.memory_total <= budget * GIB)} {budget} GiB"))
+    fits = {card: plan.memory_total <= budget * GIB for card, budget in BUDGETS_GIB.items() if _on_gpus(plan)}
+    rows += [(f"on {card}", f"{_verdict(fits=fits[card])} {BUDGETS_GIB[card]} GiB") for card in fits]
     if plan.host_activations:
         rows.append(
             ("offloaded activations, pinned host memory per process", f"{plan.host_activations / GIB:,.2f} GiB")
@@ -85,7 +85,8 @@ def _memory_text(plan: Plan) -> str:
         rows.append(
             ("offloaded optimizer states, pinned host memory per process", f"{plan.host_states / GIB:,.2f} GiB")
         )
-    return _table(f"memory per {where} (activations: upper estimate)", rows)
+    table = _table(f"memory per {where} (activations: upper estimate)", rows)
+    return table if all(fits.values()) else f"{table}\ndocs/memory.md lists the settings that lower it, cheapest first"
 
 
 def _on_gpus(plan: Plan) -> bool:

@@ -38,6 +38,10 @@ SHAPE_READERS: dict[str, Callable[[Path, VideoConfig], ModelShape]] = {
 
 def read_model_shape(path: str | Path, *, family: str, video: VideoConfig) -> ModelShape:
     """Sizes of a checkpoint folder. Raises ConfigError for an unknown family or a file that does not say enough."""
+    check_family(family)
+    return SHAPE_READERS[family](Path(path), video)
+
+
+def check_family(family: str) -> None:
     if family not in SHAPE_READERS:
         raise ConfigError(f"model.family={family!r} is not known; one of {sorted(SHAPE_READERS)}")
-    return SHAPE_READERS[family](Path(path), video)

@@ -268,6 +268,7 @@ class RewardConfig:
 @dataclass
 class GrpoConfig:
     steps: int = 100
+    """Rollout batches. The log, checkpoint.save_every and eval.every count updates: updates_per_batch of each."""
     batch_size: int = 32
     """Prompts per rollout batch, over all replicas."""
     updates_per_batch: int = 1

@@ -195,7 +195,7 @@ def _parallel_problems(config: RunConfig, *, world_size: int, model: ModelShape)
     if world_size % replica:
         yield (
             f"{world_size} processes cannot be split into replicas of {split} = {replica}; "
-            "start a multiple of that or change the three"
+            "start a multiple of that (torchrun --nproc-per-node N) or change the three"
         )
     if config.gpus and config.gpus != world_size and config.gpus % replica:
         yield f"gpus={config.gpus} is not a multiple of {split} = {replica}; change gpus or the three"

@@ -88,8 +88,9 @@ def newest_checkpoint(path: Path) -> Path:
         return path
     found = complete_checkpoints(path)
     if not found:
+        below = f"; {path}/checkpoints is there: try that" if (path / "checkpoints").is_dir() else ""
         raise CheckpointError(
-            f"model.init_from={path}: neither a megatron checkpoint nor a folder with step_<n> checkpoints"
+            f"model.init_from={path}: neither a megatron checkpoint nor a folder with step_<n> checkpoints{below}"
         )
     return found[-1]
 

@@ -14,6 +14,9 @@ from megalong.models.json_files import load_json
 PLACEHOLDERS = ("<vila/sentinel>", "<image>", "<vila/video>")
 """VILA's tokens for an answer, a picture and a video, which no embedding is looked up for: their ids may be larger."""
 
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
+"""Of a fast and of a slow tokenizer of the Qwen families; one of them is enough."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChatTokens:
@@ -28,6 +31,8 @@ class ChatTokens:
 
 def read_chat_tokens(folder: Path, *, system_prompt: str) -> ChatTokens:
     """The tokenizer in `folder`, for ChatML turns. Raises CheckpointError when a chat marker is not one token."""
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):  # transformers would make an empty tokenizer
+        raise CheckpointError(f"{folder}: no tokenizer; expected {' or '.join(TOKENIZER_FILES)}, below model.path")
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
     def encode(text: str) -> list[int]:

@@ -169,6 +169,46 @@ def test_configuration_errors(
     assert not (recipe.parent / "run").exists(), "nothing is written before the configuration is known to be right"
 
 
+def test_a_recipe_that_cannot_be_read_is_in_the_summary_of_torchrun(
+    recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = recipe.parent / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    assert "grpo.steps?" in failure(capsys, "grpo", str(recipe), "grpo.stpes=3")
+    assert "did you mean grpo.steps?" in file.read_text()
+
+
+def test_plan_names_the_families_before_it_looks_for_sizes(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = failure(capsys, "plan", str(recipe), "gpus=1", "model.path=gone", "model.family=qwen2_5_v")
+    assert "model.family='qwen2_5_v' is not known; one of ['longvila'," in line
+
+
+def test_overrides_may_stand_behind_an_option(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(recipe), "video.num_frames=3", "--task", "eval", "eval.manifest=e.jsonl"]) == 0
+    text = capsys.readouterr().out
+    assert "num_frames: 3" in text
+    assert "manifest: e.jsonl" in text
+    for wrong in (["plan", str(recipe), "--tsk", "eval"], ["report", str(recipe), "seed=3"]):
+        with pytest.raises(SystemExit):
+            main(wrong)
+        assert "unrecognized arguments: " in capsys.readouterr().err
+
+
+def test_a_demo_is_not_made_over_other_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "data.yaml"
+    recipe.write_text("questions: {train_sft: 8, train_rl: 4, heldout: 2}\n")
+    mine = {"model": "model/config.json", "heldout": "data/heldout.jsonl", "train": "data/train_sft.jsonl"}
+    for name, file in mine.items():
+        (path := tmp_path / name / file).parent.mkdir(parents=True)
+        path.write_text("mine")
+        line = failure(capsys, "make-demo-data", str(recipe), f"folder={tmp_path / name}")
+        assert f"{path} is no demo's and would be overwritten" in line
+        assert path.read_text() == "mine"
+    (tmp_path / "file").write_text("")
+    line = failure(capsys, "make-demo-data", str(recipe), f"folder={tmp_path}/file")
+    assert "file cannot be made: File exists; choose another folder" in line
+
+
 def test_make_demo_data_takes_a_recipe_and_overrides(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -346,6 +386,7 @@ MODEL_ERRORS: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
     "sizes that differ": (widen_llm, [], "mlp.gate_proj.weight' is [48, 32], but the sizes in config.json"),
     "no projector": (remove_projector_weights, [], "mm_projector: neither model.safetensors nor"),
     "init_from nowhere": (leave_alone, ["model.init_from=/nowhere"], "model.init_from=/nowhere: neither a megatron"),
+    "init_from a run": (leave_alone, ["model.init_from={empty_run}"], "/empty_run/checkpoints is there: try that"),
     "init_from a model": (leave_alone, ["model.init_from={model}"], "neither a megatron checkpoint nor a folder with"),
     "init_from an empty step": (leave_alone, ["model.init_from={torn}"], "torn/step_00000003: not a megatron"),
     "resume a torn checkpoint": (leave_alone, ["logger.run_dir={torn_run}"], "step_00000003: not a megatron"),
@@ -386,7 +427,13 @@ def model_failures(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFacto
         (folder / "recipe.yaml").write_text(RECIPE.format(model=model, folder=folder))
         for torn in (folder / "torn", folder / "torn_run" / "checkpoints"):
             (torn / "step_00000003").mkdir(parents=True)
-        places = {"model": model, "torn": folder / "torn", "torn_run": folder / "torn_run"}
+        (folder / "empty_run" / "checkpoints").mkdir(parents=True)
+        places = {
+            "model": model,
+            "torn": folder / "torn",
+            "torn_run": folder / "torn_run",
+            "empty_run": folder / "empty_run",
+        }
         commands.append(["grpo", str(folder / "recipe.yaml"), *(text.format(**places) for text in overrides)])
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", CHILD], input=json.dumps(commands), capture_output=True, text=True,

@@ -273,7 +273,7 @@ def my_replica(parallel: dict[str, int]) -> int:
 
 
 ENGINES_OF_A_RUN = {
-    "no vLLM": (["rollout.engine=vllm"], {"version": None}, "rollout.engine=vllm, but vLLM is not installed"),
+    "no vLLM": (["rollout.engine=vllm"], {"version": None}, "set rollout.engine=embedded"),
     "another vLLM": (
         ["rollout.engine=vllm"], {"version": "0.26.0"},
         "rollout.engine=vllm, but vLLM 0.26.0 is installed, expected 0.25.x, whose plug-in points megalong uses; pip "

@@ -11,8 +11,9 @@ from typing import Any
 import matplotlib.image
 import pytest
 
+from megalong.__main__ import main
 from megalong.evaluate.score import AccuracyRow, ChoiceAccuracy, EvalReport
-from megalong.report import read_accuracy, summary_table, write_summary
+from megalong.report import ReportError, read_accuracy, summary_table, write_summary
 
 
 def accuracy_row(strict: float, tolerant: float, likelihood: ChoiceAccuracy | None = None) -> AccuracyRow:
@@ -104,10 +105,10 @@ def test_evaluations_without_likelihood_show_none(demo: Path) -> None:
 def test_a_report_without_its_fields_is_named(tmp_path: Path) -> None:
     path = tmp_path / "eval_end.json"
     path.write_text('{"overall": {"strict": 0.5, "likelihood": null}, "categories": {}}')
-    with pytest.raises(ValueError, match=r"eval_end.json: not an evaluation report: KeyError\('tolerant'\)"):
+    with pytest.raises(ReportError, match=r"eval_end.json: not an evaluation report: KeyError\('tolerant'\)"):
         read_accuracy(path)
     path.write_text("[]")
-    with pytest.raises(ValueError, match="expected a JSON object, got list"):
+    with pytest.raises(ReportError, match="expected a JSON object, got list"):
         read_accuracy(path)
 
 
@@ -125,3 +126,11 @@ def test_what_a_phase_that_has_not_run_would_have_written_is_named(demo: Path, r
         f"stages with OUT={demo}"
     )
     assert not (demo / "summary.json").exists()
+
+
+def test_a_file_that_is_no_report_is_named_without_a_traceback(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for file in ("sft/eval_end.json", "grpo/metrics.jsonl"):
+        (demo / file).write_text("no JSON\n")
+        assert main(["report", str(demo)]) == 2
+        assert f"{demo / file}" in capsys.readouterr().err
+        (demo / "sft/eval_end.json").write_text(report(0.5))

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from megalong.config.errors import ConfigError
-from megalong.resume import fingerprint, lock_folder
+from megalong.config.load import load_config, save_config
+from megalong.resume import changed_settings, fingerprint, lock_folder
 
 
 def test_a_run_folder_is_held_by_one_run(tmp_path: Path) -> None:
@@ -39,3 +40,18 @@ def test_a_model_is_the_same_where_it_has_moved_and_another_with_other_weights(
     data[-1] ^= 1
     file.write_bytes(data)
     assert fingerprint(moved) != fingerprint(tiny_checkpoint)
+
+
+def test_settings_that_changed_since_the_last_start_are_named(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model: {{path: m}}\nlogger: {{run_dir: {tmp_path}}}\n")
+    assert changed_settings(load_config(recipe)) == [], "a first start"
+    save_config(load_config(recipe), tmp_path / "config.yaml")
+    assert changed_settings(load_config(recipe)) == []
+    changed = ["optimizer.lr=0.1", "model.init_from=a", "data.train=t"]
+    want = ["model.init_from=a (was None)", "optimizer.lr=0.1 (was 1e-06)"]
+    assert changed_settings(load_config(recipe, changed)) == want
+    (tmp_path / "config.yaml").write_text("sft: {steps: 3}\n")
+    assert changed_settings(load_config(recipe)) == ["sft.steps=100 (was 3)"]
+    (tmp_path / "config.yaml").write_text("{")
+    assert changed_settings(load_config(recipe)) == []

@@ -132,6 +132,12 @@ def test_text_output_and_error_codes(hf: Path, tmp_path: Path, capsys) -> None:
         f"megalong-convert hf-to-megatron: --out {tmp_path / 'out'}: exists already; give another folder or remove it\n"
     )
     assert main(["inspect", str(tmp_path / "nowhere")]) == 2
+    assert f"{tmp_path / 'nowhere'}: no such folder" in capsys.readouterr().err
+    (run := tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    export = ["--like", str(hf), "--out", str(tmp_path / "export")]
+    assert main(["megatron-to-hf", "--megatron", str(run.parent), *export]) == 2
+    assert f"{run} is there: try that" in capsys.readouterr().err
+    assert main(["inspect", str(tmp_path)]) == 2
     assert "not a Hugging Face checkpoint folder" in capsys.readouterr().err
 
 

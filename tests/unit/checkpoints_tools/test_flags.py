@@ -56,9 +56,9 @@ def test_a_layout_is_checked_and_recorded(hf: Path, tmp_path: Path, capsys: pyte
 @pytest.mark.parametrize(
     ("layout", "message"),
     [
-        ({"tp": 3}, "parallel.tp=3 does not divide the model's 4 attention heads"),
-        ({"tp": 8}, "parallel.tp=8 does not divide the model's 4 attention heads"),
-        ({"pp": 4}, "parallel.pp=4 does not divide the model's 2 layers"),
+        ({"tp": 3}, "--tp=3 does not divide the model's 4 attention heads"),
+        ({"tp": 8}, "--tp=8 does not divide the model's 4 attention heads"),
+        ({"pp": 4}, "--pp=4 does not divide the model's 2 layers"),
         ({"tp": 0}, "--tp 0 --pp 1: expected positive numbers"),
     ],
 )

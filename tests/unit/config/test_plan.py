@@ -344,8 +344,16 @@ def test_text_holds_every_part(recipe: Path, shape: ModelShape) -> None:
         "repeating would cost 7.94 x the tokens",
         "on 80 GB (A100, H100) does NOT fit 79 GiB",
         "on 141 GB (H200) fits 139 GiB",
+        "docs/memory.md lists the settings that lower it, cheapest first",
     ):
         assert expected in lines, expected
+
+
+def test_a_plan_for_the_cpu_says_nothing_of_cards(recipe: Path, shape: ModelShape) -> None:
+    text = render(planned(recipe, shape, overrides=("gpus=0", "video.num_frames=64")))
+    assert "total per CPU process" in text
+    assert "(H200)" not in text
+    assert "docs/memory.md" not in render(planned(recipe, shape, overrides=("video.num_frames=64",)))
 
 
 def test_the_embedding_store_per_video_and_rank(recipe: Path, shape: ModelShape) -> None:

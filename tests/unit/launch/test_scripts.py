@@ -98,12 +98,12 @@ def test_engines_leave_a_gpu_to_the_trainer(script: str, gpus: str, engines: str
     done = dry_run(script, "m", "d", GPUS=gpus, ENGINE_GPUS=engines)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
-        f"{LAUNCH}/grpo_7b_8xa100.sh: ENGINE_GPUS={engines} leaves {left} of GPUS={gpus} to the trainer, which needs "
+        f"{LAUNCH}/{script}: ENGINE_GPUS={engines} leaves {left} of GPUS={gpus} to the trainer, which needs "
         "at least 1; lower ENGINE_GPUS or raise GPUS\n"
     )
 
 
-@pytest.mark.parametrize(("name", "gpus"), [("sft_7b_8xa100", "0"), ("sft_7b_8xa100", "all"), ("demo", "-1")])
+@pytest.mark.parametrize(("name", "gpus"), [("sft_7b_8xa100", "0"), ("sft_7b_8xa100", "all")])
 def test_a_number_of_processes_that_cannot_be_started(name: str, gpus: str) -> None:
     done = dry_run(f"{name}.sh", "m", "d", GPUS=gpus)
     assert done.returncode == 2
@@ -111,12 +111,33 @@ def test_a_number_of_processes_that_cannot_be_started(name: str, gpus: str) -> N
     assert done.stderr == f"{LAUNCH}/{name}.sh: {wanted}"
 
 
-@pytest.mark.parametrize("script", ["grpo_7b_8xa100.sh", "sft_7b_8xa100.sh"])
+@pytest.mark.parametrize(
+    ("name", "variable", "value"),
+    [
+        ("demo", "GPUS", "all"),
+        ("demo", "GPUS", "-1"),
+        ("demo", "RESTARTS", "x"),
+        ("grpo_7b_8xa100", "GPUS", "all"),
+        ("grpo_7b_8xa100", "ENGINE_GPUS", "half"),
+        ("grpo_7b_8xa100", "ENGINE_GPUS", "-1"),
+        ("sft_7b_8xa100", "RESTARTS", "-1"),
+    ],
+)
+def test_a_variable_that_is_no_number_ends_a_script_before_its_first_command(
+    name: str, variable: str, value: str
+) -> None:
+    done = dry_run(f"{name}.sh", "m", "d", **{variable: value})
+    assert (done.returncode, done.stdout) == (2, "")
+    wanted = f"{variable}={value} must be a whole number of at least 0; change it\n"
+    assert done.stderr == f"{LAUNCH}/{name}.sh: {wanted}"
+
+
+@pytest.mark.parametrize("script", ["grpo_7b_8xa100.sh", "grpo_qwen2_5_vl_1h_8xa100.sh", "sft_7b_8xa100.sh"])
 def test_missing_arguments_print_the_usage(script: str) -> None:
     done = dry_run(script, "only-a-model")
     assert done.returncode == 2
     assert done.stdout == ""
-    assert "MODEL_PATH DATA [section.key=value ...]" in done.stderr
+    assert f"/{script} MODEL_PATH DATA [section.key=value ...]" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from megalong.models.chat import ChatTokens, read_chat_tokens
+from megalong.models.errors import CheckpointError
 from megalong.models.longvila.demo_checkpoint import SPECIAL_TOKENS, TAG_TOKENS
 
 
@@ -43,3 +44,10 @@ def test_text_and_markup_side_by_side_read_like_the_whole(tokens: ChatTokens) ->
         tokens.encode_markup("<|im_end|>\n"),
     ]
     assert sum(parts, []) == tokens.encode_markup("<|im_start|>user\n Which? <|im_end|>\n")
+
+
+def test_a_folder_without_a_tokenizer_is_refused(folder: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text((folder / name).read_text())
+    with pytest.raises(CheckpointError, match=r"no tokenizer; expected tokenizer\.json or vocab\.json"):
+        read_chat_tokens(tmp_path, system_prompt="")
