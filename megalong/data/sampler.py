@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable, Iterator, Sequence
 
 import numpy as np
 
 from megalong.parallel.split import shard_range
+
+logger = logging.getLogger(__name__)
 
 
 class PromptSampler:
@@ -33,6 +36,11 @@ class PromptSampler:
             raise ValueError(f"batch_size is {batch_size}, expected at least 1; set grpo or sft.batch_size")
         if seed < 0:
             raise ValueError(f"seed is {seed}, expected 0 or more; set data.seed")
+        if batch_size > num_samples:
+            logger.info(  # which the main process alone shows
+                "a batch of %s is more than the %s samples of data.train: some come %s times in it; lower grpo or "
+                "sft.batch_size", batch_size, num_samples, -(-batch_size // num_samples),
+            )  # fmt: skip
         self.num_samples = num_samples
         self.batch_size = batch_size
         self.seed = seed

@@ -1,4 +1,5 @@
 import json
+import logging
 from itertools import islice
 
 import pytest
@@ -172,3 +173,20 @@ def test_a_checkpoint_from_before_the_setting_is_taken():
 def test_bad_arguments(arguments, seed, message):
     with pytest.raises(ValueError, match=message):
         PromptSampler(*arguments, seed=seed, shuffle=True)
+
+
+@pytest.mark.parametrize(("batch_size", "times"), [(16, None), (17, 2), (64, 4)])
+def test_a_batch_of_more_than_all_samples_is_said(
+    batch_size: int, times: int | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        batch = next(PromptSampler(16, batch_size, 0, 1, seed=0, shuffle=True))
+    assert caplog.messages == (
+        []
+        if times is None
+        else [
+            f"a batch of {batch_size} is more than the 16 samples of data.train: some come {times} times in it; lower "
+            "grpo or sft.batch_size"
+        ]
+    )
+    assert max(batch.count(index) for index in batch) == (times or 1)
