@@ -23,8 +23,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sessions import drive, video_session, work
-from steps import machine, parser_of
+from sessions import drive, timing_options, video_session, work
+from steps import machine
 
 MODES = ("shared_prefix", "stage1+2", "stage1", "none")
 RATE = 400e12
@@ -97,7 +97,7 @@ def session_of(args: Any) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = parser_of(__doc__)
+    parser = timing_options(__doc__)
     parser.add_argument("--gpus", type=int, default=4, help="processes: one replica")
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--cp-a2a", type=int, default=0)

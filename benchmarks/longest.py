@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 from figure1 import MODES
-from sessions import drive, video_session, work
-from steps import PEAK, parser_of
+from sessions import drive, timing_options, video_session, work
+from steps import PEAK
 from torch import Tensor
 
 from megalong.attention.kernels import KERNELS, KernelEntry
@@ -84,7 +84,7 @@ def use_kernels_of(session: dict[str, Any]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = parser_of(__doc__)
+    parser = timing_options(__doc__)
     parser.set_defaults(max_seconds=500.0)
     parser.add_argument("--gpus", type=int, default=4, help="processes: one replica")
     parser.add_argument("--tp", type=int, default=4, help="tensor parallelism (with sequence parallelism), the rest cp")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from steps import Bench, Case, free, is_out_of_memory, make_folder, parallel_overrides, save
+from steps import Bench, Case, free, is_out_of_memory, make_folder, parallel_overrides, parser_of, save
 
 from megalong.parallel.collectives import broadcast_object
 from megalong.parallel.layout import destroy_layout
@@ -25,6 +26,15 @@ TEXT = 256
 """Text tokens of a prompt beside its video."""
 OUT_OF_MEMORY = 17
 """Exit code of a rank that ran out of memory: the others may wait for it in a collective, so all of them end."""
+
+
+def timing_options(doc: str) -> argparse.ArgumentParser:
+    """parser_of, and how often a step is timed."""
+    parser = parser_of(doc)
+    parser.add_argument(
+        "--timed", type=int, choices=(1, 2, 3), default=3, help="most timed steps of a point; long steps have fewer"
+    )
+    return parser
 
 
 def passes(expected: float, *, timed: int) -> int:
@@ -49,7 +59,11 @@ def measure(bench: Bench, point: dict[str, Any], *, expected: float) -> dict[str
     if count == 1:
         bench.page_lock(case, **how)
     packs = bench.packs(case, mode=point["mode"])
-    steps = [bench.step(packs, **how) for _ in range(max(1, count - 1))]
+    return median_step([bench.step(packs, **how) for _ in range(max(1, count - 1))])
+
+
+def median_step(steps: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The faster of two in the middle."""
     chosen = sorted(steps, key=lambda step: step["seconds"])[(len(steps) - 1) // 2]
     return {**chosen, "all_seconds": [step["seconds"] for step in steps]}
 

@@ -373,7 +373,6 @@ def parser_of(doc: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-seconds", type=float, default=120, help="longest step; estimated longer ones are not run"
     )
-    parser.add_argument("--timed", type=int, default=3, help="most timed steps of a point; long steps have fewer")
     parser.add_argument("--overrides", nargs="*", default=[], metavar="a.b=c", help="of the configuration")
     parser.add_argument("--json", help="file for the rows")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, to try the script on a CPU")

@@ -7,6 +7,7 @@ log-probabilities must be ours. Forward + backward; the sum of gradients over th
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,7 +23,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.transformer import TransformerConfig
-from sessions import report
+from sessions import OUT_OF_MEMORY, median_step, report
 from steps import Bench, Case, is_out_of_memory, peak_gb, reset_peak
 from torch import Tensor, nn
 
@@ -155,7 +156,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def work(session: dict[str, Any], line: Callable[[dict[str, Any]], str]) -> None:
-    """The one point of the session, as sessions.work does ours. A rank that runs out of memory ends the session."""
+    """The one point of the session, as sessions.work does ours. A rank that runs out of memory ends the process."""
     (point,) = session["points"]
     bench = Bench(Path(session["folder"]), session["overrides"], vision=False)
     row, case = {**point, "world": bench.layout.world_size}, Case(**point["case"])
@@ -169,13 +170,12 @@ def work(session: dict[str, Any], line: Callable[[dict[str, Any]], str]) -> None
         bench.close()
         step = StockStep(model, layout, pack)
         reset_peak(layout.device)
-        steps = [step.run() for _ in range(1 + point["timed"])][1:]
-        row |= {"status": "measured", **min(steps, key=lambda found: found["seconds"])}
-        row["all_seconds"] = [found["seconds"] for found in steps]
+        row |= {"status": "measured", **median_step([step.run() for _ in range(1 + point["timed"])][1:])}
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        row["status"] = "out of memory"
+        report(row | {"status": "out of memory"}, session, line)
+        os._exit(OUT_OF_MEMORY)
     if bench.layout.is_main:
         report(row, session, line)
     destroy_layout()

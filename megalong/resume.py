@@ -12,6 +12,7 @@ from typing import IO, Any
 
 import yaml
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from megalong.config.errors import ConfigError
 from megalong.config.load import config_yaml, known_keys
@@ -131,7 +132,7 @@ def changed_settings(config: RunConfig) -> list[str]:
     """What config.yaml of the run folder, which is about to be replaced, says otherwise; data.train is Origin's."""
     try:
         before = OmegaConf.load(Path(config.logger.run_dir) / "config.yaml")
-    except (OSError, yaml.YAMLError):  # nothing to compare with
+    except (OSError, ValueError, OmegaConfBaseException, yaml.YAMLError):  # nothing to compare with
         return []
     now, changed = OmegaConf.create(config_yaml(config)), []
     for key in known_keys(RunConfig):

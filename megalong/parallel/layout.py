@@ -82,7 +82,7 @@ def start_process_group(*, timeout: datetime.timedelta) -> torch.device:
     """Join the process group torchrun (or srun) describes in the environment; alone without one.
 
     NCCL with one GPU per local rank when CUDA is there, gloo on the CPU otherwise. With a GPU one thread computes on
-    the CPU, as in processes that torchrun starts, where OMP_NUM_THREADS says no other number.
+    the CPU, as where torchrun starts several processes, if OMP_NUM_THREADS says no other number.
     """
     use_gpu = torch.cuda.is_available()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))

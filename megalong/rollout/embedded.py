@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     DynamicCache,
     GenerationConfig,
@@ -61,6 +61,13 @@ class SeededSampler(LogitsProcessor):
         return -noise.log()
 
 
+class _Float32Head(nn.Linear):
+    """What transformers' own head becomes, its weight in place: it may be the embedding's, too."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return float32_logits(hidden, self.weight)
+
+
 class EmbeddedEngine:
     """`model` is a transformers causal LM with uninitialised weights.
 
@@ -72,8 +79,7 @@ class EmbeddedEngine:
         batch_prompts: int,
     ) -> None:  # fmt: skip
         self.model = model.to(device).eval().requires_grad_(False)
-        head = self.model.get_output_embeddings()
-        head.forward = lambda hidden: float32_logits(hidden, head.weight)
+        self.model.get_output_embeddings().__class__ = _Float32Head
         self.weights = WeightCheck(model, name_of=name_of)
         self.eos_id = eos_id
         self.device = device

@@ -185,3 +185,15 @@ def test_sequence_shards_equal_their_twin(width: int, dtype: torch.dtype) -> Non
     truths = torch.autograd.grad(shard_rows(*doubles, index_T), doubles, upstream_TD.double())
     for grad, truth in zip(grads, truths, strict=True):
         torch.testing.assert_close(grad.double(), truth, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(8, 3584), (2, 3, 3584), (0, 3584)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_a_sampler_s_logits_are_not_rounded(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    from megalong.rollout.logits import float32_logits
+
+    hidden = torch.randn(shape, device="cuda").to(dtype)
+    weight_VD = (torch.randn(20_000, 3584, device="cuda") / 8).to(dtype)  # logits of the size of 7
+    logits = float32_logits(hidden, weight_VD)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits.double(), hidden.double() @ weight_VD.double().t(), rtol=1e-4, atol=2e-4)

@@ -53,5 +53,6 @@ def test_settings_that_changed_since_the_last_start_are_named(tmp_path: Path) ->
     assert changed_settings(load_config(recipe, changed)) == want
     (tmp_path / "config.yaml").write_text("sft: {steps: 3}\n")
     assert changed_settings(load_config(recipe)) == ["sft.steps=100 (was 3)"]
-    (tmp_path / "config.yaml").write_text("{")
-    assert changed_settings(load_config(recipe)) == []
+    for damaged in (b"{", b"- a\n", b"\xff\xfe"):
+        (tmp_path / "config.yaml").write_bytes(damaged)
+        assert changed_settings(load_config(recipe)) == []

@@ -1,5 +1,6 @@
 """Real files, written here: the frames that come out are the frames that were asked for."""
 
+import os
 import struct
 import tempfile
 import time
@@ -441,3 +442,9 @@ def test_speed(tmp_path):
     spent = time.process_time() - started
     assert numbers(clip) == list(clip.selection.frames)
     assert spent < 0.6  # about 0.06 s on one core of 2024; the margin is for a busy machine
+
+
+def test_writing_av1_leaves_this_process_one_like_others(tmp_path: Path) -> None:
+    """The encoder of the test videos would make it a real-time process: see write_video."""
+    write_video(tmp_path / "a.mp4", 3, codec="libsvtav1", options={"preset": "10"}, size=(64, 64))
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from fractions import Fraction
 from pathlib import Path
 
@@ -69,6 +70,9 @@ def write_video(
             frame.time_base = Fraction(1, rate) if pts is None else Fraction(1, 1000)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
+    # For root, SVT-AV1 makes the thread that calls it a real-time one of the highest priority, and all processes that
+    # it starts from then on are: a world of them that wait in loops leaves no core to the one they wait for.
+    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
     return path
 
 
