@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig, OmegaConf
 
 from megalong.config.errors import ConfigError
 from megalong.config.load import config_yaml, known_keys
@@ -132,7 +131,9 @@ def changed_settings(config: RunConfig) -> list[str]:
     """What config.yaml of the run folder, which is about to be replaced, says otherwise; data.train is Origin's."""
     try:
         before = OmegaConf.load(Path(config.logger.run_dir) / "config.yaml")
-    except (OSError, ValueError, OmegaConfBaseException, yaml.YAMLError):  # nothing to compare with
+    except (OSError, ValueError, yaml.YAMLError):  # nothing to compare with
+        return []
+    if not isinstance(before, DictConfig):
         return []
     now, changed = OmegaConf.create(config_yaml(config)), []
     for key in known_keys(RunConfig):
