@@ -52,11 +52,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def gap(row: dict[str, Any], other: dict[str, Any]) -> float:
-    """Largest difference of a log-probability. Raises SystemExit when they cannot be of the same work."""
-    far = max(abs(a - b) for a, b in zip(row["logprobs"], other["logprobs"], strict=True))
-    if not far < stock_megatron.LARGEST_GAP:
-        raise SystemExit(f"{row['name']} and {other['name']}: log-probabilities differ by {far:.2e}")
-    return far
+    return stock_megatron.gap(row["logprobs"], other["logprobs"], what=f"{row['name']} and {other['name']}")
 
 
 def compare(rows: Sequence[dict[str, Any]]) -> list[str]:

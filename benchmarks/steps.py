@@ -272,7 +272,7 @@ class Bench:
             "loss": stats.loss,
             "grad_norm": stats.grad_norm,
             "mean_nll": stats.metrics["sampler_gap_sum"],
-            "logprobs": torch.cat(seen)[:: max(1, sum(map(len, seen)) // 64)].tolist() if seen else [],
+            "logprobs": some_of(torch.cat(seen).tolist()) if seen else [],
         }
 
     def _put_frames(self, stage: VisionStage, selection: FrameSelection) -> None:
@@ -331,6 +331,11 @@ class Bench:
         self.__dict__.pop("trainer", None)
         self.stages.clear()
         free(self.layout.device)
+
+
+def some_of(values: list[float]) -> list[float]:
+    """About 64 of them, evenly spaced: what a row keeps for comparisons."""
+    return values[:: max(1, len(values) // 64)]
 
 
 def sample_of(selections: Sequence[FrameSelection]) -> Sample:

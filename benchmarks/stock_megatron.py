@@ -8,8 +8,7 @@ log-probabilities must be ours. Forward + backward; the sum of gradients over th
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,11 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
-from megatron.core.transformer import TransformerConfig
 from sessions import OUT_OF_MEMORY, median_step, report
-from steps import Bench, Case, is_out_of_memory, peak_gb, reset_peak
+from steps import Bench, Case, Watch, is_out_of_memory, peak_gb, reset_peak, some_of
 from torch import Tensor, nn
 
+from megalong.models.gpt import transformer_config
 from megalong.models.gpt_shape import GptShape
 from megalong.parallel.collectives import gather_objects
 from megalong.parallel.layout import ParallelLayout, destroy_layout
@@ -50,38 +49,11 @@ class HeadOfRows(nn.Module):
 def stock_model(shape: GptShape, layout: ParallelLayout, *, vocab: int) -> GPTModel:
     """megatron-core's model of the sizes, weights as they were allocated. vocab: padded."""
     on_gpu = layout.device.type == "cuda"
-    config = TransformerConfig(
-        num_layers=shape.layers,
-        hidden_size=shape.hidden,
-        num_attention_heads=shape.heads,
-        num_query_groups=shape.kv_heads,
-        kv_channels=shape.head_dim,
-        ffn_hidden_size=shape.ffn,
-        normalization="RMSNorm",
-        layernorm_epsilon=shape.norm_eps,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
-        add_qkv_bias=shape.qkv_bias,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        tensor_model_parallel_size=layout.tp_size,
-        sequence_parallel=layout.tp_size > 1,
-        context_parallel_size=layout.context.size,
-        cp_comm_type="p2p",
-        params_dtype=torch.bfloat16,
-        bf16=True,
-        use_cpu_initialization=not on_gpu,
-        perform_initialization=False,
-        recompute_granularity="full",
-        recompute_method="uniform",
-        recompute_num_layers=1,
-        gradient_accumulation_fusion=False,
-        bias_activation_fusion=on_gpu,
-        bias_dropout_fusion=on_gpu,
-        apply_rope_fusion=on_gpu,
-        masked_softmax_fusion=False,
-    )
+    config = transformer_config(
+        shape, tp=layout.tp_size, cp=layout.context.size, pp=1, sequence_parallel=False, dtype=torch.bfloat16,
+        recompute=True, on_gpu=on_gpu,
+    )  # fmt: skip
+    config.mrope_section, config.apply_rope_fusion, config.cp_comm_type = None, on_gpu, "p2p"  # as it comes
     spec = get_gpt_layer_with_transformer_engine_spec() if on_gpu else get_gpt_layer_local_spec(normalization="RMSNorm")
     model = GPTModel(
         config, spec, vocab_size=vocab, max_sequence_length=shape.max_positions, position_embedding_type="rope",
@@ -118,29 +90,26 @@ class StockStep:
         self.mask = None if above is None else above[None, None]
 
     def run(self) -> dict[str, Any]:
-        device = self.layout.device
+        watch = Watch(self.layout.device)
         self.model.output_layer.rows_R = self.rows_R
         self.model.zero_grad(set_to_none=True)
-        synchronize(device)
         dist.barrier()
-        start = time.perf_counter()
+        watch.enter("forward")
         logits_RV = self.model(self.ids_BT, self.places_BT, self.mask)[0]
         nll_R = F.cross_entropy(logits_RV.float(), self.targets_R, reduction="none")
-        synchronize(device)
-        middle = time.perf_counter()
+        watch.enter("backward")
         nll_R.sum().backward()
-        synchronize(device)
-        end = time.perf_counter()
+        watch.enter("")
         found = dict(zip(self.places_R, (-nll_R).tolist(), strict=True))
-        everyone = gather_objects((middle - start, end - middle, found, peak_gb(device)), group=self.layout.world)
-        forward, backward = (max(part[index] for part in everyone) for index in (0, 1))
-        logprobs = [value for _, value in sorted(item for part in everyone for item in part[2].items())]
+        everyone = gather_objects((watch.seconds, found, peak_gb(self.layout.device)), group=self.layout.world)
+        phases = {name: max(seconds[name] for seconds, _, _ in everyone) for name in watch.seconds}
+        logprobs = [value for _, value in sorted(item for _, part, _ in everyone for item in part.items())]
         return {
-            "seconds": forward + backward,
-            "phases": {"forward": forward, "backward": backward},
-            "peak_gb": [part[3] for part in everyone],
+            "seconds": sum(phases.values()),
+            "phases": phases,
+            "peak_gb": [peak for _, _, peak in everyone],
             "mean_nll": -sum(logprobs) / len(logprobs),
-            "logprobs": logprobs[:: max(1, len(logprobs) // 64)],  # as Bench.step has them
+            "logprobs": some_of(logprobs),
         }
 
 
@@ -148,11 +117,6 @@ def zigzag(rows_T: Tensor, layout: ParallelLayout) -> Tensor:
     """This rank's share of a sequence as megatron-core's context parallelism has it."""
     chunks, rank = rows_T.chunk(2 * layout.context.size), layout.context.rank
     return torch.cat((chunks[rank], chunks[-1 - rank]))
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def work(session: dict[str, Any], line: Callable[[dict[str, Any]], str]) -> None:
@@ -185,9 +149,14 @@ def check(model: GPTModel, bench: Bench, case: Case) -> None:
     """Its log-probabilities are those of our step. Raises SystemExit where they are not: nothing is timed then."""
     packs = bench.packs(case, mode="stage1+2")
     ours = bench.step(packs, mode="stage1+2", recompute="full")["logprobs"]
-    theirs = StockStep(model, bench.layout, packs[0]).run()["logprobs"]
-    far = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+    far = gap(ours, StockStep(model, bench.layout, packs[0]).run()["logprobs"], what="stock megatron-core and ours")
     if bench.layout.is_main:
         print(f"stock megatron-core, {case.text} + {case.response} tokens: log-probabilities {far:.1e} off", flush=True)
+
+
+def gap(logprobs: Sequence[float], others: Sequence[float], *, what: str) -> float:
+    """Largest difference of a log-probability. Raises SystemExit when they cannot be of the same work."""
+    far = max(abs(a - b) for a, b in zip(logprobs, others, strict=True))
     if not far < LARGEST_GAP:
-        raise SystemExit(f"stock megatron-core and ours: log-probabilities differ by {far:.2e}; it is not timed")
+        raise SystemExit(f"{what}: log-probabilities differ by {far:.2e}")
+    return far

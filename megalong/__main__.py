@@ -46,10 +46,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """Arguments in any order: argparse alone takes no overrides behind an option."""
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
-    if rest and ("overrides" not in args or any(text.startswith("-") for text in rest if text != "--")):
+    rest = [text for text in rest if text != "--"]
+    if rest and ("overrides" not in args or any(text.startswith("-") for text in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
-        args.overrides += [text for text in rest if text != "--"]
+        args.overrides += rest
     return args
 
 
