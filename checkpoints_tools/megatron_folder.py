@@ -7,6 +7,7 @@ import json
 import math
 import pickle
 from collections.abc import Iterator, Sequence
+from enum import Enum, EnumType
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,12 +56,21 @@ class _MetadataUnpickler(pickle.Unpickler):
     """The metadata file is a pickle, which could run anything: only what such files are made of is let in."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _enum_member  # how Python 3.11.0 to 3.11.3 pickle a member of an enum
         allowed = (module, name) in _PLAIN_CLASSES or (
             module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         )
         if not allowed:
             raise pickle.UnpicklingError(f"{module}.{name} does not belong into a checkpoint's metadata")
         return super().find_class(module, name)
+
+
+def _enum_member(owner: Any, name: Any) -> Enum:
+    """getattr for members of enums, whose class has come through find_class, and for nothing else."""
+    if not (isinstance(owner, EnumType) and isinstance(name, str) and name in owner.__members__):
+        raise pickle.UnpicklingError(f"attribute {name!r} of {owner!r} does not belong into a checkpoint's metadata")
+    return owner[name]
 
 
 class _Slice(io.RawIOBase):
