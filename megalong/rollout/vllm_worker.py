@@ -76,16 +76,17 @@ class TakesMedia(SupportsMultiModal, SupportsMRoPE):
     media_ND: Tensor | None = None
     media_file: tuple[str, int] | None = None  # of media_ND, and its rows
 
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        # Past the protocols, whose __init__ calls no other. vLLM's class stands behind them, as its embed_input_ids
+        # takes no media.
+        super(SupportsMRoPE, self).__init__(vllm_config=vllm_config, prefix=prefix)
+        self.lm_head.quant_method = Float32Head()
+
     def embed_multimodal(self, **kwargs: Any) -> list[Tensor]:
         device = next(self.parameters()).device
         return [
             self.media_ND[first:last].to(device, non_blocking=True) for first, last in torch.as_tensor(kwargs["rows"])
         ]
-
-    def embed_ids_and_media(
-        self, input_ids: Tensor, multimodal_embeddings: Any = None, *, is_multimodal: Tensor | None = None
-    ) -> Tensor:
-        return SupportsMultiModal.embed_input_ids(self, input_ids, multimodal_embeddings, is_multimodal=is_multimodal)
 
     def get_mrope_input_positions(
         self, input_tokens: list[int], mm_features: list[MultiModalFeatureSpec]
@@ -109,29 +110,17 @@ _register = MULTIMODAL_REGISTRY.register_processor(NoProcessor, info=MediaInfo, 
 
 
 @_register
-class MediaQwen2(Qwen2ForCausalLM, TakesMedia):
+class MediaQwen2(TakesMedia, Qwen2ForCausalLM):
     """Qwen2, Qwen2.5 and the LLMs of LongVILA and Qwen2.5-VL."""
 
-    embed_input_ids = TakesMedia.embed_ids_and_media
-
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self.lm_head.quant_method = Float32Head()
-
 
 @_register
-class MediaQwen3(Qwen3ForCausalLM, TakesMedia):
+class MediaQwen3(TakesMedia, Qwen3ForCausalLM):
     """Qwen3."""
 
-    embed_input_ids = TakesMedia.embed_ids_and_media
-
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self.lm_head.quant_method = Float32Head()
-
 
 @_register
-class MediaQwen3Vl(Qwen3LLMForCausalLM, TakesMedia):
+class MediaQwen3Vl(TakesMedia, Qwen3LLMForCausalLM):
     """The LLM of Qwen3-VL: a media row is an embedding, then for each of the first layers what is added behind it.
 
     config.num_deepstack: how many layers. What they add to the tokens of a step waits in a buffer, where captured
@@ -142,7 +131,6 @@ class MediaQwen3Vl(Qwen3LLMForCausalLM, TakesMedia):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self.lm_head.quant_method = Float32Head()
         shape = (
             self.config.num_deepstack, vllm_config.scheduler_config.max_num_batched_tokens, self.config.hidden_size
         )  # fmt: skip
@@ -155,7 +143,7 @@ class MediaQwen3Vl(Qwen3LLMForCausalLM, TakesMedia):
         self.deepstack_LTD[:, : self.num_filled] = 0
         self.num_filled = 0
         if not multimodal_embeddings:
-            return self.embed_ids_and_media(input_ids)
+            return super().embed_input_ids(input_ids)
         width = self.config.hidden_size
         levels_NLD = torch.cat([rows[:, width:] for rows in multimodal_embeddings]).unflatten(
             1, (len(self.deepstack_LTD), width)
@@ -163,7 +151,7 @@ class MediaQwen3Vl(Qwen3LLMForCausalLM, TakesMedia):
         self.num_filled = len(input_ids)
         self.deepstack_LTD[:, : self.num_filled][:, is_multimodal] = levels_NLD.transpose(0, 1)
         own = [rows[:, :width] for rows in multimodal_embeddings]
-        return self.embed_ids_and_media(input_ids, own, is_multimodal=is_multimodal)
+        return super().embed_input_ids(input_ids, own, is_multimodal=is_multimodal)
 
     def forward(
         self,
