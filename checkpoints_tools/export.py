@@ -20,6 +20,7 @@ from checkpoints_tools.megatron_folder import MegatronFolder, check_checkpoint, 
 from checkpoints_tools.pickled_files import safetensors_name
 from checkpoints_tools.places import Blueprint, Place, check_folder, read_blueprint
 from checkpoints_tools.safetensors_files import SafetensorsFile, Slot, reshard, write_index
+from megalong.engine.checkpoint import no_checkpoint
 from megalong.models.names import canonical
 
 
@@ -64,8 +65,7 @@ def plan_export(
     """Read all headers and check them against each other. Raises ConvertError for anything that does not fit."""
     found = megatron_checkpoint(megatron)
     if found is None:
-        below = f"; {megatron}/checkpoints is there: try that" if (megatron / "checkpoints").is_dir() else ""
-        raise ConvertError(f"{megatron}: neither a Megatron checkpoint nor a folder with step_<n> checkpoints{below}")
+        raise ConvertError(no_checkpoint(megatron))
     blueprint = read_blueprint(like)
     folder = HfFolder(like, blueprint.folders, allow_pickle=allow_pickle)
     check_folder(folder, blueprint)

@@ -88,11 +88,14 @@ def newest_checkpoint(path: Path) -> Path:
         return path
     found = complete_checkpoints(path)
     if not found:
-        below = f"; {path}/checkpoints is there: try that" if (path / "checkpoints").is_dir() else ""
-        raise CheckpointError(
-            f"model.init_from={path}: neither a megatron checkpoint nor a folder with step_<n> checkpoints{below}"
-        )
+        raise CheckpointError(f"model.init_from={no_checkpoint(path)}")
     return found[-1]
+
+
+def no_checkpoint(path: Path) -> str:
+    """What is said of a path without a checkpoint, which may be the run folder above them."""
+    below = f"; {path}/checkpoints is there: try that" if (path / "checkpoints").is_dir() else ""
+    return f"{path}: neither a megatron checkpoint nor a folder with step_<n> checkpoints{below}"
 
 
 def load_checkpoint(path: Path, trainer: Trainer) -> dict[str, Any]:

@@ -255,7 +255,7 @@ MEGATRON_CASES: dict[Callable[[Path], None], str] = {
     cut_shard: r"__0_0\.distcp is cut short \(\d+ bytes\): it should hold vision\.projector",
     no_shard: r"__0_0\.distcp is missing: it should hold llm\.embedding\.word_embeddings\.weight \[0, 0\]",
     damaged_shard: r"llm\.embedding\.word_embeddings\.weight in __0_0\.distcp cannot be read",
-    no_description: r"megatron: neither a Megatron checkpoint nor a folder with step_<n> checkpoints",
+    no_description: r"megatron: neither a megatron checkpoint nor a folder with step_<n> checkpoints",
     other_format: r"metadata\.json: sharded_backend is 'zarr'; only 'torch_dist' can be read",
     pickled_code: r"\.metadata: cannot be read \(builtins\.exec does not belong into a checkpoint's metadata\)",
     points_outside: r"llm\.embedding.* points at '\.\./hf/llm/model\.safetensors', outside the folder",
