@@ -113,7 +113,8 @@ def resumed_origin(start: Path, config: RunConfig, task: Task, *, keeps_referenc
         )
     if origin.train != os.path.abspath(config.data.train):
         logger.warning("%s: data.train was %s, and is %s now", start, origin.train, config.data.train)
-    if changed := changed_settings(config):
+    # Of all ranks the main one alone shows this, and reads the file for it.
+    if logger.isEnabledFor(logging.INFO) and (changed := changed_settings(config)):
         logger.info("%s: the run goes on with other settings: %s", start, ", ".join(changed))
     if not keeps_reference or origin.init_from is None or Path(origin.init_from).is_dir():
         return origin

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from megalong import resume
 from megalong.config.errors import ConfigError
 from megalong.config.load import load_config, save_config
-from megalong.resume import changed_settings, fingerprint, lock_folder
+from megalong.metrics import notices_shown
+from megalong.resume import changed_settings, fingerprint, lock_folder, origin_of, resumed_origin
 
 
 def test_a_run_folder_is_held_by_one_run(tmp_path: Path) -> None:
@@ -56,3 +58,19 @@ def test_settings_that_changed_since_the_last_start_are_named(tmp_path: Path) ->
     for damaged in (b"{", b"- a\n", b"\xff\xfe"):
         (tmp_path / "config.yaml").write_bytes(damaged)
         assert changed_settings(load_config(recipe)) == []
+
+
+@pytest.mark.parametrize("is_main", [True, False])
+def test_only_the_main_process_reads_what_changed(
+    is_main: bool, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model: {{path: {tiny_checkpoint}}}\ndata: {{train: t}}\nlogger: {{run_dir: {tmp_path}}}\n")
+    config, read = load_config(recipe), []
+    origin = origin_of(config, "sft")
+    monkeypatch.setattr(resume, "read_extra", lambda _: origin.to_extra())
+    monkeypatch.setattr(resume, "changed_settings", lambda config: read.append(config) or ["sft.steps=100 (was 3)"])
+    with notices_shown(is_main=is_main):
+        assert resumed_origin(tmp_path, config, "sft", keeps_reference=False) == origin
+    assert len(read) == is_main
+    assert ("goes on with other settings: sft.steps=100 (was 3)" in capsys.readouterr().err) is is_main
