@@ -23,12 +23,16 @@ from torch import Tensor
 
 from megalong import engines, evaluating, run, sft
 from megalong.__main__ import main
+from megalong.data import video_process
+from megalong.data.video_decoder import FrameDecoder
+from megalong.data.video_process import ProcessFrameDecoder
 from megalong.engine import checkpoint
 from megalong.engine.trainer import LossOf, TooManySkippedStepsError, Trainer
 from megalong.grpo import train_grpo
 from megalong.records import StepStats, TokenBatch
 from megalong.rollout import vllm_engine
 from megalong.sft import train_sft
+from megalong.vision import encode
 
 CRASHED = 17
 
@@ -218,6 +222,22 @@ def engine_dies(_: int) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def decoding_process_dies(_: int) -> Iterator[None]:
+    """The last rank decodes in a process of its own, as with a GPU, which dies with its first frames on their way."""
+    on_cpu = encode.open_decoder
+
+    def open_decoder(*of: object) -> FrameDecoder:
+        return ProcessFrameDecoder("dying later", settings="nvcodec") if _is_last_rank() else on_cpu(*of)
+
+    with (
+        mock.patch.object(sys, "path", [*sys.path, str(Path(__file__).parent / "unit" / "data")]),
+        mock.patch.object(video_process, "SERVER", "fake_decoder"),
+        mock.patch.object(encode, "open_decoder", open_decoder),
+    ):
+        yield
+
+
 def crash_before_writing(step: int) -> object:
     return _crash_at(dist_checkpointing, "save", lambda _, path: _is_of(path, step))
 
@@ -308,6 +328,7 @@ FAULTS = {
         host_out_of_memory_in_step,
         disk_full_in_step,
         engine_dies,
+        decoding_process_dies,
         crash_before_writing,
         crash_half_written,
         crash_before_naming,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,15 @@ def test_an_engine_that_dies_ends_the_run_on_every_rank(demo: DemoWorld, tmp_pat
     assert "line before the exit" in logs[0]
     assert message(logs[1]).startswith("megalong grpo: rank 1, phase 'rollout': another rank ended or does not answer")
     assert set(Path("/dev/shm").glob("megalong-engine-*")) <= before
+
+
+def test_a_decoding_process_that_dies_ends_the_run_on_every_rank(demo: DemoWorld, tmp_path: Path) -> None:
+    codes, logs = fail(demo, tmp_path, "decoding_process_dies")
+    assert codes == [1, 1]
+    assert message(logs[1]).startswith("megalong sft: rank 1, phase 'data': ")
+    assert re.search(r"\.mp4: the decoding process \d+ has ended \(exit code -9; ", message(logs[1]))
+    assert "video.decoder=pyav decodes without that process" in message(logs[1])
+    assert ": another rank ended or does not answer; " in message(logs[0])  # in the phase that it had come to
 
 
 def test_a_full_disk_leaves_the_older_checkpoint(demo: DemoWorld, tmp_path: Path) -> None:
