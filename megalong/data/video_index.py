@@ -250,6 +250,11 @@ def _orientation(picture: VideoFrame, path: str) -> Orientation:
     if matrix is None:
         return Orientation()
     a, b, _, c, d = np.frombuffer(bytes(matrix), dtype=np.int32)[:5].tolist()
+    largest = max(map(abs, (a, b, c, d)))
+    if not largest:  # some muxers leave the field empty
+        return Orientation()
+    # Others compute it from sines: a quarter turn is then a few units off.
+    a, b, c, d = (0 if abs(entry) * 100 < largest else entry for entry in (a, b, c, d))
     if a and d and not (b or c):
         return Orientation(mirror_x=a < 0, mirror_y=d < 0)
     if b and c and not (a or d):

@@ -337,6 +337,12 @@ TURNS = {  # what the player shows, from what is stored
     "mirrored": ({"matrix": [-ONE, 0, 0, 0, ONE, 0, 0, 0, 1 << 30]}, lambda picture: picture[:, ::-1]),
     "upside down": ({"matrix": [ONE, 0, 0, 0, -ONE, 0, 0, 0, 1 << 30]}, lambda picture: picture[::-1]),
     "transposed": ({"matrix": [0, ONE, 0, ONE, 0, 0, 0, 0, 1 << 30]}, lambda picture: picture.transpose(1, 0, 2)),
+    "an empty matrix": ({"matrix": [0] * 9}, lambda picture: picture),
+    "a rounded 90 right": (
+        {"matrix": [3, ONE, 0, -ONE, -4, 0, 0, 0, 1 << 30]},
+        lambda picture: np.rot90(picture, -1),
+    ),
+    "a rounded 180": ({"matrix": [-ONE, 8, 0, -8, -ONE, 0, 0, 0, 1 << 30]}, lambda picture: np.rot90(picture, 2)),
 }
 
 
@@ -353,9 +359,10 @@ def test_orientation(tmp_path, turn):
         assert np.abs(got - expected).max() <= 4
 
 
-def test_orientation_that_is_no_quarter_turn_is_refused(tmp_path):
-    path = write_video(tmp_path / "a.mp4", 2, rotation=30)
-    with pytest.raises(DecodeError, match="turns it by 30 degrees, expected quarter turns"):
+@pytest.mark.parametrize("degrees", [30, 2, 88])
+def test_orientation_that_is_no_quarter_turn_is_refused(tmp_path, degrees):
+    path = write_video(tmp_path / "a.mp4", 2, rotation=degrees)
+    with pytest.raises(DecodeError, match=f"turns it by {degrees} degrees, expected quarter turns"):
         probe(path)
     assert probe(write_video(tmp_path / "b.mp4", 2)).orientation == Orientation()
 
