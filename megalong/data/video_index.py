@@ -218,11 +218,12 @@ def _check_complete(
     """Raise DecodeError for a file without frames, or one that ends before its header says."""
     if is_cut:
         raise DecodeError(container.name, f"truncated: the file ends within frame {len(packets) - 1}")
-    if "mp4" in container.format.name and len(stream.index_entries) > len(packets):
-        raise DecodeError(
-            container.name,
-            f"truncated: its header lists {len(stream.index_entries)} frames, the file ends after {len(packets)}",
-        )
+    if "mp4" in container.format.name:
+        listed = sum(entry.size > 0 for entry in stream.index_entries)  # an empty sample is in no packet counted here
+        if listed > len(packets):
+            raise DecodeError(
+                container.name, f"truncated: its header lists {listed} frames, the file ends after {len(packets)}"
+            )
     if not packets:
         raise DecodeError(container.name, "zero frames: the video stream is empty")
     if "matroska" in container.format.name and container.duration:

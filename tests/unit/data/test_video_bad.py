@@ -1,11 +1,12 @@
 """The bad-input table: each broken video and the message its user gets."""
 
 import re
+import struct
 
 import av
 import numpy as np
 import pytest
-from video_files import SQUARE, cut_file, write_empty_video, write_sound, write_video
+from video_files import SQUARE, cut_file, read_number, write_empty_video, write_sound, write_video
 
 from megalong.config.tree import FrameSampling
 from megalong.data.video import DecodeError, decode_frames, probe, select_frames
@@ -91,3 +92,19 @@ def test_file_cut_between_frames(tmp_path):
     path.write_bytes(whole.read_bytes()[:end])
     with pytest.raises(DecodeError, match="truncated: its header lists 60 frames, the file ends after 40"):
         probe(path)
+
+
+@pytest.mark.parametrize("empty", [30, 59])
+def test_an_empty_sample_is_not_a_frame_cut_off(tmp_path, empty):
+    path = write_video(tmp_path / "a.mp4", 60, gop=1)
+    with av.open(str(path)) as container:
+        packet = [packet for packet in container.demux(video=0) if packet.size][empty]
+        start, size = packet.pos, packet.size
+    data = bytearray(path.read_bytes())
+    (length,) = struct.unpack_from(">I", data, data.index(b"mdat") - 4)
+    struct.pack_into(">I", data, data.index(b"mdat") - 4, length - size)
+    struct.pack_into(">I", data, data.index(b"stsz") + 16 + 4 * empty, 0)
+    del data[start : start + size]
+    path.write_bytes(data)
+    shown = [number for number in range(60) if number != empty]
+    assert [read_number(picture) for picture in decode_frames(select(path, 60)).frames_FHWC] == shown
