@@ -198,8 +198,9 @@ class DiskStore:
         except _RefusedError as refusal:
             self.refused.append(part.path)
             _log.warning("%s is refused, and its embeddings are made again: %s", part.path, refusal)
-            # A cache that this process may only read keeps it, and every reader refuses it again.
-            with contextlib.suppress(FileNotFoundError, PermissionError):
+            # A cache that this process may only read (by its modes, or its mount) keeps it, and every reader refuses it
+            # again: here its rows are missing either way.
+            with contextlib.suppress(OSError):
                 part.path.unlink()
             return None
 

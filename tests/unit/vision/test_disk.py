@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import multiprocessing
 import os
@@ -140,15 +141,16 @@ def test_another_whole_file_stands_in_for_a_refused_one(tmp_path: Path) -> None:
     assert kept.read("key", 1, 9) is None
 
 
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
 def test_a_cache_that_may_only_be_read_is_used_and_its_bad_file_passed_over(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     kept = store(tmp_path)
     kept.write("key", 0, VIDEO)
     os.truncate(files(tmp_path)[0], 40)
 
     def denied(self: Path, **_: bool) -> None:
-        raise PermissionError(13, "Permission denied")
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(Path, "unlink", denied)
     assert kept.read("key", 0, 4) is None
