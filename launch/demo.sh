@@ -25,6 +25,7 @@ fi
 COMMON=("seed=$SEED" "data.seed=$SEED" "model.path=$OUT/model" "eval.manifest=$OUT/data/heldout.jsonl")
 
 if ((GPUS > 0)); then
+  first_gpus "$GPUS"
   COMMON+=("model.dtype=bfloat16" "model.layer_spec=te" "rollout.engine=auto")
 fi
 
@@ -34,7 +35,7 @@ stage() {
   local name=$1 start=$SECONDS
   shift
   echo "== $name"
-  "$@"
+  ("$@") # which torchrun takes the place of
   TIMES+=("\"$name\": $((SECONDS - start))")
 }
 

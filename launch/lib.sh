@@ -1,4 +1,4 @@
-# Sourced by the launch scripts: where the checkout is, which Python, `run`, and how torchrun starts megalong.
+# Sourced by the launch scripts: where the checkout is, which Python, `run`, `become`, and how torchrun starts megalong.
 #
 # RESTARTS  environment: how often torchrun starts all processes again after one ended with an error or was killed
 #           (default 0). They continue from the last checkpoint, so a small checkpoint.save_every loses little.
@@ -12,12 +12,19 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 # Run a command, or with MEGALONG_DRY_RUN=1 only print it.
 run() {
-  if [[ ${MEGALONG_DRY_RUN:-0} == 1 ]]; then
-    printf '%q ' "$@"
-    printf '\n'
-  else
-    "$@"
-  fi
+  dry "$@" || "$@"
+}
+
+# The same in the place of this shell, which as a container's first process would keep SIGTERM from the run, and as any
+# other end by it and leave the run behind. Nothing comes after it.
+become() {
+  dry "$@" || exec "$@"
+}
+
+dry() {
+  [[ ${MEGALONG_DRY_RUN:-0} == 1 ]] || return 1
+  printf '%q ' "$@"
+  printf '\n'
 }
 
 # whole NAME LOWEST: the variable NAME must be a whole number of at least LOWEST.
@@ -47,7 +54,14 @@ share_gpus() {
   fi
 }
 
-# torchrun_local PROCESSES ARGS...: `megalong ARGS` on that many processes of this machine.
+# first_gpus N: the run sees the first N of the GPUs that this shell sees, and no engine takes one beyond them.
+first_gpus() {
+  local all=${CUDA_VISIBLE_DEVICES-$(seq -s, 0 $(($1 - 1)))}
+  CUDA_VISIBLE_DEVICES=$(cut -d, -f "1-$1" <<<"$all")
+  export CUDA_VISIBLE_DEVICES
+}
+
+# torchrun_local PROCESSES ARGS...: become `megalong ARGS` on that many processes of this machine.
 torchrun_local() {
   local processes=$1
   shift
@@ -55,6 +69,6 @@ torchrun_local() {
     echo "$0: GPUS=$processes is how many processes to start; set it to a whole number of at least 1" >&2
     exit 2
   fi
-  run "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$processes" --max-restarts "$RESTARTS" \
+  become "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$processes" --max-restarts "$RESTARTS" \
     -m megalong "$@"
 }

@@ -6,7 +6,9 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -90,6 +92,57 @@ def test_8_gpu_script_leaves_gpus_to_engines() -> None:
         *("rollout.placement=disaggregated", "rollout.engines_per_node=2", "parallel.tp=2"),
     ]
     check_recipe_and_overrides(command, task="grpo")
+
+
+@pytest.mark.parametrize("as_first_process", [False, True])
+def test_sigterm_at_a_script_is_the_run_s(as_first_process: bool, tmp_path: Path) -> None:
+    """Also at the first process of a container, which no signal ends that it does not handle."""
+    fake, log = tmp_path / "python", tmp_path / "log"
+    fake.write_text(
+        f"#!/bin/bash\ntrap 'echo ended >> {log}; exit 7' TERM\necho $$ > {log}\n"
+        "for _ in {1..300}; do sleep 0.1; done\n"
+    )
+    fake.chmod(0o755)
+    container = ["unshare", "--pid", "--fork", "--kill-child"] if as_first_process else []
+    if container and subprocess.run([*container, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("may not make a namespace of processes")
+    process = subprocess.Popen(
+        [*container, "bash", str(LAUNCH / "grpo_7b_8xa100.sh"), "m", "d"],
+        env={"PATH": os.environ["PATH"], "PYTHON": str(fake)},
+    )
+    try:
+        while not log.exists() or not log.read_text():
+            assert process.poll() is None
+            time.sleep(0.02)
+        run = process.pid
+        if as_first_process:
+            assert log.read_text() == "1\n"
+            (run,) = map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())
+        os.kill(run, signal.SIGTERM)
+        assert process.wait(timeout=20) == 7
+    finally:
+        process.kill()
+    assert log.read_text().splitlines()[1:] == ["ended"]
+
+
+@pytest.mark.parametrize(
+    ("visible", "gpus", "seen"),
+    [(None, "4", "0,1,2,3"), ("4,5,6,7", "2", "4,5"), ("GPU-a,GPU-b", "2", "GPU-a,GPU-b"), ("3,1", "4", "3,1")],
+)
+@pytest.mark.parametrize("script", ["grpo_7b_8xa100.sh", "demo.sh"])
+def test_a_run_sees_the_gpus_it_may_use_alone(
+    script: str, visible: str | None, gpus: str, seen: str, tmp_path: Path
+) -> None:
+    """An engine would take a free one beyond them."""
+    fake = tmp_path / "python"
+    fake.write_text(f'#!/bin/sh\necho "$CUDA_VISIBLE_DEVICES" >> {tmp_path}/seen\n')
+    fake.chmod(0o755)
+    given = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    out = tmp_path / "out"
+    out.mkdir()
+    done = dry_run(script, "m", "d", MEGALONG_DRY_RUN="0", PYTHON=str(fake), OUT=str(out), GPUS=gpus, **given)
+    assert done.returncode == 0, done.stderr
+    assert set((tmp_path / "seen").read_text().split()) == {seen}
 
 
 @pytest.mark.parametrize("script", ["grpo_7b_8xa100.sh", "grpo_qwen2_5_vl_1h_8xa100.sh"])
@@ -185,6 +238,7 @@ def test_slurm_script(tmp_path: Path) -> None:
         (command,) = commands(dry_run(str(spooled), *args, **slurm, **gpus))
         assert command[command.index("--nproc-per-node") + 1] == processes
         assert f"gpus={4 * int(processes)}" in command
+        assert (command[2:4] == ["env", "CUDA_VISIBLE_DEVICES=0,1,2,3"]) == (asked == "4")
     # Some of them for engines; one at least trains.
     (command,) = commands(dry_run(str(spooled), *args, **slurm, SLURM_GPUS_ON_NODE="8", ENGINE_GPUS="2"))
     assert command[command.index("--nproc-per-node") + 1] == "6"
