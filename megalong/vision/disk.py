@@ -24,9 +24,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from megalong.records import tensor_checksums
+from megalong.vision.settings import VisionSettings
 
 FORMAT = "megalong embeddings 1"
 PART_BYTES = 128 << 20
@@ -258,3 +259,11 @@ def _metadata(content: bytes) -> dict[str, Any]:
     """What a safetensors file, known to be whole, says about itself."""
     length = int.from_bytes(content[:8], "little")
     return json.loads(content[8 : 8 + length]).get("__metadata__") or {}
+
+
+def open_disk_store(encoder: nn.Module | None, settings: VisionSettings) -> DiskStore | None:
+    """None where embeddings are not kept, or in memory alone."""
+    if encoder is None or not settings.frozen or settings.embed_folder is None:
+        return None
+    dtype = next(encoder.parameters()).dtype
+    return DiskStore(Path(settings.embed_folder), dtype=dtype, budget_bytes=settings.embed_folder_bytes)

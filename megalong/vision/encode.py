@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,9 +24,9 @@ from megalong.parallel.exchange import exchange_rows, plan_exchange
 from megalong.parallel.layout import ParallelLayout
 from megalong.parallel.split import shard_range
 from megalong.records import Dropped, FrameSelection, Prompt, Sample
-from megalong.vision.disk import DiskStore
+from megalong.vision.disk import open_disk_store
 from megalong.vision.settings import VisionSettings
-from megalong.vision.store import ByteStore, selection_key
+from megalong.vision.store import ByteStore, FileContents, file_digest, selection_key
 from megalong.vision.tiers import EmbeddingPart, EmbeddingStore
 
 
@@ -53,7 +52,7 @@ class VisionStage:
             device=layout.device,
             gpu_bytes=settings.embed_gpu_bytes,
             host_bytes=settings.embed_host_bytes,
-            disk=_disk_store(encoder, settings),
+            disk=open_disk_store(encoder, settings),
         )
         self.frames_encoded = 0  # by this rank, since the start
         # Without vision there is nothing to decode.
@@ -64,6 +63,7 @@ class VisionStage:
         self._running: dict[str, Future[np.ndarray | EmbeddingPart]] = {}
         self._indexing: dict[str, Future[VideoIndex]] = {}
         self._indexed: dict[str, FrameSelection | str] = {}  # path -> its frames, or why it cannot be read
+        self._contents = FileContents()
         self.weights_changed()
 
     def select(
@@ -78,14 +78,17 @@ class VisionStage:
         if paths and self.encoder is None:
             raise ValueError(f"{paths[0]}: this model family has no vision, and the sample has a video")
         mine: dict[str, FrameSelection | str] = {}
+        contents: dict[str, str] = {}
         for path in self.index_ahead(samples):
             try:
                 mine[path] = choose(self._indexing.pop(path).result())
+                contents[path] = file_digest(path)
             except DecodeError as error:
                 mine[path] = error.reason
         if any(path not in self._indexed for path in paths):  # the same on every rank of the replica
-            for part in gather_objects(mine, group=self.layout.replica_host):
+            for part, digests in gather_objects((mine, contents), group=self.layout.replica_host):
                 self._indexed.update(part)
+                self._contents.update(digests)
             self._indexing = {path: index for path, index in self._indexing.items() if path not in self._indexed}
         found = {path: self._indexed[path] for path in paths}
         reasons = {path: entry for path, entry in found.items() if isinstance(entry, str)}
@@ -228,7 +231,7 @@ class VisionStage:
 
     def key(self, selection: FrameSelection) -> str:
         """Key of decoded frames: file, frames, resolution."""
-        return selection_key(selection)
+        return selection_key(selection, self._contents[selection.path])
 
     def embed_key(self, selection: FrameSelection) -> str:
         """Key of embeddings: the frames' key, what decodes them, and the weights and dtype of tower and projector."""
@@ -253,7 +256,10 @@ class VisionStage:
             embeds_nD = disk.read(self.embed_key(selection), start, stop)
             if embeds_nD is not None:
                 return EmbeddingPart(start, embeds_nD)
-        return self.decoder.decode(selection, first=first, last=last).frames_FHWC
+        clip = self.decoder.decode(selection, first=first, last=last)
+        if file_digest(selection.path) != self._contents[selection.path]:
+            raise DecodeError(selection.path, "it has changed since it was indexed")
+        return clip.frames_FHWC
 
     def _has_embeds(self, selection: FrameSelection) -> bool:
         return self.settings.frozen and self.embed_key(selection) in self.embeds
@@ -371,14 +377,6 @@ class VisionStage:
         turn = zlib.crc32(self.key(selection).encode()) % size
         parts = [shard_range(len(selection.frames) // step, (rank + turn) % size, size) for rank in range(size)]
         return [(first * step, last * step) for first, last in parts]
-
-
-def _disk_store(encoder: nn.Module | None, settings: VisionSettings) -> DiskStore | None:
-    """None where embeddings are not kept, or in memory alone."""
-    if encoder is None or not settings.frozen or settings.embed_folder is None:
-        return None
-    dtype = next(encoder.parameters()).dtype
-    return DiskStore(Path(settings.embed_folder), dtype=dtype, budget_bytes=settings.embed_folder_bytes)
 
 
 def _encoder_digest(encoder: nn.Module) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Generic, TypeVar
 
+from megalong.data.video_index import DecodeError
 from megalong.records import FrameSelection
 
 Item = TypeVar("Item")
@@ -101,11 +102,26 @@ class ByteStore(Generic[Item]):
         return sum(size for key, (_, size) in self._items.items() if key in self._pinned)
 
 
-def selection_key(selection: FrameSelection) -> str:
-    """Content key of decoded frames: the file, the frames and the resolution."""
-    stat = os.stat(selection.path)
-    content = _file_digest(selection.path, stat.st_size, stat.st_mtime_ns)
+class FileContents(dict[str, str]):
+    """Digest of each file as it was when it was first asked for: it is not looked at again, and may be gone."""
+
+    def __missing__(self, path: str) -> str:
+        self[path] = digest = file_digest(path)
+        return digest
+
+
+def selection_key(selection: FrameSelection, content: str) -> str:
+    """Content key of decoded frames: the file, by its digest, the frames and the resolution."""
     return _digest((content, selection.frames, selection.height, selection.width))
+
+
+def file_digest(path: str) -> str:
+    """Digest of a file as it is now. Raises DecodeError where it cannot be read."""
+    try:
+        stat = os.stat(path)
+        return _file_digest(path, stat.st_size, stat.st_mtime_ns)
+    except OSError as error:
+        raise DecodeError(path, f"cannot be read: {error.strerror}") from error
 
 
 @lru_cache(maxsize=4096)

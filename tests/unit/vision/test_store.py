@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megalong.data.video_index import DecodeError
 from megalong.records import FrameSelection
-from megalong.vision.store import ByteStore, StoreFullError, selection_key
+from megalong.vision.store import ByteStore, FileContents, StoreFullError, file_digest, selection_key
 
 
 def store(budget: int = 10) -> ByteStore[str]:
@@ -91,27 +92,32 @@ def test_never_over_the_budget(operations: list[tuple[int, int]]) -> None:
         assert kept.bytes_used == sum(size for name, size in held.items() if name in kept) <= 12
 
 
+def key_of(selection: FrameSelection) -> str:
+    """Of the file as it is now."""
+    return selection_key(selection, file_digest(selection.path))
+
+
 def test_key_depends_on_content_frames_and_size_and_not_on_the_name(tmp_path: Path) -> None:
     file = tmp_path / "a.mp4"
     file.write_bytes(bytes(range(256)) * 16)
     selection = FrameSelection(path=str(file), frames=(0, 4), seconds=(0.0, 1.0), height=32, width=32)
-    key = selection_key(selection)
-    assert selection_key(selection) == key
+    key = key_of(selection)
+    assert key_of(selection) == key
     copy = tmp_path / "b.mp4"
     copy.write_bytes(file.read_bytes())
-    assert selection_key(replace(selection, path=str(copy))) == key
+    assert key_of(replace(selection, path=str(copy))) == key
     others = {
         key,
-        selection_key(replace(selection, height=64)),
-        selection_key(replace(selection, width=64)),
-        selection_key(replace(selection, frames=(0, 5))),
-        selection_key(replace(selection, frames=(0,))),
+        key_of(replace(selection, height=64)),
+        key_of(replace(selection, width=64)),
+        key_of(replace(selection, frames=(0, 5))),
+        key_of(replace(selection, frames=(0,))),
     }
     file.write_bytes(file.read_bytes()[:-1] + b"!")  # another last byte
     os.utime(file, ns=(1, 1))
-    others.add(selection_key(selection))
+    others.add(key_of(selection))
     file.write_bytes(file.read_bytes() + b"!")
-    others.add(selection_key(selection))
+    others.add(key_of(selection))
     assert len(others) == 7
 
 
@@ -121,8 +127,20 @@ def test_key_of_a_long_file_sees_its_start_middle_and_end(tmp_path: Path, place:
     content = bytearray(5_000_000)
     file.write_bytes(content)
     selection = FrameSelection(path=str(file), frames=(0,), seconds=(0.0,), height=32, width=32)
-    before = selection_key(selection)
+    before = key_of(selection)
     content[place] = 1
     file.write_bytes(content)
     os.utime(file, ns=(2, 2))
-    assert selection_key(selection) != before
+    assert key_of(selection) != before
+
+
+def test_a_file_is_what_it_was_when_it_was_first_asked_for(tmp_path: Path) -> None:
+    file, contents = tmp_path / "a.mp4", FileContents()
+    file.write_bytes(b"one")
+    before = contents[str(file)]
+    file.write_bytes(b"another")
+    assert contents[str(file)] == before != file_digest(str(file))
+    file.unlink()
+    assert contents[str(file)] == before
+    with pytest.raises(DecodeError, match=r"a\.mp4: cannot be read: No such file or directory"):
+        file_digest(str(file))

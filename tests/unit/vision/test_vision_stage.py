@@ -313,6 +313,34 @@ def test_a_video_that_breaks_while_decoding_drops_its_samples(
     assert stage.embeddings([selections[videos["a"]]]).shape == (7 * TOKENS, WIDTH)
 
 
+@pytest.mark.parametrize("change", ["gone", "another", "another of the same times"])
+def test_a_file_that_changes_after_it_was_indexed_drops_its_samples(make: object, tmp_path: Path, change: str) -> None:
+    paths = [write_video(tmp_path / f"{name}.mp4", 9, shade=shade) for name, shade in (("a", 0), ("b", 40))]
+    batch, stage = [sample("1", paths[0]), sample("2", paths[1])], make()
+    selections, _ = stage.select(batch, CHOOSE)
+    if change == "gone":
+        Path(paths[0]).unlink()
+    else:
+        write_video(Path(paths[0]), 9 if "same" in change else 30, shade=90)
+    (dropped,) = stage.prepare(batch, selections)
+    assert dropped.sample_id == "1"
+    assert ("no such file" if change == "gone" else "changed since") in dropped.reason
+    stage.release(keep=list(selections.values()))
+    assert stage.prepare(batch[1:], selections) == []
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_file_that_is_gone_is_not_missed_while_it_is_in_memory(make: object, tmp_path: Path, frozen: bool) -> None:
+    path = write_video(tmp_path / "a.mp4", 9, shade=0)
+    batch, stage = [sample("1", path)], make(frozen=frozen)
+    selections, dropped = ready(stage, batch)
+    before = stage.embeddings([selections[path]])
+    Path(path).unlink()
+    stage.release(keep=[selections[path]])
+    assert ready(stage, batch) == (selections, dropped) == (selections, [])
+    assert torch.equal(stage.embeddings([selections[path]]), before)
+
+
 def test_prefetch_decodes_ahead_and_only_what_is_missing(
     make: object, videos: dict[str, str], decoded: list[str]
 ) -> None:
@@ -343,8 +371,10 @@ def test_new_weights_and_new_content_make_new_embeddings(make: object, tmp_path:
     ready(stage, batch)
     torch.testing.assert_close(stage.embeddings([selections[path]])[0, 0], before[0, 0] + 1)
     write_video(tmp_path / "v.mp4", 8, shade=100)
-    selections, _ = ready(stage, batch)
-    assert (stage.embeddings([selections[path]]) - before).abs().max() > 0.01
+    another = make()  # a run keeps to the files that it has indexed
+    selections, _ = ready(another, batch)
+    assert another.embed_key(selections[path]) != key
+    assert (another.embeddings([selections[path]]) - before).abs().max() > 0.01
 
 
 def test_a_batch_larger_than_the_frame_budget_names_its_setting(make: object, videos: dict[str, str]) -> None:
