@@ -273,6 +273,18 @@ def crash_while_deleting(step: int) -> object:
     return _crash_at(shutil, "rmtree", torn)
 
 
+@contextmanager
+def old_view_of_the_disk(step: int) -> Iterator[None]:
+    """On the last rank alone, as an NFS client caches it: the checkpoint of step is not there yet."""
+    exists = Path.exists
+
+    def looked_earlier(path: Path, **settings: bool) -> bool:
+        return exists(path, **settings) and not (path.name == f"step_{step:08d}" and _is_last_rank())
+
+    with mock.patch.object(Path, "exists", looked_earlier):
+        yield
+
+
 def no_checkpoints(_: int) -> object:
     """Nothing is saved: for runs whose checkpoints nobody reads."""
     return mock.patch.object(run.Run, "save")
@@ -333,6 +345,7 @@ FAULTS = {
         crash_half_written,
         crash_before_naming,
         crash_while_deleting,
+        old_view_of_the_disk,
         no_checkpoints,
         poisoned_loss,
         poisoned_gradient,

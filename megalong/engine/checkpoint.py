@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megalong.engine.trainer import Trainer
 from megalong.models.errors import CheckpointError
 from megalong.models.policy import sharded_encoder
+from megalong.parallel.collectives import broadcast_object
 
 _COMPLETE = re.compile(r"step_(\d{8})")
 _LOAD_ERRORS = (
@@ -54,12 +55,9 @@ def save_checkpoint(folder: Path, trainer: Trainer, *, extra: dict[str, Any], ke
     """
     final = folder / f"step_{trainer.step:08d}"
     partial = folder / f"{final.name}.partial"
-    if trainer.layout.is_main:
-        delete_partial(folder)
-        if not final.exists():
-            partial.mkdir(parents=True)
-    dist.barrier()
-    if final.exists():
+    is_there = trainer.layout.is_main and _make_room(final, partial)
+    # Of a shared disk the other ranks may have an older view, and would wait in the save for those that return.
+    if broadcast_object(is_there, source=0, group=trainer.layout.world):
         return final
     try:
         dist_checkpointing.save(_sharded_state(trainer, extra), str(partial))
@@ -74,6 +72,15 @@ def save_checkpoint(folder: Path, trainer: Trainer, *, extra: dict[str, Any], ke
             _delete(old)
     dist.barrier()
     return final
+
+
+def _make_room(final: Path, partial: Path) -> bool:
+    """Whether the checkpoint is there already; the folder to write it into is, when it is not."""
+    delete_partial(final.parent)
+    if final.exists():
+        return True
+    partial.mkdir(parents=True)
+    return False
 
 
 def delete_partial(folder: Path) -> None:

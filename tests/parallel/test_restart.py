@@ -128,6 +128,13 @@ def test_what_a_killed_save_left_is_gone_when_the_run_starts_again(demo: DemoWor
     assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step_00000002"]
 
 
+def test_a_checkpoint_that_one_rank_does_not_see_yet_is_not_saved_twice(demo: DemoWorld, tmp_path: Path) -> None:
+    """At the end of the run, behind save_every: what the main process finds holds for both."""
+    settings = ("sft.steps=2", "checkpoint.save_every=2")
+    finish(demo, tmp_path / "run", "sft", settings, "old_view_of_the_disk@2", size=2)
+    assert saved_steps(tmp_path / "run") == ["step_00000002"]
+
+
 def test_a_run_continues_on_other_layouts(demo: DemoWorld, runs: Path, tmp_path: Path) -> None:
     """Two steps alone, then one on each of four layouts: TP2 with sequence parallelism, TP2 x PP2, PP2, DP2."""
     run_dir = shutil.copytree(runs / "sft_2", tmp_path / "run")
