@@ -6,7 +6,7 @@ import os
 import random
 import signal
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -301,8 +301,7 @@ def _start(config: RunConfig, *, task: Task, timer: PhaseTimer) -> Run:
     else:
         origin = resumed_origin(start, config, task, keeps_reference=keeps_reference)
     if trains and writes:  # before anything else is written: the disk may be full of it
-        with suppress(OSError):  # a killed process's writers may still add to it: the next save deletes it then
-            delete_partial(checkpoint_folder(config))
+        delete_partial(checkpoint_folder(config))
     wandb_run = None
     if writes and config.logger.wandb:  # before the model: without a login the run ends here
         wandb_run = open_wandb(Path(config.logger.run_dir), project=config.logger.wandb_project, config=config)

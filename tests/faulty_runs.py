@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import shutil
@@ -274,6 +275,20 @@ def crash_while_deleting(step: int) -> object:
 
 
 @contextmanager
+def busy_folders(_: int) -> Iterator[None]:
+    """No folder of a checkpoint can be deleted: as on NFS, where a file that is open somewhere stays, renamed."""
+    rmtree = shutil.rmtree
+
+    def refuse(path: str | Path, **settings: object) -> None:
+        if Path(path).name.startswith("step_"):
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))
+        rmtree(path, **settings)
+
+    with mock.patch.object(shutil, "rmtree", refuse):
+        yield
+
+
+@contextmanager
 def old_view_of_the_disk(step: int) -> Iterator[None]:
     """On the last rank alone, as an NFS client caches it: the checkpoint of step is not there yet."""
     exists = Path.exists
@@ -345,6 +360,7 @@ FAULTS = {
         crash_half_written,
         crash_before_naming,
         crash_while_deleting,
+        busy_folders,
         old_view_of_the_disk,
         no_checkpoints,
         poisoned_loss,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import pickle
 import re
@@ -24,6 +25,8 @@ from megalong.engine.trainer import Trainer
 from megalong.models.errors import CheckpointError
 from megalong.models.policy import sharded_encoder
 from megalong.parallel.collectives import broadcast_object
+
+logger = logging.getLogger(__name__)
 
 _COMPLETE = re.compile(r"step_(\d{8})")
 _LOAD_ERRORS = (
@@ -55,9 +58,12 @@ def save_checkpoint(folder: Path, trainer: Trainer, *, extra: dict[str, Any], ke
     """
     final = folder / f"step_{trainer.step:08d}"
     partial = folder / f"{final.name}.partial"
-    is_there = trainer.layout.is_main and _make_room(final, partial)
+    found = _make_room(final, partial) if trainer.layout.is_main else None
     # Of a shared disk the other ranks may have an older view, and would wait in the save for those that return.
-    if broadcast_object(is_there, source=0, group=trainer.layout.world):
+    is_there, obstacle = broadcast_object(found, source=0, group=trainer.layout.world)
+    if obstacle:
+        raise CheckpointError(obstacle)
+    if is_there:
         return final
     try:
         dist_checkpointing.save(_sharded_state(trainer, extra), str(partial))
@@ -69,24 +75,43 @@ def save_checkpoint(folder: Path, trainer: Trainer, *, extra: dict[str, Any], ke
         os.rename(partial, final)
         _flush_folder(folder)
         for old in complete_checkpoints(folder)[:-keep] if keep > 0 else []:
-            _delete(old)
+            with _only_warned(old):
+                _delete(old)
     dist.barrier()
     return final
 
 
-def _make_room(final: Path, partial: Path) -> bool:
-    """Whether the checkpoint is there already; the folder to write it into is, when it is not."""
+def _make_room(final: Path, partial: Path) -> tuple[bool, str]:
+    """Whether the checkpoint is there already, and why the folder to write it into cannot be made when it is not."""
     delete_partial(final.parent)
     if final.exists():
-        return True
-    partial.mkdir(parents=True)
-    return False
+        return True, ""
+    try:
+        if partial.exists():  # once more, for the reason: this one is in the way
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        return False, (
+            f"{partial}: cannot be made anew for this save ({_causes(error)}). Older checkpoints are as they were: "
+            "delete it, or end what has a file in it open, and start again to continue"
+        )
+    return False, ""
 
 
 def delete_partial(folder: Path) -> None:
     """Delete what saves that failed or were killed have left: it may be what fills the disk."""
     for leftover in folder.glob("*.partial"):
-        shutil.rmtree(leftover)
+        with _only_warned(leftover):
+            shutil.rmtree(leftover)
+
+
+@contextmanager
+def _only_warned(folder: Path) -> Iterator[None]:
+    """A folder that is not deleted ends no run: a file of it may be open, which NFS keeps, or still be written."""
+    try:
+        yield
+    except OSError as error:
+        logger.warning("%s: cannot be deleted (%s); the next save tries again", folder, error)
 
 
 def newest_checkpoint(path: Path) -> Path:

@@ -111,3 +111,26 @@ def test_a_full_disk_leaves_the_older_checkpoint(demo: DemoWorld, tmp_path: Path
         assert "GiB are free on that disk. Older checkpoints are as they were" in message(log)
     assert "rank 1: RuntimeError: Worker failure" in message(logs[0])
     assert [path.name for path in complete_checkpoints(partial.parent)] == ["step_00000002"]
+
+
+def test_a_folder_that_cannot_be_deleted_ends_a_run_only_where_it_is_to_be_written(
+    demo: DemoWorld, tmp_path: Path
+) -> None:
+    saving = (*SFT, "checkpoint.save_every=1", "checkpoint.keep=1")
+    codes, logs = fail(demo, tmp_path, "busy_folders", overrides=saving)
+    assert codes == [0, 0]
+    folder = tmp_path / "run" / "checkpoints"
+    left = [f"step_{step:08d}.partial" for step in (1, 2, 3)]
+    assert sorted(path.name for path in folder.iterdir()) == [*left, "step_00000004"]
+    for name in left:
+        assert f"{folder / name.removesuffix('.partial')}: cannot be deleted ([Errno 39] Directory not empty" in logs[0]
+    (folder / "step_00000006.partial").mkdir()
+    codes, logs = fail(demo, tmp_path, "busy_folders", overrides=(*saving, "sft.steps=6"))
+    assert codes == [2, 2]
+    for log in logs:
+        said = message(log)
+        assert said.startswith(f"megalong sft: {folder}/step_00000006.partial: cannot be made anew for this save (")
+        assert "OSError: [Errno 39] Directory not empty" in said
+    assert [path.name for path in complete_checkpoints(folder)] == ["step_00000005"]
+    assert fail(demo, tmp_path, overrides=(*saving, "sft.steps=6"))[0] == [0, 0]
+    assert [path.name for path in folder.iterdir()] == ["step_00000006"]
