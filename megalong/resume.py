@@ -17,7 +17,7 @@ from megalong.config.errors import ConfigError
 from megalong.config.load import config_yaml, known_keys
 from megalong.config.tree import RunConfig
 from megalong.config.validate import TRAINING, Task
-from megalong.engine.checkpoint import complete_checkpoints, newest_checkpoint, read_extra
+from megalong.engine.checkpoint import complete_checkpoints, newest_checkpoint, read_extra, step_of
 from megalong.models.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -93,12 +93,12 @@ def resume_point(config: RunConfig) -> Path | None:
 def resumed_origin(start: Path, config: RunConfig, task: Task, *, keeps_reference: bool) -> Origin:
     """What the run that `start` is of began from; of a checkpoint that does not say, what this one would begin from.
 
-    Raises CheckpointError when this is another task or model, or the reference policy is gone.
+    Raises CheckpointError when this is another task or model, or the reference policy is gone, ConfigError when GRPO's
+    rounds would not meet its step.
     """
     stored = read_extra(start).get("origin")
-    if stored is None or set(stored) != {field.name for field in fields(Origin)}:
-        return origin_of(config, task)
-    origin = Origin(**stored)
+    says = stored is not None and set(stored) == {field.name for field in fields(Origin)}
+    origin = Origin(**stored) if says else origin_of(config, task)
     other = []
     if origin.task != task:
         other.append(f"task {origin.task}, not {task}")
@@ -110,6 +110,13 @@ def resumed_origin(start: Path, config: RunConfig, task: Task, *, keeps_referenc
         raise CheckpointError(
             f"{start} is of a run with {', '.join(other)}; choose another logger.run_dir "
             f"(model.init_from={start.parent} takes its weights there)"
+        )
+    step, updates = step_of(start), config.grpo.updates_per_batch
+    if task == "grpo" and step % updates:  # checkpoints are written between rounds alone: the setting was another one
+        raise ConfigError(
+            f"{start}: step {step} is no multiple of grpo.updates_per_batch={updates}, so the run's rounds would pass "
+            f"its last step; set grpo.updates_per_batch to what it was, or another divisor of {step}, or choose "
+            f"another logger.run_dir (model.init_from={start.parent} takes its weights there)"
         )
     if origin.train != os.path.abspath(config.data.train):
         logger.warning("%s: data.train was %s, and is %s now", start, origin.train, config.data.train)

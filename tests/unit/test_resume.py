@@ -12,7 +12,7 @@ from megalong import resume
 from megalong.config.errors import ConfigError
 from megalong.config.load import load_config, save_config
 from megalong.metrics import notices_shown
-from megalong.resume import changed_settings, fingerprint, lock_folder, origin_of, resumed_origin
+from megalong.resume import Origin, changed_settings, fingerprint, lock_folder, origin_of, resumed_origin
 
 
 def test_a_run_folder_is_held_by_one_run(tmp_path: Path) -> None:
@@ -74,3 +74,23 @@ def test_only_the_main_process_reads_what_changed(
         assert resumed_origin(tmp_path, config, "sft", keeps_reference=False) == origin
     assert len(read) == is_main
     assert ("goes on with other settings: sft.steps=100 (was 3)" in capsys.readouterr().err) is is_main
+
+
+@pytest.mark.parametrize("says", [True, False], ids=["origin", "no origin"])
+def test_a_step_between_the_rounds_of_grpo_is_refused(
+    says: bool, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rounds would pass the last step, and leave out all that follows that one."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model: {{path: {tiny_checkpoint}}}\ndata: {{train: t}}\nlogger: {{run_dir: {tmp_path}}}\n")
+    config = load_config(recipe, ["grpo.updates_per_batch=4"])
+    origins = {task: origin_of(config, task) for task in ("grpo", "sft")}
+
+    def resumed(step: int, task: str) -> Origin:
+        monkeypatch.setattr(resume, "read_extra", lambda _: origins[task].to_extra() if says else {})
+        return resumed_origin(tmp_path / f"step_{step:08d}", config, task, keeps_reference=False)
+
+    with pytest.raises(ConfigError, match=r"step_00000006: step 6 is no multiple of grpo\.updates_per_batch=4, .*set "):
+        resumed(6, "grpo")
+    assert resumed(8, "grpo") == origins["grpo"]
+    assert resumed(6, "sft") == origins["sft"]
