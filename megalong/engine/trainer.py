@@ -35,7 +35,8 @@ def learning_rate(step: int, total_steps: int, settings: OptimizerConfig) -> flo
     """Linear warm-up to lr, then constant, linear or cosine down to min_lr at total_steps. step counts from 0."""
     if step < settings.warmup_steps:
         return settings.lr * (step + 1) / settings.warmup_steps
-    left = 1 - (step - settings.warmup_steps) / max(1, total_steps - settings.warmup_steps)
+    # Not below 0: past total_steps a linear rate would be negative, and a cosine one would rise again.
+    left = max(0.0, 1 - (step - settings.warmup_steps) / max(1, total_steps - settings.warmup_steps))
     factor = {
         LearningRateSchedule.constant: 1.0,
         LearningRateSchedule.linear: left,

@@ -106,6 +106,12 @@ def test_cosine_is_at_the_mean_half_way() -> None:
     assert learning_rate(8, 8, OptimizerConfig(lr=1.0, **settings)) == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize("schedule", [LearningRateSchedule.linear, LearningRateSchedule.cosine])
+def test_past_the_total_the_minimum_stays(schedule: LearningRateSchedule) -> None:
+    settings = OptimizerConfig(lr=1.0, schedule=schedule, min_lr=0.1)
+    assert [learning_rate(step, 4, settings) for step in (4, 5, 8, 40)] == pytest.approx([0.1] * 4)
+
+
 def test_warm_up_longer_than_the_run() -> None:
     assert rates(2, warmup_steps=4, schedule=LearningRateSchedule.cosine) == [0.25, 0.5]
 
