@@ -157,16 +157,17 @@ class RolloutsAhead:
         return batch
 
     def _restored(self, prompts: list[Prompt], stored: dict[str, Any]) -> PendingGroups | None:
-        """This replica's share of a checkpoint's rollouts, at any DP size; None when they are of other prompts."""
+        """This replica's share of a checkpoint's rollouts, at any DP size; None when this run would sample others."""
         run = self.run
         everywhere = gather_objects([_name_of(prompt) for prompt in prompts], group=run.layout.dp)
         names, group_size = [name for part in everywhere for name in part], run.config.rollout.group_size
-        rows = stored["groups"]
-        if [row[0] for row in rows] != names or any(len(row[1]) != group_size for row in rows):
+        rows, most = stored["groups"], run.config.data.max_response_tokens  # the losses count on it
+        too_long = any(len(ids) > most for row in rows for ids in row[1])
+        if [row[0] for row in rows] != names or any(len(row[1]) != group_size for row in rows) or too_long:
             if run.layout.is_main:
                 tqdm.write(
                     "the checkpoint's rollouts are of other prompts or another rollout.group_size than this run's "
-                    "first batch: it is sampled anew"
+                    f"first batch, or longer than data.max_response_tokens={most}: it is sampled anew"
                 )
             return None
         before = sum(map(len, everywhere[: run.layout.dp_rank]))

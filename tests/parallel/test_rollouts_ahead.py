@@ -35,6 +35,8 @@ from megalong.rollout.engine import Request, Sampled, Sampling
 CAP = "grpo.tis_cap=2"
 AHEAD = ("rollout.engine=vllm", "rollout.steps_off_policy=1", CAP)
 STEPS = 4
+CONSTANT = "grpo.aggregation=constant"
+"""It refuses a response longer than data.max_response_tokens."""
 GRPO = (f"grpo.steps={STEPS}", "grpo.batch_size=2")
 SECONDS = 60.0
 """What is waited for something that must come."""
@@ -340,8 +342,14 @@ def test_rollouts_of_a_checkpoint_on_other_layouts_and_settings(
     other = resumed("group", *AHEAD, "rollout.group_size=3")
     assert [row["policy_lag"] for row in other] == [0, 1, 0, 1]
     assert sampled_ids(tmp_path / "group") == sampled_ids(ahead[0])
-    log = (tmp_path / "group" / "processes" / "rank0.log").read_text()
-    assert "another rollout.group_size than this run's first batch: it is sampled anew" in log
+    short = resumed("short", *AHEAD, "data.max_response_tokens=8", "reward.overlong_buffer=8", CONSTANT)
+    assert [row["policy_lag"] for row in short] == [0, 1, 0, 1]
+    for name, most in (("group", 24), ("short", 8)):
+        log = (tmp_path / name / "processes" / "rank0.log").read_text()
+        assert (
+            "another rollout.group_size than this run's first batch, or longer than "
+            f"data.max_response_tokens={most}: it is sampled anew"
+        ) in log
 
 
 def sampled_ids(folder: Path) -> list[set[str]]:
