@@ -13,10 +13,12 @@ The form is LongVideo-Reason's, with additions. Empty lines are skipped, other f
                   strings              frame. With images, videos may be left out
     problem_type  string               "multiple choice", "numerical", "open-ended", ..: picks the accuracy
                                        reward. Default: "multiple choice" when the answer is one capital letter
-                                       and the problem has options, else "open-ended"
+                                       and the problem has options, else "open-ended". One of BENCHMARK_CATEGORIES,
+                                       as in LongVideo-Reason's test split, is read as "general" of that category
     reasoning     string               chain of thought, for SFT
     problem_id    string or integer    unique; `id` is taken too. Default: the line number
-    category      string               kind of question, for the metrics. Default: "uncategorised"
+    category      string               kind of question, for the metrics. Default: the one that problem_type names,
+                                       else "uncategorised"
     subtitles     string               path of an .srt or .vtt file (relative as `videos`), read here and put
                                        before the question as lines "[mm:ss] text"
 """
@@ -33,6 +35,9 @@ from megalong.records import Sample
 
 MULTIPLE_CHOICE = "multiple choice"
 OPEN_ENDED = "open-ended"
+GENERAL = "general"
+BENCHMARK_CATEGORIES = ("temporal", "goal", "plot", "spatial")
+"""The categories of LongVideo-Reason's test split, in the order of its paper's table."""
 
 _ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _OPTION = re.compile(r"(?:^|(?<=[\s(]))([A-Z])[.):](?=\s*\S)")
@@ -115,13 +120,17 @@ def _read_sample(record: dict[str, Any], number: int, *, folder: Path, where: st
             f"one of the problem's options {', '.join(letters)}" if letters else "options in the problem (A. .. B. ..)"
         )
         raise ManifestError(f"{where}: field 'answer' is {answer!r} in a multiple choice, expected {expected}")
+    category = "uncategorised"
+    if problem_type.casefold() in BENCHMARK_CATEGORIES:
+        # Not a multiple choice: some questions of the test split have a letter as the answer and no options.
+        category, problem_type = problem_type.casefold(), GENERAL
     return Sample(
         sample_id=_read_id(record, number, where),
         question=problem,
         answer=answer,
         videos=_read_videos(record, folder, where),
         problem_type=problem_type,
-        category=_text(record, "category", where, default="uncategorised"),
+        category=_text(record, "category", where, default=category),
         reasoning=_text(record, "reasoning", where, default=""),
         subtitles=_read_subtitles(record, folder, where),
     )

@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from megalong.data.manifest import option_letters
+from megalong.data.manifest import BENCHMARK_CATEGORIES, option_letters
 from megalong.records import Sample
 from megalong.rewards.extract import final_answer, normalise_text, read_option, tagged_answer
 from megalong.rewards.functions import (
@@ -21,9 +21,6 @@ from megalong.rewards.functions import (
     same_option,
     same_text,
 )
-
-PAPER_ORDER = ("temporal", "goal", "plot", "spatial")
-"""Columns of LongVideo-Reason-eval's table; other categories follow in alphabetical order."""
 
 OPTION_LINE = re.compile(r"^[ \t]*\(?([A-Z])[.):][ \t]*(\S.*?)[ \t]*$", re.MULTILINE)
 # "A" before a word other than "is" is an article, "I" a pronoun; "C++", "D-Day" and "U.S." are words.
@@ -281,7 +278,7 @@ def evaluate_responses(
         return accuracy_row([scores for _, scores in scored], likelihood=likelihood)
 
     everything = [pair for scored in by_category.values() for pair in scored]
-    rank = {name: place for place, name in enumerate(PAPER_ORDER)}
+    rank = {name: place for place, name in enumerate(BENCHMARK_CATEGORIES)}
     names = sorted(by_category, key=lambda name: (rank.get(name, len(rank)), name))
     num_responses = len(items) * len(items[0][1])
     return EvalReport(

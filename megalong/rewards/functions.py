@@ -73,7 +73,8 @@ ACCURACY_BY_TYPE: dict[str, AnswerCheck] = {
     "number": same_number,
     "open-ended": same_text,
     "free-form": same_text,
-    # LongVideo-Reason marks its multiple-choice and its open-ended questions alike as "general".
+    # LongVideo-Reason's training split marks its multiple-choice and its open-ended questions alike as "general";
+    # its test split names the category in that field, which the manifest's reader makes "general" too.
     "general": same_as_truth_reads,
 }
 """Problem type of a manifest, casefolded and with "-" for "_" -> how its answers are checked."""

@@ -5,6 +5,7 @@ import pytest
 
 from megalong.data.manifest import ManifestError, option_letters, read_manifest
 from megalong.records import Sample
+from megalong.rewards.functions import check_problem_types
 
 CHOICE = "What is cut first?\nA. the rope\nB. the cake\nC. the grass\nD. nothing"
 
@@ -87,6 +88,22 @@ def test_line_separators_inside_a_string_do_not_end_the_line(tmp_path):
 def test_answer_and_default_type(tmp_path, problem, raw, answer, problem_type):
     (sample,) = read_manifest(write(tmp_path, line(problem=problem, answer=raw)))
     assert (sample.answer, sample.problem_type) == (answer, problem_type)
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind"),
+    [
+        ({"problem_type": "temporal"}, ("general", "temporal")),
+        ({"problem_type": " Goal "}, ("general", "goal")),
+        ({"problem_type": "plot", "problem": "What?"}, ("general", "plot")),  # the split has letters without options
+        ({"problem_type": "spatial", "category": "Rooms"}, ("general", "Rooms")),
+        ({"problem_type": "general"}, ("general", "uncategorised")),
+    ],
+)
+def test_a_category_as_the_problem_type_is_a_general_question_of_that_category(tmp_path, fields, kind):
+    (sample,) = read_manifest(write(tmp_path, line(**fields)))
+    assert (sample.problem_type, sample.category) == kind
+    check_problem_types([sample])
 
 
 @pytest.mark.parametrize(

@@ -219,6 +219,7 @@ def test_one_sample_per_question_shows_no_pass_at_n() -> None:
         (a_sample(question="Which? (A) left (B) right", problem_type="general"), "AB"),
         (a_sample(question="Which?"), ""),  # no options to choose from
         (a_sample(answer="E"), ""),  # none of them is right
+        (a_sample(question="Which?", problem_type="general"), ""),
         (a_sample(answer="3", problem_type="general"), ""),
         (a_sample(answer="a dog", problem_type="open-ended"), ""),
     ],
