@@ -48,6 +48,33 @@ def test_vtt():
     assert parse_subtitles(VTT) == "[00:01] Hi you\n[6060:00] late"
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "1\n00:00:01,000 --> 00:00:02,000\nHello\n2\n00:00:03,000 --> 00:00:04,000\nWorld\n",
+            "[00:01] Hello\n[00:03] World",
+        ),
+        (
+            "1\n00:00:01,000 --> 00:00:02,000\nIn\n1999\n\n00:00:03,000 --> 00:00:04,000\nWorld\n",
+            "[00:01] In 1999\n[00:03] World",
+        ),
+        (
+            "WEBVTT\n\n00:01.000 --> 00:02.000\nIn\n1999\n00:03.000 --> 00:04.000\nWorld\n",
+            "[00:01] In 1999\n[00:03] World",
+        ),
+    ],
+)
+def test_a_timing_line_begins_a_cue_without_an_empty_line_before_it(text, expected):
+    assert parse_subtitles(text) == expected
+
+
+def test_a_line_of_white_space_ends_a_cue_in_srt_and_not_in_vtt():
+    cue = "00:00:01.000 --> 00:00:02.000\n \nhello<00:00:01.500><c> and</c>\n\nnot speech\n"
+    assert parse_subtitles(f"WEBVTT\n\n{cue}") == "[00:01] hello and"
+    assert parse_subtitles(f"1\n{cue}") == ""
+
+
 def test_cues_without_text_are_no_lines():
     assert parse_subtitles("1\n00:00:01,000 --> 00:00:02,000\n \n") == ""
 
