@@ -15,7 +15,7 @@ The form is LongVideo-Reason's, with additions. Empty lines are skipped, other f
                                        reward. Default: "multiple choice" when the answer is one capital letter
                                        and the problem has options, else "open-ended". One of BENCHMARK_CATEGORIES,
                                        as in LongVideo-Reason's test split, is read as "general" of that category
-    reasoning     string               chain of thought, for SFT
+    reasoning     string               chain of thought, for SFT, raw or inside <think>..</think>
     problem_id    string or integer    unique; `id` is taken too. Default: the line number
     category      string               kind of question, for the metrics. Default: the one that problem_type names,
                                        else "uncategorised"
@@ -39,6 +39,7 @@ GENERAL = "general"
 BENCHMARK_CATEGORIES = ("temporal", "goal", "plot", "spatial")
 """The categories of LongVideo-Reason's test split, in the order of its paper's table."""
 
+_THINK_TAG = re.compile(r"<think>(.*?)</think>", re.DOTALL)
 _ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _OPTION = re.compile(r"(?:^|(?<=[\s(]))([A-Z])[.):](?=\s*\S)")
 # Half of a character, as a text that was cut inside an escaped pair ends in: no tokenizer and no file takes it.
@@ -131,7 +132,7 @@ def _read_sample(record: dict[str, Any], number: int, *, folder: Path, where: st
         videos=_read_videos(record, folder, where),
         problem_type=problem_type,
         category=_text(record, "category", where, default=category),
-        reasoning=_text(record, "reasoning", where, default=""),
+        reasoning=_read_reasoning(record, where),
         subtitles=_read_subtitles(record, folder, where),
     )
 
@@ -161,6 +162,13 @@ def _read_answer(record: dict[str, Any], where: str) -> str:
     if not answer:
         raise ManifestError(f"{where}: field 'answer' is empty inside its <answer> tags")
     return answer
+
+
+def _read_reasoning(record: dict[str, Any], where: str) -> str:
+    raw = _text(record, "reasoning", where, default="")
+    # The target of SFT puts its own tags around the text: a second pair would teach a badly formed response.
+    tagged = _THINK_TAG.search(raw)
+    return tagged[1].strip() if tagged else raw
 
 
 def _read_id(record: dict[str, Any], number: int, where: str) -> str:

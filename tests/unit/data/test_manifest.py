@@ -91,6 +91,19 @@ def test_answer_and_default_type(tmp_path, problem, raw, answer, problem_type):
 
 
 @pytest.mark.parametrize(
+    ("raw", "reasoning"),
+    [
+        ("It rains.", "It rains."),
+        ("<think>\nIt rains,\nso B.\n</think>", "It rains,\nso B."),
+        ("<think>It rains.</think><answer>B</answer>", "It rains."),
+        ("<think> </think>", ""),
+    ],
+)
+def test_reasoning_is_taken_out_of_its_think_tags(tmp_path, raw, reasoning):
+    assert read_manifest(write(tmp_path, line(reasoning=raw)))[0].reasoning == reasoning
+
+
+@pytest.mark.parametrize(
     ("fields", "kind"),
     [
         ({"problem_type": "temporal"}, ("general", "temporal")),
