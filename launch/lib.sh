@@ -65,10 +65,6 @@ first_gpus() {
 torchrun_local() {
   local processes=$1
   shift
-  if [[ ! $processes =~ ^[1-9][0-9]*$ ]]; then
-    echo "$0: GPUS=$processes is how many processes to start; set it to a whole number of at least 1" >&2
-    exit 2
-  fi
   become "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$processes" --max-restarts "$RESTARTS" \
     -m megalong "$@"
 }

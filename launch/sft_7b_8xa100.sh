@@ -6,7 +6,7 @@
 # MODEL_PATH  checkpoint folder (config.json, llm/, vision_tower/, mm_projector/)
 # DATA        training manifest (.jsonl)
 # RECIPE      environment: a recipe other than sft_7b.yaml
-# GPUS        environment: processes on this node (default 8)
+# GPUS        environment: how many GPUs of this node to use, the first ones (default 8)
 # MEGALONG_DRY_RUN=1 prints the command instead of running it.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
@@ -19,5 +19,7 @@ MODEL_PATH=$1 DATA=$2
 shift 2
 RECIPE=${RECIPE:-$ROOT/launch/recipes/sft_7b.yaml}
 GPUS=${GPUS:-8}
+whole GPUS 1
+first_gpus "$GPUS"
 
 torchrun_local "$GPUS" sft "$RECIPE" "gpus=$GPUS" "model.path=$MODEL_PATH" "data.train=$DATA" "$@"

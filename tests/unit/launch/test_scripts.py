@@ -129,7 +129,7 @@ def test_sigterm_at_a_script_is_the_run_s(as_first_process: bool, tmp_path: Path
     ("visible", "gpus", "seen"),
     [(None, "4", "0,1,2,3"), ("4,5,6,7", "2", "4,5"), ("GPU-a,GPU-b", "2", "GPU-a,GPU-b"), ("3,1", "4", "3,1")],
 )
-@pytest.mark.parametrize("script", ["grpo_7b_8xa100.sh", "demo.sh"])
+@pytest.mark.parametrize("script", ["grpo_7b_8xa100.sh", "sft_7b_8xa100.sh", "demo.sh"])
 def test_a_run_sees_the_gpus_it_may_use_alone(
     script: str, visible: str | None, gpus: str, seen: str, tmp_path: Path
 ) -> None:
@@ -156,32 +156,26 @@ def test_engines_leave_a_gpu_to_the_trainer(script: str, gpus: str, engines: str
     )
 
 
-@pytest.mark.parametrize(("name", "gpus"), [("sft_7b_8xa100", "0"), ("sft_7b_8xa100", "all")])
-def test_a_number_of_processes_that_cannot_be_started(name: str, gpus: str) -> None:
-    done = dry_run(f"{name}.sh", "m", "d", GPUS=gpus)
-    assert done.returncode == 2
-    wanted = f"GPUS={gpus} is how many processes to start; set it to a whole number of at least 1\n"
-    assert done.stderr == f"{LAUNCH}/{name}.sh: {wanted}"
-
-
 @pytest.mark.parametrize(
-    ("name", "variable", "value"),
+    ("name", "variable", "value", "lowest"),
     [
-        ("demo", "GPUS", "all"),
-        ("demo", "GPUS", "-1"),
-        ("demo", "RESTARTS", "x"),
-        ("grpo_7b_8xa100", "GPUS", "all"),
-        ("grpo_7b_8xa100", "ENGINE_GPUS", "half"),
-        ("grpo_7b_8xa100", "ENGINE_GPUS", "-1"),
-        ("sft_7b_8xa100", "RESTARTS", "-1"),
+        ("demo", "GPUS", "all", 0),
+        ("demo", "GPUS", "-1", 0),
+        ("demo", "RESTARTS", "x", 0),
+        ("grpo_7b_8xa100", "GPUS", "all", 0),
+        ("grpo_7b_8xa100", "ENGINE_GPUS", "half", 0),
+        ("grpo_7b_8xa100", "ENGINE_GPUS", "-1", 0),
+        ("sft_7b_8xa100", "GPUS", "0", 1),
+        ("sft_7b_8xa100", "GPUS", "all", 1),
+        ("sft_7b_8xa100", "RESTARTS", "-1", 0),
     ],
 )
 def test_a_variable_that_is_no_number_ends_a_script_before_its_first_command(
-    name: str, variable: str, value: str
+    name: str, variable: str, value: str, lowest: int
 ) -> None:
     done = dry_run(f"{name}.sh", "m", "d", **{variable: value})
     assert (done.returncode, done.stdout) == (2, "")
-    wanted = f"{variable}={value} must be a whole number of at least 0; change it\n"
+    wanted = f"{variable}={value} must be a whole number of at least {lowest}; change it\n"
     assert done.stderr == f"{LAUNCH}/{name}.sh: {wanted}"
 
 
