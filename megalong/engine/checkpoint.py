@@ -93,7 +93,7 @@ def _make_room(final: Path, partial: Path) -> tuple[bool, str]:
     except OSError as error:
         return False, (
             f"{partial}: cannot be made anew for this save ({_causes(error)}). Older checkpoints are as they were: "
-            "delete it, or end what has a file in it open, and start again to continue"
+            "delete it, end what has a file in it open or free space, and start again to continue"
         )
     return False, ""
 
