@@ -117,8 +117,8 @@ def answer(run: Run, samples: Sequence[Sample], *, name: str, step: int) -> Answ
         everyone.texts.update(part.texts)
         everyone.chosen.update(part.chosen)
         everyone.dropped += part.dropped
-    run.logger.dropped(everyone.dropped)
-    run.report_decoded_elsewhere()
+    run.logger.dropped(everyone.dropped, step)
+    run.report_decoded_elsewhere(step)
     return everyone
 
 

@@ -120,21 +120,26 @@ class RunLogger:
         if self._is_main:
             _append(self.run_dir / SAMPLES_FILE, [{"step": step, **row} for row in rows])
 
-    def dropped(self, rows: Sequence[Dropped]) -> None:
-        """Append samples left out of the step in progress (the one after the last logged) to dropped.jsonl."""
+    def dropped(self, rows: Sequence[Dropped], step: int | None = None) -> None:
+        """Append samples left out to dropped.jsonl. step: of an evaluation; else the step in progress, the one after
+        the last logged. A run that continues keeps the lines of the steps, and of the evaluations, that it keeps."""
         if self._is_main:
-            step = self._step + 1
+            step = self._step + 1 if step is None else step
             _append(self.run_dir / DROPPED_FILE, [{"step": step, **dataclasses.asdict(row)} for row in rows])
             if rows and not self._told_of_drops:
                 first = rows[0]
                 tqdm.write(f"sample {first.sample_id} is left out ({first.stage}: {first.reason}); all: {DROPPED_FILE}")
                 self._told_of_drops = True
 
-    def decoded_elsewhere(self, reasons: Mapping[str, str]) -> None:
-        """Append files that the chosen decoder refused, and why, to decoded_elsewhere.jsonl, each once in a run."""
+    def decoded_elsewhere(self, reasons: Mapping[str, str], step: int | None = None) -> None:
+        """Append files that the chosen decoder refused, and why, to decoded_elsewhere.jsonl, each once in a run.
+
+        step: as for `dropped`.
+        """
         if self._is_main:
+            step = self._step + 1 if step is None else step
             new = [path for path in reasons if path not in self._elsewhere]
-            rows = [{"step": self._step + 1, "path": path, "reason": reasons[path]} for path in new]
+            rows = [{"step": step, "path": path, "reason": reasons[path]} for path in new]
             _append(self.run_dir / ELSEWHERE_FILE, rows)
             self._elsewhere.update(new)
 

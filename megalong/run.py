@@ -135,12 +135,12 @@ class Run:
         self.logger.dropped(everywhere)
         return len(everywhere)
 
-    def report_decoded_elsewhere(self) -> int:
+    def report_decoded_elsewhere(self, step: int | None = None) -> int:
         """Write the files of all replicas that the chosen decoder refused, so that PyAV decoded them, to
-        decoded_elsewhere.jsonl; returns how many there are so far."""
+        decoded_elsewhere.jsonl; returns how many there are so far. step: as for RunLogger.dropped."""
         parts = gather_objects(self.vision.decoded_elsewhere, group=self.layout.dp)
         reasons = {path: reason for part in parts for path, reason in part.items()}
-        self.logger.decoded_elsewhere(reasons)
+        self.logger.decoded_elsewhere(reasons, step)
         return len(reasons)
 
     def store_metrics(self) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import subprocess
@@ -196,6 +197,20 @@ def test_an_evaluation_that_was_cut_short_is_made_when_the_run_continues(
     for path in evaluated.glob("eval_*.jsonl"):
         assert (run_dir / path.name).read_bytes() == path.read_bytes()
     assert history(run_dir) == history(evaluated)
+
+
+def test_drops_of_an_evaluation_stay_when_the_run_continues_behind_it(demo: DemoWorld, tmp_path: Path) -> None:
+    """It is not made again."""
+    run_dir, manifest = tmp_path / "run", tmp_path / "lost.jsonl"
+    first, *others = (json.loads(line) for line in demo.rl.read_text().splitlines())
+    rows = [{**first, "videos": "nowhere.mp4"}, *others]
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    when = ("sft.steps=1", "eval.at_start=true", "eval.at_end=true")
+    settings = (*when, f"eval.manifest={manifest}", f"eval.video_dir={demo.rl.parent}")
+    for _ in range(2):
+        finish(demo, run_dir, "sft", settings)
+        assert evaluated_steps(run_dir) == [0, 1]
+        assert [row["step"] for row in history(run_dir, name="dropped.jsonl")] == [0, 1]
 
 
 def test_a_run_that_is_complete_evaluates_nothing_again(demo: DemoWorld, evaluated: Path, tmp_path: Path) -> None:

@@ -158,6 +158,17 @@ def test_a_file_that_was_decoded_elsewhere_is_named_once_in_a_run(tmp_path: Path
     assert read_jsonl(tmp_path / "decoded_elsewhere.jsonl") == [{**rows[1], "step": 1}]
 
 
+def test_what_an_evaluation_leaves_out_is_of_its_own_step(tmp_path: Path, config: RunConfig) -> None:
+    """A run that continues from the step does not evaluate it again."""
+    first = open_logger(tmp_path, config)
+    first.log(1, {})
+    first.dropped([Dropped(sample_id="d", stage="decode", reason="gone")], 1)
+    first.decoded_elsewhere({"a.mp4": "AV1"}, 1)
+    open_logger(tmp_path, config, resume_step=1)
+    assert [row["sample_id"] for row in read_jsonl(tmp_path / "dropped.jsonl")] == ["d"]
+    assert [row["path"] for row in read_jsonl(tmp_path / "decoded_elsewhere.jsonl")] == ["a.mp4"]
+
+
 def test_step_line(tmp_path: Path, config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
     step = {
         "reward": 0.5,
