@@ -152,12 +152,13 @@ def prepare(folder: Path, *, videos: int, tiny: bool) -> None:
 
 def table(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Medians over the steps of a part but the first, which waits for the first decoding."""
-    names = [name for name in rows[-1] if name.startswith((SECONDS, "sampler_gap", "policy_lag", "tis_weight"))]
-    names += ["reward", "grad_norm", "response_tokens", "tokens_per_second"]
     timed = rows[1:] or rows
+    measured = dict.fromkeys(name for row in timed for name in row)  # a step whose samples were all dropped has fewer
+    names = [name for name in measured if name.startswith((SECONDS, "sampler_gap", "policy_lag", "tis_weight"))]
+    names += [name for name in ("reward", "grad_norm", "response_tokens", "tokens_per_second") if name in measured]
     medians = {name: statistics.median(row[name] for row in timed if name in row) for name in names}
     whole = [sum(value for name, value in row.items() if name.startswith(SECONDS)) for row in timed]
-    worst = max(row["sampler_gap_sum"] for row in rows)
+    worst = max(row["sampler_gap_sum"] for row in rows if "sampler_gap_sum" in row)
     return {
         "step": statistics.median(whole), "fastest": min(whole), "slowest": max(whole), **medians, "gap_worst": worst
     }  # fmt: skip

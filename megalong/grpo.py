@@ -266,7 +266,10 @@ def grpo_loss(run: Run, batches: Sequence[PolicyBatch], settings: PolicyLossSett
 def log_rollouts(
     run: Run, step: int, scored: Sequence[ScoredGroup], stats: Sequence[StepStats], num_dropped: int, *, seconds: float
 ) -> None:  # fmt: skip
-    """Rewards and lengths over all replicas on top of the train step's metrics; a few rollouts to samples.jsonl."""
+    """Rewards and lengths over all replicas on top of the train step's metrics; a few rollouts to samples.jsonl.
+
+    A step without a response has neither rewards nor lengths.
+    """
     names = ("responses", "reward", "response_tokens", "truncated", "policy_lag", "spread", "groups")
     sums = dict.fromkeys(names, 0.0)
     version = run.trainer.num_updates - sum(not item.skipped for item in stats)  # of the weights the step began with
@@ -282,10 +285,12 @@ def log_rollouts(
             sums[f"reward/{name}"] = sums.get(f"reward/{name}", 0.0) + float(column_G.sum())
     sums = merge_sums(gather_objects(sums, group=run.layout.dp))
     groups, responses = sums.pop("groups"), sums.pop("responses")
-    spread = {"groups_with_spread": sums.pop("spread") / max(1.0, groups)}
-    means = {name: value / max(1.0, responses) for name, value in sums.items()}
+    spread = sums.pop("spread")
+    means: dict[str, float] = {}
+    if responses:  # else every sample was dropped: nothing was measured, and zeros would pass for rewards
+        means = {name: value / responses for name, value in sums.items()} | {"groups_with_spread": spread / groups}
     merged = merge_updates(stats)
-    merged = dataclasses.replace(merged, metrics={**means, **spread, **prefill_metrics(run), **merged.metrics})
+    merged = dataclasses.replace(merged, metrics={**means, **prefill_metrics(run), **merged.metrics})
     run.logger.samples(
         step, [row for item in scored for row in sample_rows(item)][: run.config.logger.samples_per_step]
     )

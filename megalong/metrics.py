@@ -287,16 +287,16 @@ def smooth(values: Sequence[float], *, weight: float = 0.9) -> list[float]:
     return smoothed
 
 
-def plot_rewards(run_dir: str | Path) -> Path:
+def plot_rewards(run_dir: str | Path) -> Path | None:
     """Draw overall, format and accuracy reward over the steps, raw and smoothed, to reward_curve.png.
 
-    Raises ValueError when no step of metrics.jsonl has a reward.
+    None, and nothing is drawn, when no step of metrics.jsonl has a reward: a run's samples may all have been dropped.
     """
     source, target = Path(run_dir) / METRICS_FILE, Path(run_dir) / "reward_curve.png"
     rows = read_jsonl(source)
     drawn = {name: title for name, title in REWARD_CURVES.items() if curve(rows, name)[0]}
     if not drawn:
-        raise ValueError(f"{source}: no step has any of {', '.join(REWARD_CURVES)}; nothing to draw")
+        return None
     figure = Figure(figsize=(4.5 * len(drawn), 3.4), layout="constrained")
     axes = figure.subplots(1, len(drawn), squeeze=False)[0]
     for axis, (name, title) in zip(axes, drawn.items(), strict=True):

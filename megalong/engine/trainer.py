@@ -165,14 +165,14 @@ class Trainer:
             self.num_updates += 1
         self.step += 1
         self._count_skip(skipped=not healthy, rows=totals["rows"], loss=totals["loss"], norm=norm)
-        rows = max(1.0, totals.pop("rows"))
+        rows, entropy_sum = totals.pop("rows"), totals.pop("entropy_sum")
         return StepStats(
             loss=totals.pop("loss"),
             grad_norm=norm,
             learning_rate=lr,
             skipped=not healthy,
             num_tokens=int(totals.pop("num_tokens")),
-            metrics={"entropy": totals.pop("entropy_sum") / rows, **totals},
+            metrics={"entropy": entropy_sum / rows, **totals} if rows else totals,
         )
 
     def export_weights(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
 import pytest
-from faulty_runs import Watched, watch_all
+from faulty_runs import Watched, train, watch_all
 from harness import DemoWorld, run_world
 
 from megalong.metrics import read_jsonl
@@ -68,3 +69,20 @@ def test_too_many_skips_in_a_row_stop_every_rank(ranks: tuple[Path, list[dict[st
         assert "not finite on some rank" in watched["too_many"].error
         assert "lower optimizer.lr" in watched["too_many"].error
     assert [row["skipped"] for row in read_jsonl(folder / "too_many" / "metrics.jsonl")] == [0, 0, 1]
+
+
+def test_a_step_whose_samples_were_all_dropped_has_no_rewards(demo: DemoWorld, tmp_path: Path) -> None:
+    """Zeros would pass for measured ones, in the curve and the table of the run, too."""
+    run_dir, manifest = tmp_path / "run", tmp_path / "long.jsonl"
+    rows = [json.loads(line) for line in demo.rl.read_text().splitlines()]
+    rows = [{**row, "problem": "word " * 800 + row["problem"]} if at >= 4 else row for at, row in enumerate(rows)]
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = (f"data.train={manifest}", f"data.video_dir={demo.rl.parent}", "data.shuffle=false", "grpo.steps=3")
+    run_world(2, train, demo, run_dir, "grpo", data, "no_checkpoints", folder=tmp_path)
+    first, lost, last = read_jsonl(run_dir / "metrics.jsonl")
+    measured = {"reward", "response_tokens", "truncated", "policy_lag", "groups_with_spread", "entropy"}
+    assert lost["dropped"] == 4
+    assert not measured & lost.keys()
+    assert measured < first.keys()
+    assert measured < last.keys()
+    assert (run_dir / "reward_curve.png").exists()
