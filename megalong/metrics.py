@@ -169,7 +169,7 @@ class RunLogger:
                 self._board.add_scalar(name, value, step)
             self._board.flush()
         if self._wandb is not None:
-            self._wandb.log(dict(metrics), step=step)
+            self._wandb.log({"step": step, **metrics})
 
 
 class PhaseTimer:
@@ -347,9 +347,11 @@ def _append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         file.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
 
 
-def open_wandb(run_dir: Path, *, project: str, config: RunConfig) -> Any:
-    """Start or continue the W&B run whose id is kept in the run folder, which is there.
+def open_wandb(run_dir: Path, config: RunConfig, *, resumes: bool) -> Any:
+    """Start a W&B run, or with `resumes` continue the one whose id is kept in the run folder, which is there.
 
+    Its step is a metric of its own: of W&B's built-in one it keeps the first values that it is given, so that steps
+    which a resumed run makes again would stay those of the attempt that crashed.
     Raises ConfigError when W&B is not installed or refuses the run.
     """
     try:
@@ -359,17 +361,20 @@ def open_wandb(run_dir: Path, *, project: str, config: RunConfig) -> Any:
             "logger.wandb=true needs the wandb package: pip install megalong[wandb], or set logger.wandb=false"
         ) from error
     id_file = run_dir / "wandb_id.txt"
-    if not id_file.exists():
+    if not (resumes and id_file.exists()):
         id_file.write_text(uuid.uuid4().hex, encoding="utf-8")
     try:
-        return wandb.init(
-            project=project,
+        run = wandb.init(
+            project=config.logger.wandb_project,
             name=run_dir.name,
             id=id_file.read_text(encoding="utf-8"),
             resume="allow",
             dir=str(run_dir),
             config=cast(dict[str, Any], OmegaConf.to_container(cast(Any, config), resolve=True, enum_to_str=True)),
         )
+        run.define_metric("step")
+        run.define_metric("*", step_metric="step")
+        return run
     except wandb.Error as error:  # not logged in, or not reached
         raise ConfigError(
             f"logger.wandb=true, but W&B does not start the run ({error}); log in with `wandb login`, set the "

@@ -304,7 +304,7 @@ def _start(config: RunConfig, *, task: Task, timer: PhaseTimer) -> Run:
         delete_partial(checkpoint_folder(config))
     wandb_run = None
     if writes and config.logger.wandb:  # before the model: without a login the run ends here
-        wandb_run = open_wandb(Path(config.logger.run_dir), project=config.logger.wandb_project, config=config)
+        wandb_run = open_wandb(Path(config.logger.run_dir), config, resumes=start is not None)
     family = family_of(config.model)
     layout = layout_of(config, shape)
     # Another run may save one meanwhile: all ranks take what the first one found.

@@ -25,17 +25,15 @@ from megalong.records import Dropped
 @pytest.fixture
 def config(tmp_path: Path) -> RunConfig:
     recipe = tmp_path / "r.yaml"
-    recipe.write_text("model: {path: m}\nlogger: {run_dir: r}\nseed: 7\n")
+    recipe.write_text("model: {path: m}\nlogger: {run_dir: r, wandb_project: long}\nseed: 7\n")
     return load_config(recipe)
 
 
-def open_logger(
-    run_dir: Path, config: RunConfig, *, wandb: bool = False, wandb_project: str = "p", **options: Any
-) -> RunLogger:
+def open_logger(run_dir: Path, config: RunConfig, *, wandb: bool = False, **options: Any) -> RunLogger:
     defaults: dict[str, Any] = {"tensorboard": False, "is_main": True}
     if wandb:
         run_dir.mkdir(exist_ok=True)
-        defaults["wandb_run"] = open_wandb(run_dir, project=wandb_project, config=config)
+        defaults["wandb_run"] = open_wandb(run_dir, config, resumes="resume_step" in options)
     return RunLogger(run_dir, config=config, **{**defaults, **options})
 
 
@@ -270,30 +268,40 @@ def test_wandb_without_a_login_says_what_to_do(
     )
 
 
-def test_wandb_gets_config_metrics_and_the_same_id_on_resume(
+def test_wandb_gets_config_metrics_the_same_id_on_resume_and_another_for_a_new_start(
     tmp_path: Path, config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[dict[str, Any]] = []
-    logged: list[tuple[int, dict[str, float]]] = []
+    logged: list[dict[str, float]] = []
+    defined: list[tuple[str, str | None]] = []
     finished: list[bool] = []
     run = types.SimpleNamespace(
-        log=lambda values, step: logged.append((step, values)), finish=lambda: finished.append(True)
+        log=logged.append,  # without step=: W&B leaves out what comes with one below its own
+        define_metric=lambda name, step_metric=None: defined.append((name, step_metric)),
+        finish=lambda: finished.append(True),
     )
     fake = types.ModuleType("wandb")
     fake.init = lambda **options: started.append(options) or run
     monkeypatch.setitem(sys.modules, "wandb", fake)
 
-    first = open_logger(tmp_path / "run", config, wandb=True, wandb_project="long")
+    first = open_logger(tmp_path / "run", config, wandb=True)
     first.log(1, {"reward": 0.5})
+    first.log(2, {"reward": 0.25})
     first.close()
-    open_logger(tmp_path / "run", config, wandb=True, wandb_project="long", resume_step=1).close()
+    second = open_logger(tmp_path / "run", config, wandb=True, resume_step=1)
+    second.log_evaluation(1, {"strict": 1.0})
+    second.log(2, {"reward": 0.75})
+    second.close()
+    open_logger(tmp_path / "run", config, wandb=True).close()
 
-    assert logged == [(1, {"reward": 0.5})]
-    assert finished == [True, True]
+    again = [{"step": 1, "eval/strict": 1.0}, {"step": 2, "reward": 0.75}]
+    assert logged == [{"step": 1, "reward": 0.5}, {"step": 2, "reward": 0.25}, *again]
+    assert defined == [("step", None), ("*", "step")] * 3
+    assert finished == [True] * 3
     assert started[0]["project"] == "long"
     assert started[0]["config"]["seed"] == 7
     assert started[0]["config"]["model"]["dtype"] == "bfloat16"
-    assert started[0]["id"] == started[1]["id"]
+    assert started[0]["id"] == started[1]["id"] != started[2]["id"]
     assert started[1]["resume"] == "allow"
 
 
