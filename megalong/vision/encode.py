@@ -61,7 +61,7 @@ class VisionStage:
         self._pool = ThreadPoolExecutor(max_workers=settings.decode_workers, thread_name_prefix="decode")
         self._decoded: deque[tuple[float, float]] = deque()
         self._running: dict[str, Future[np.ndarray | EmbeddingPart]] = {}
-        self._indexing: dict[str, Future[VideoIndex]] = {}
+        self._indexing: dict[str, Future[tuple[VideoIndex, str]]] = {}  # with the file's digest
         self._indexed: dict[str, FrameSelection | str] = {}  # path -> its frames, or why it cannot be read
         self._contents = FileContents()
         self.weights_changed()
@@ -81,8 +81,8 @@ class VisionStage:
         contents: dict[str, str] = {}
         for path in self.index_ahead(samples):
             try:
-                mine[path] = choose(self._indexing.pop(path).result())
-                contents[path] = file_digest(path)
+                index, contents[path] = self._indexing.pop(path).result()
+                mine[path] = choose(index)
             except DecodeError as error:
                 mine[path] = error.reason
         if any(path not in self._indexed for path in paths):  # the same on every rank of the replica
@@ -100,7 +100,9 @@ class VisionStage:
         unknown = sorted({path for sample in samples for path in sample.videos} - self._indexed.keys())
         mine = unknown[self.layout.replica_rank :: self.layout.replica_size] if self.encoder is not None else []
         self._indexing |= {
-            path: self._pool.submit(self.decoder.probe, path) for path in mine if path not in self._indexing
+            path: self._pool.submit(lambda path=path: (self.decoder.probe(path), file_digest(path)))
+            for path in mine
+            if path not in self._indexing
         }
         return mine
 
