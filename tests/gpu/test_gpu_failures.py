@@ -34,7 +34,7 @@ def test_out_of_memory_says_how_much_there_is_and_what_to_change(demo: DemoWorld
     (line,) = [line for line in world.log().splitlines() if line.startswith("megalong")]
     assert line.startswith("megalong sft: rank 0, phase 'train': the GPU is out of memory; of ")
     assert "Tried to allocate" in line
-    assert "lower data.pack_tokens=1100, model.recompute=full (now none)" in line
+    assert "model.recompute=full (now none), lower data.pack_tokens=1100" in line
     total = torch.cuda.mem_get_info()[1] / (1 << 30)
     # Little is taken: what is too much is one tensor.
     assert re.search(rf"of {total:.1f} GiB, tensors take 0\.\d \(at most 0\.\d so far\)", line)
