@@ -366,10 +366,10 @@ def _grpo_problems(config: RunConfig) -> Iterator[str]:
         )
     elif group * config.grpo.batch_size < 2:
         yield f"grpo.advantage={advantage.name} compares the responses of a batch, which has one; raise grpo.batch_size"
-    if config.grpo.dynamic_sampling and not weights.get("accuracy"):
+    if config.grpo.dynamic_sampling and (group < 2 or not weights.get("accuracy")):
         yield (
-            "grpo.dynamic_sampling=true keeps groups whose accuracy varies, but reward.weights has no accuracy; "
-            "add reward.weights.accuracy or turn dynamic sampling off"
+            f"grpo.dynamic_sampling=true keeps groups whose accuracy varies: none with rollout.group_size={group} and "
+            f"reward.weights={weights}; take groups of at least 2 and an accuracy, or turn dynamic sampling off"
         )
     if config.rollout.steps_off_policy:
         yield from off_policy_problems(config)

@@ -153,7 +153,16 @@ CASES: list[tuple[Task, list[str], list[str]]] = [
     ("grpo", ["reward.weights={accuracy: 0}"], ["gives every response a reward of 0"]),
     ("grpo", ["reward.weights.format=.nan"], ["reward.weights.format=nan must be a finite number"]),
     ("grpo", ["reward.overlong_buffer=4096"], ["longer than data.max_response_tokens=2048"]),
-    ("grpo", ["reward.weights={format: 1}", "grpo.dynamic_sampling=true"], ["reward.weights has no accuracy"]),
+    (
+        "grpo",
+        ["reward.weights={format: 1}", "grpo.dynamic_sampling=true"],
+        ["none with rollout.group_size=8 and reward.weights={'format': 1.0}; take groups of at least 2"],
+    ),
+    (
+        "grpo",
+        ["rollout.group_size=1", "grpo.advantage=reinforce_pp", "grpo.batch_size=4", "grpo.dynamic_sampling=true"],
+        ["keeps groups whose accuracy varies: none with rollout.group_size=1 and reward.weights"],
+    ),
     (
         "grpo",
         ["rollout.steps_off_policy=2"],
