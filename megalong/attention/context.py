@@ -3,8 +3,10 @@
 The ranks of a context-parallel group form `ring` rings' worth of shares, each cut again over `a2a` ranks. Around the
 attention, an all-to-all inside the a2a group trades rows for heads (as many ranks as there are key/value heads to
 give); over the ring, every rank keeps its query rows and gathers the keys and values of all rows, which with grouped
-queries are a few MB where the queries are many. Response queries never travel, and the backward sums the key
-gradients over the ring. Work is balanced by the cut itself (attention.tree).
+queries are a few MB where the queries are many (35 MB a layer for 135k tokens on two rings of four), and the backward
+sums the key gradients over the ring. Response queries never travel: the prefix's own rows need all keys before them,
+and with those here the responses need nothing else. What it costs is the memory of all keys (docs/memory.md). Work is
+balanced by the cut itself (attention.tree).
 """
 
 from __future__ import annotations

@@ -68,6 +68,10 @@ def compare_case(segments: list[Segment], attend: PackCoreAttention) -> float:
     held = torch.cat(shards)
     if sorted(held[held != PADDING].tolist()) != list(range(total)) or len({len(rows) % 2 for rows in shards}) != 1:
         raise AssertionError(f"the shards {shards} are no cut of {total} rows")
+    for ring in zip(*[iter(shards)] * context.a2a_size, strict=True):
+        rows = torch.cat(ring)
+        if int((rows == PADDING).sum()) >= 2 * context.a2a_size and (rows != PADDING).any():
+            raise AssertionError(f"{ring} have more padding than one multiple for each")
     rows = shards[context.rank]
     real = rows != PADDING
     # Padding rows hold anything at all: nothing may depend on them.

@@ -31,7 +31,7 @@ LAYOUTS = {
     "tp4_sp": (4, ("parallel.tp=4", "parallel.sequence_parallel=true")),
 }
 """Name -> number of processes and overrides."""
-IN_FLOAT32 = ("tp2", "tp2_sp", "dp2", "tp2_dp2", "pp2", "cp2")
+IN_FLOAT32 = ("tp2", "tp2_sp", "dp2", "tp2_dp2", "pp2", "cp2", "cp2_none", "cp2_stage1", "cp2_stage1+2")
 """Layouts that run every variant; the others run those in float64, where the bound is 1e-10."""
 IN_PAIRS = ("tp2_sp", "dp2", "pp2", "cp2_ring", "tp2_cp2_sp")
 """Layouts that run the questions about one video."""

@@ -1,4 +1,4 @@
-"""Two steps of SFT and of GRPO through the real loops on tiny videos: one process, and two that share the work."""
+"""Two steps of SFT and of GRPO through the real loops on tiny videos: one process, and several that share the work."""
 
 from __future__ import annotations
 
@@ -19,11 +19,18 @@ from megalong.sft import train_sft
 
 TASKS = {"sft": train_sft, "grpo": train_grpo}
 LAYOUTS = {
-    "tp2_sp": ("parallel.tp=2", "parallel.sequence_parallel=true"),
+    "tp2_sp": (2, ("parallel.tp=2", "parallel.sequence_parallel=true")),
     # Deepstack behind layers that are computed again, with their MLPs in slices.
-    "cp2": ("parallel.cp=2", "model.recompute=keep_attention", "model.mlp_chunks=3"),
-    "pp2": ("parallel.pp=2",),
+    "cp2": (2, ("parallel.cp=2", "model.recompute=keep_attention", "model.mlp_chunks=3")),
+    "pp2": (2, ("parallel.pp=2",)),
+    "cp2_none": (2, ("parallel.cp=2", "mr_sp.mode=none")),
+    "cp2_stage1": (2, ("parallel.cp=2", "mr_sp.mode=stage1")),
+    "cp2_stage1+2": (2, ("parallel.cp=2", "mr_sp.mode=stage1+2")),
+    "cp4": (4, ("parallel.cp=4",)),  # two rings of two
+    "tp2_cp2_sp": (4, ("parallel.tp=2", "parallel.cp=2", "parallel.sequence_parallel=true")),
+    "cp2_pp2": (4, ("parallel.cp=2", "parallel.pp=2")),
 }
+"""Name -> number of processes and overrides."""
 
 
 def record_families(
@@ -59,9 +66,15 @@ def alone(worlds: dict[str, DemoWorld], tmp_path_factory: pytest.TempPathFactory
 @pytest.fixture(scope="module")
 def split(worlds: dict[str, DemoWorld], alone: dict, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """By rank; GRPO trains on the rollouts of one process."""
-    folder = tmp_path_factory.mktemp("split")
     rollouts = {family: alone[family, "alone", "grpo"].sampled for family in worlds}
-    return run_world(2, record_families, worlds, folder, LAYOUTS, rollouts, folder=folder)
+    ranks: list[dict] = [{}, {}, {}, {}]
+    for size in (2, 4):
+        folder = tmp_path_factory.mktemp(f"split{size}")
+        chosen = {name: overrides for name, (processes, overrides) in LAYOUTS.items() if processes == size}
+        done = run_world(size, record_families, worlds, folder, chosen, rollouts, folder=folder)
+        for rank, recorded in zip(ranks, done, strict=False):  # two of them have no third rank
+            rank.update(recorded)
+    return ranks
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -97,9 +110,9 @@ def test_the_sampler_s_logprobs_are_the_trainer_s(family: str, alone: dict) -> N
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family", tiny_vl.WRITERS)
-def test_two_processes_train_like_one(family: str, layout: str, task: str, alone: dict, split: list[dict]) -> None:
+def test_processes_train_like_one(family: str, layout: str, task: str, alone: dict, split: list[dict]) -> None:
     want: Recorded = alone[family, "alone", task]
-    for rank in split:
+    for rank in split[: LAYOUTS[layout][0]]:
         got: Recorded = rank[family, layout, task]
         for ours, theirs in zip(got.stats, want.stats, strict=True):
             assert ours.loss == pytest.approx(theirs.loss, rel=1e-9, abs=1e-12)
@@ -113,7 +126,7 @@ def test_two_processes_train_like_one(family: str, layout: str, task: str, alone
 @pytest.mark.parametrize("family", tiny_vl.WRITERS)
 def test_sequence_parallel_processes_share_the_embeddings(family: str, alone: dict, split: list[dict]) -> None:
     """Every row of a video, with its deepstack levels, is on the one rank whose slice of the sequence has its place."""
-    parts = [rank[family, "tp2_sp", "sft"].embeddings for rank in split]
+    parts = [rank[family, "tp2_sp", "sft"].embeddings for rank in split[:2]]
     assert [sum(rows) for rows in zip(*parts, strict=True)] == alone[family, "alone", "sft"].embeddings
     assert all(min(rows) > 0 for rows in zip(*parts, strict=True))
 
@@ -121,8 +134,8 @@ def test_sequence_parallel_processes_share_the_embeddings(family: str, alone: di
 @pytest.mark.parametrize("family", tiny_vl.WRITERS)
 def test_two_processes_share_the_frames(family: str, alone: dict, split: list[dict]) -> None:
     """Five frames, the last one twice, are three steps of two frames: each rank encodes some, none both."""
-    for layout in LAYOUTS:
-        shares = [rank[family, layout, "grpo"].frames_encoded for rank in split]
+    for layout in ("tp2_sp", "cp2", "pp2", "cp2_stage1", "cp2_stage1+2"):
+        shares = [rank[family, layout, "grpo"].frames_encoded for rank in split[:2]]
         assert min(shares) > 0
         assert sum(shares) == alone[family, "alone", "grpo"].frames_encoded
         assert all(share % 2 == 0 for share in shares)
