@@ -1,7 +1,7 @@
 """Inside vLLM's processes: LLMs that take embeddings for media places, and the receiver of weight buckets.
 
 vLLM imports this module in every worker (as its worker extension). All of vLLM's plug-in points that megalong uses are
-here and in vllm_server.py.
+here and in vllm_server.py, but for the trainer's end of the NCCL group (vllm_engine.py).
 """
 
 from __future__ import annotations
