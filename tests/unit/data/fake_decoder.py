@@ -55,6 +55,14 @@ class DyingLater:
         yield 0, np.zeros((last - first, selection.height, selection.width, 3), np.uint8)
 
 
+class DyingBetween(DyingLater):
+    """Ends when its first frame is sent, before it says that all are."""
+
+    def pieces(self, selection: FrameSelection, *, first: int, last: int) -> Iterator[tuple[int, np.ndarray]]:
+        yield 0, np.zeros((1, selection.height, selection.width, 3), np.uint8)
+        os.kill(os.getpid(), 9)
+
+
 class Miscounting(DyingLater):
     """Sends frames of another size than it was asked for."""
 
@@ -66,6 +74,8 @@ def make(arguments: list[str]) -> video_server.Decoder:
     (name,) = arguments
     if name == "dying later":
         return DyingLater()
+    if name == "dying between":
+        return DyingBetween()
     if name == "miscounting":
         return Miscounting()
     if name == "broken":
