@@ -229,7 +229,7 @@ def decoding_process_dies(_: int) -> Iterator[None]:
     on_cpu = encode.open_decoder
 
     def open_decoder(*of: object) -> FrameDecoder:
-        return ProcessFrameDecoder("dying between", settings="nvcodec") if _is_last_rank() else on_cpu(*of)
+        return ProcessFrameDecoder("dying later", settings="nvcodec") if _is_last_rank() else on_cpu(*of)
 
     with (
         mock.patch.object(sys, "path", [*sys.path, str(Path(__file__).parent / "unit" / "data")]),

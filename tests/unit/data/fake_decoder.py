@@ -45,7 +45,7 @@ DECODERS = {
 
 
 class DyingLater:
-    """Ends while its frames are on their way."""
+    """Ends while its frames are on their way, at the latest before it says that they have left."""
 
     device = torch.device("cpu")
     fallbacks: ClassVar[dict[str, str]] = {}
@@ -53,13 +53,6 @@ class DyingLater:
     def pieces(self, selection: FrameSelection, *, first: int, last: int) -> Iterator[tuple[int, np.ndarray]]:
         threading.Timer(0.2, os.kill, (os.getpid(), 9)).start()
         yield 0, np.zeros((last - first, selection.height, selection.width, 3), np.uint8)
-
-
-class DyingBetween(DyingLater):
-    """Ends when its first frame is sent, before it says that all are."""
-
-    def pieces(self, selection: FrameSelection, *, first: int, last: int) -> Iterator[tuple[int, np.ndarray]]:
-        yield 0, np.zeros((1, selection.height, selection.width, 3), np.uint8)
         os.kill(os.getpid(), 9)
 
 
@@ -74,8 +67,6 @@ def make(arguments: list[str]) -> video_server.Decoder:
     (name,) = arguments
     if name == "dying later":
         return DyingLater()
-    if name == "dying between":
-        return DyingBetween()
     if name == "miscounting":
         return Miscounting()
     if name == "broken":
