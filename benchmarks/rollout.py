@@ -6,14 +6,19 @@ checksums, the same greedy tokens after the same weights, others after others, a
 of performance targets B6 (prefill of a group, hand-over of its embeddings) and B9 (weight sync), and of decoding.
 
     python benchmarks/rollout.py [--layers 28] [--prompt 131072] [--length 64] [--baselines] [--json FILE] [--tiny]
+    torchrun --nproc-per-node 2 benchmarks/rollout.py --sync-only --overrides parallel.tp=2
+        parallel.sequence_parallel=true rollout.placement=disaggregated rollout.engine_tp=2
 
 Values are printed, and written to --json, as they come; what is under way goes to stderr, with the seconds since the
 start. --baselines: the other ways in the same engine, each checked first (rollout_baselines.py); --piecewise: with
-CUDA graphs that vLLM's cascade attention can run between.
+CUDA graphs that vLLM's cascade attention can run between. --sync-only: B9 alone, from as many trainers as processes,
+to engines with GPUs of their own: checks, seconds, extra memory of the trainer that has most, a profile of one sync,
+and the time when buckets leave on the trainer's own stream, so that none is gathered meanwhile.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
 import sys
 import tempfile
@@ -34,9 +39,12 @@ from megalong.engine.build import build_model
 from megalong.engine.weights_io import export_weights
 from megalong.engines import build_engine
 from megalong.objectives.logprobs import vocab_parallel_logprobs
+from megalong.parallel.collectives import broadcast_object, gather_objects
 from megalong.parallel.layout import destroy_layout
 from megalong.records import MEDIA_TOKEN, FrameSelection, Prompt, WeightBucket
 from megalong.rollout.engine import Request, Sampling, WeightSyncError
+from megalong.rollout.sampler import GroupSampler
+from megalong.rollout.transfer import Transport
 from megalong.rollout.vllm_engine import VllmEngine
 
 
@@ -61,18 +69,21 @@ def request_of(
 class Report:
     """Values by name, printed and written to a file as they come; what is under way, on stderr."""
 
-    def __init__(self, path: str | None) -> None:
-        self.path, self.started = path, time.perf_counter()
+    def __init__(self, path: str | None, *, quiet: bool = False) -> None:
+        self.path, self.quiet, self.started = path, quiet, time.perf_counter()
         self.row: dict[str, Any] = {}
 
     def put(self, **values: Any) -> None:
         self.row |= values
+        if self.quiet:
+            return
         for name, value in values.items():
             print(f"{name:32} {value:.4f}" if isinstance(value, float) else f"{name:32} {value}", flush=True)
         save(self.path, [self.row])
 
     def stage(self, what: str) -> None:
-        print(f"[{time.perf_counter() - self.started:6.1f} s] {what}", file=sys.stderr, flush=True)
+        if not self.quiet:
+            print(f"[{time.perf_counter() - self.started:6.1f} s] {what}", file=sys.stderr, flush=True)
 
 
 class Session:
@@ -87,9 +98,11 @@ class Session:
         report.stage("engine start")
         started = time.perf_counter()
         engine = build_engine(bench.config, bench.layout, task="grpo", eos_id=bench.shape.vocab - 1)
-        require(isinstance(engine, VllmEngine), "this rank drives no vLLM engine")
+        require(isinstance(engine, VllmEngine | None), "vLLM is not what samples")
         self.engine, self.version = engine, -1
-        report.put(transport=engine.settings.transport.value, start_s=time.perf_counter() - started)
+        self.sampler = GroupSampler(engine, bench.layout, decode=str, seed=1)
+        if engine is not None:
+            report.put(transport=engine.settings.transport.value, start_s=time.perf_counter() - started)
 
     def buckets(self, **options: Any) -> Iterator[WeightBucket]:
         return export_weights(self.model, self.model.weight_table(), self.bench.layout, **options)
@@ -99,7 +112,7 @@ class Session:
         self.version += 1
         synchronize(self.bench.layout.device)
         started = time.perf_counter()
-        self.engine.load_weights(buckets or self.buckets(), version=self.version)
+        self.sampler.load_weights(buckets or self.buckets(), version=self.version)
         synchronize(self.bench.layout.device)
         return time.perf_counter() - started
 
@@ -115,6 +128,12 @@ class Session:
         started = time.perf_counter()
         groups = self.engine.generate([request], sampling=sampling)
         return time.perf_counter() - started, groups[0]
+
+    def greedy(self) -> tuple[int, ...]:
+        """16 greedy tokens behind 600, on every rank; rank 0 drives an engine."""
+        request = self.request(600, media=512, group=1) if self.engine else None
+        ids = self.timed(request, temperature=0.0, max_tokens=16)[1][0].ids if request else None
+        return broadcast_object(ids, source=0, group=self.bench.layout.world)
 
     def sampling(self, request: Request, **changes: Any) -> Sampling:
         """One token at temperature 1, but for the changes."""
@@ -135,31 +154,27 @@ def synchronize(device: torch.device) -> None:
 
 def check_sync(session: Session, sync: Callable[[], float]) -> None:
     """Ends the program unless the sampler's greedy tokens follow the trainer's weights: others, and the first again."""
-    request = session.request(600, media=512, group=1)
-    greedy = {"temperature": 0.0, "max_tokens": 16}
     sync()
-    before = session.timed(request, **greedy)[1][0].ids
+    before = session.greedy()
     sync()
-    require(session.timed(request, **greedy)[1][0].ids == before, "the same weights gave other greedy tokens")
+    require(session.greedy() == before, "the same weights gave other greedy tokens")
     head = session.model.llm.head_weight
     kept = head.detach().clone()
     with torch.no_grad():
         head.copy_(kept.flip(0))
     sync()
-    require(session.timed(request, **greedy)[1][0].ids != before, "other weights gave the same greedy tokens")
+    require(session.greedy() != before, "other weights gave the same greedy tokens")
     with torch.no_grad():
         head.copy_(kept)
     sync()
-    require(session.timed(request, **greedy)[1][0].ids == before, "the weights did not come back")
+    require(session.greedy() == before, "the weights did not come back")
 
 
 def check(session: Session) -> None:
     """What must hold; ends the program otherwise."""
     session.report.put(first_sync_s=session.sync())
     check_sync(session, session.sync)
-    request = session.request(600, media=512, group=1)
-    greedy = {"temperature": 0.0, "max_tokens": 16}
-    before = session.timed(request, **greedy)[1][0].ids
+    before = session.greedy()
 
     def damaged() -> Iterator[WeightBucket]:
         for index, bucket in enumerate(session.buckets()):
@@ -170,14 +185,14 @@ def check(session: Session) -> None:
                 bucket = replace(bucket, tensors={**bucket.tensors, name: wrong})
             yield bucket
 
+    refused = ""
     try:
         session.sync(damaged())
     except WeightSyncError as error:
         refused = str(error)
-    else:
-        require(False, "a damaged bucket was loaded")
+    require(bool(refused) or session.engine is None, "a damaged bucket was loaded")
     session.sync()
-    require(session.timed(request, **greedy)[1][0].ids == before, "the weights did not come back after a refusal")
+    require(session.greedy() == before, "the weights did not come back after a refusal")
     session.report.put(refused=refused)
 
 
@@ -214,6 +229,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--apart", type=int, default=2, help="--baselines: separate prefills that are timed, then scaled"
     )
     parser.add_argument("--piecewise", action="store_true", help="--baselines: vLLM's breakable CUDA graphs")
+    parser.add_argument("--sync-only", action="store_true", help="B9 alone, from one trainer or several")
     args = parser.parse_args(argv)
     if args.baselines:
         rollout_baselines.use_server(piecewise=args.piecewise)
@@ -224,18 +240,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"logger.run_dir={folder / 'out'}", f"data.max_prompt_tokens={prompt + 8}", "data.max_response_tokens=512",
         "rollout.engine=vllm",
     ]  # fmt: skip
-    report = Report(args.json)
+    report = Report(args.json, quiet=int(os.environ.get("RANK", "0")) > 0)
     bench = Bench(folder, [*settings, *args.overrides], vision=False)
     session = Session(bench, report)
     try:
-        run(session, prompt=prompt, length=args.length or (8 if args.tiny else 64))
+        if args.sync_only:
+            only_sync(session)
+        else:
+            require(session.engine is not None and bench.layout.world_size == 1, "several processes: --sync-only")
+            run(session, prompt=prompt, length=args.length or (8 if args.tiny else 64))
         if args.baselines:
             rollout_baselines.run(session, prompt=prompt, media=media_of(prompt), apart=args.apart)
     except BaseException:
-        print(session.engine.settings.log_file.read_text()[-6000:])
+        if session.engine is not None:
+            print(session.engine.settings.log_file.read_text()[-6000:])
         raise
     finally:
-        session.engine.close()
+        session.sampler.close()
     report.stage("done")
     destroy_layout()
 
@@ -247,16 +268,12 @@ def media_of(prompt: int) -> int:
 
 def run(session: Session, *, prompt: int, length: int) -> None:
     """Checks and times of ours."""
-    engine, report, device = session.engine, session.report, session.bench.layout.device
+    engine, report = session.engine, session.report
     report.stage("checks")
     check(session)
     report.stage("gap between the log-probabilities")
     gap(session, prompt=prompt, length=length)
-    free(device)
-    report.stage("weight sync")
-    reset_peak(device)
-    held = peak_gb(device)
-    report.put(sync_s=median_sync(session, session.sync), sync_peak_extra_gb=peak_gb(device) - held)
+    time_sync(session)
     report.stage("decoding behind the long prompt")
     report.put(**decode_steps(session, prompt=prompt, length=length))
     for name, group in (("prefill_1", 1), ("prefill_8", 8)):
@@ -273,13 +290,53 @@ def run(session: Session, *, prompt: int, length: int) -> None:
     report.put(response_tokens_per_s=decode_rate(session, length=length))
 
 
+def time_sync(session: Session) -> None:
+    """Seconds of a sync, and the memory that it takes beyond what the trainer holds."""
+    device = session.bench.layout.device
+    session.report.stage("weight sync")
+    free(device)
+    reset_peak(device)
+    held = peak_gb(device)
+    seconds = median_sync(session, session.sync)
+    extra = max(gather_objects(peak_gb(device) - held, group=session.bench.layout.world))
+    session.report.put(sync_s=seconds, sync_peak_extra_gb=extra)
+
+
 def median_sync(session: Session, sync: Callable[[], float], *, times: int = 3) -> float:
     """Of `times` updates after one that warms up; colocated, the engine sleeps before each."""
     seconds = []
     for _ in range(1 + times):
-        session.engine.release()
+        session.sampler.release()
         seconds.append(sync())
     return statistics.median(seconds[1:])
+
+
+def only_sync(session: Session) -> None:
+    """Checks, times and a profile of weight syncs from all processes."""
+    check(session)
+    time_sync(session)
+    session.report.stage("profile")
+    found: dict[str, float] = {}
+    median_sync(session, lambda: profiled(session, found))
+    session.report.put(**found)
+    if session.engine is not None and session.engine.settings.transport is Transport.nccl:
+        session.engine._room._stream = torch.cuda.current_stream()
+    session.report.stage("on the trainer's stream")
+    session.report.put(sync_one_stream_s=median_sync(session, session.sync))
+
+
+def profiled(session: Session, found: dict[str, float]) -> float:
+    """Seconds of a sync under torch's profiler; `found`: those that kernels of each kind ran on this GPU."""
+    with torch.profiler.profile() as profile:
+        seconds = session.sync()
+    busy = {"gather": 0.0, "broadcast": 0.0, "": 0.0}
+    for event in profile.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            kind = next(kind for kind in busy if kind in event.name.lower())
+            busy[kind] += event.time_range.elapsed_us() / 1e6
+    found |= {f"profiled sync, {kind or 'copies and checksums'}, s": value for kind, value in busy.items()}
+    found |= {"profiled sync, s": seconds}
+    return seconds
 
 
 def decode_steps(session: Session, *, prompt: int, length: int) -> dict[str, float]:

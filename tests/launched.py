@@ -1,4 +1,4 @@
-"""Launch scripts run for real: started, one of their ranks killed from outside, all of it ended."""
+"""Launch scripts run for real: started, one of their processes killed from outside, all of it ended."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Literal
 
 from megalong.metrics import read_jsonl
+from megalong.rollout.vllm_engine import SERVER
 
 ROOT = Path(__file__).parents[1]
 SRUN = """#!/usr/bin/env bash
@@ -70,8 +72,12 @@ def descendants(folder: Path) -> dict[int, str | None]:
     return found
 
 
-def kill_rank(rank: int, *, launched: subprocess.Popen, folder: Path) -> None:
-    """SIGKILL a rank of what `launched` started, once the run has made two steps."""
+Victim = int | Literal["engine"]
+"""A rank, or the process of its vLLM engine where one rank drives one."""
+
+
+def kill(victim: Victim, *, launched: subprocess.Popen, folder: Path) -> None:
+    """SIGKILL a process of what `launched` started, once the run has made two steps."""
     deadline = time.monotonic() + 240
     metrics = folder / "run" / "metrics.jsonl"
     while not (metrics.exists() and len(read_jsonl(metrics)) >= 2):
@@ -79,23 +85,25 @@ def kill_rank(rank: int, *, launched: subprocess.Popen, folder: Path) -> None:
         assert time.monotonic() < deadline, "no two steps within four minutes"
         time.sleep(0.05)
     processes = descendants(folder)
-    parents = {}
+    parents, engines = {}, []
     for pid in processes:
         with suppress(FileNotFoundError):  # a helper that is gone meanwhile
             parents[pid] = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+            engines += [pid] if SERVER.encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0") else []
     # A rank's helpers have its environment, too.
-    (victim,) = [pid for pid in parents if processes[pid] == str(rank) and processes.get(parents[pid], "") is None]
-    os.kill(victim, signal.SIGKILL)
+    ranks = [pid for pid in parents if processes[pid] == str(victim) and processes.get(parents[pid], "") is None]
+    (found,) = engines if victim == "engine" else ranks
+    os.kill(found, signal.SIGKILL)
 
 
 def run_script(
-    script: str, *args: str, folder: Path, kill: int | None = None, limit: float = 240, **environment: str
+    script: str, *args: str, folder: Path, victim: Victim | None = None, limit: float = 240, **environment: str
 ) -> tuple[int, str]:
-    """Exit code and log of a launch script, run to its end within `limit` seconds. kill: a rank to kill on the way."""
+    """Exit code and log of a launch script, run to its end within `limit` seconds. victim: what to kill on the way."""
     launched = launch(script, *args, folder=folder, **environment)
     try:
-        if kill is not None:
-            kill_rank(kill, launched=launched, folder=folder)
+        if victim is not None:
+            kill(victim, launched=launched, folder=folder)
         code = launched.wait(timeout=limit)
     finally:
         end_all(launched, folder)

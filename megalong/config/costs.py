@@ -21,8 +21,9 @@ STATE_PIECE_BYTES = 1 << 25
 """Most of each state of a parameter that is on the device in one piece under optimizer.offload."""
 STATE_BUFFERS = 3
 """Pieces on the device at a time under optimizer.offload: on its way there, in its update, on its way back."""
-WEIGHT_BUCKET_BYTES = 1 << 30
-"""Weights that go to a rollout engine at a time; a larger tensor goes alone."""
+WEIGHT_BUCKET_BYTES = 3 << 28
+"""Weights that go to a rollout engine at a time; a larger tensor goes alone. One bucket is on its way while the next is
+gathered, and a sync is to take less than 2 GB."""
 
 
 def layer_matrix_params(shape: ModelShape) -> int:

@@ -150,12 +150,13 @@ def _joined(model: nn.Module, table: Sequence[Entry], layout: ParallelLayout) ->
     parameters = dict(model.named_parameters())
     for entry in table:
         local = parameters[entry.megatron].detach()
-        if isinstance(entry, Replicated) or layout.tp_size == 1:
-            shards = [local]
-        else:
-            shards = [torch.empty_like(local) for _ in range(layout.tp_size)]
-            dist.all_gather(shards, local.contiguous(), group=layout.tp)
-        yield from zip(entry.hf, entry.join(shards), strict=True)
+        shards = local[None]
+        if layout.tp_size > 1 and not isinstance(entry, Replicated):
+            shards = local.new_empty((layout.tp_size, *local.shape))
+            dist.all_gather_into_tensor(shards.flatten(0, 1), local.contiguous(), group=layout.tp)
+        whole = entry.join(shards)
+        del shards  # a copy of what was joined, where that is no view
+        yield from zip(entry.hf, whole, strict=True)
 
 
 def _buckets(tensors: Iterator[tuple[str, Tensor]], bucket_bytes: int) -> Iterator[WeightBucket]:

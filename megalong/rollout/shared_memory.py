@@ -18,7 +18,7 @@ from torch.multiprocessing.reductions import reduce_tensor
 
 from megalong.parallel.host_tensors import pin, unpin
 from megalong.rollout.engine import RolloutEngineError
-from megalong.rollout.transfer import Transport
+from megalong.rollout.transfer import Transport, pack_bucket
 
 _PREFIX, _OWNER = "megalong-engine-", "owner"
 
@@ -26,27 +26,45 @@ _PREFIX, _OWNER = "megalong-engine-", "owner"
 class BucketRoom:
     """Where a trainer packs its buckets for an engine.
 
-    By CUDA IPC all of them go through one buffer, which the engine's workers map once. (torch gives memory that it
-    shared back when all who mapped it have let go of it, and it has looked: with a new buffer for each bucket, most of
-    a copy of the weights was held after an update.)
+    By NCCL they leave on a stream of their own, while the next bucket is gathered, and all but the largest tensors go
+    through one buffer for the time of an update. By CUDA IPC it stays, and the engine's workers map it once. (torch
+    gives memory that it shared back when all who mapped it have let go of it, and it has looked: with a new buffer for
+    each bucket, most of a copy of the weights was held after an update.)
     """
 
     def __init__(self, transport: Transport, folder: Path) -> None:
         self.transport, self.folder = transport, folder
-        self._shared: Tensor | None = None
+        self._buffer: Tensor | None = None
         self._shared_place: tuple[str, tuple[Any, ...]] | None = None
+        self._stream: Any = torch.cuda.Stream() if transport is Transport.nccl else None
 
-    def of(self, num_bytes: int, *, device: torch.device) -> Tensor:
+    def pack(self, tensors: dict[str, Tensor], *, num_bytes: int) -> Tensor:
+        """[num_bytes] uint8 that hold the tensors, until the next call."""
+        first, *others = tensors.values()
+        if self._stream and not others and first.is_contiguous() and first.nbytes == num_bytes:
+            packed = first.detach().view(-1).view(torch.uint8)  # without a second place for the largest of the model
+        else:
+            if self._stream:
+                torch.cuda.current_stream().wait_stream(self._stream)  # until then the last bucket is in there
+            packed = self._room(num_bytes, device=first.device)
+            pack_bucket(tensors, packed)
+        if self._stream:
+            self._stream.wait_stream(torch.cuda.current_stream())
+        return packed
+
+    def _room(self, num_bytes: int, *, device: torch.device) -> Tensor:
         """[num_bytes] uint8, whatever was there before."""
-        if self.transport is not Transport.ipc:
-            return torch.empty(num_bytes, dtype=torch.uint8, device=device)
-        if self._shared is None or len(self._shared) < num_bytes:
-            self._shared = self._shared_place = None
-            torch.cuda.empty_cache()  # in memory of its own, not in a part of some that could be given back
-            self._shared = torch.empty(num_bytes, dtype=torch.uint8, device=device)
-            uuid = str(torch.cuda.get_device_properties(device).uuid)
-            self._shared_place = uuid, reduce_tensor(self._shared)[1]
-        return self._shared[:num_bytes]
+        if self.transport is Transport.file:
+            return torch.empty(num_bytes, dtype=torch.uint8)
+        if self._buffer is None or len(self._buffer) < num_bytes:
+            self._buffer = self._shared_place = None
+            if self.transport is Transport.ipc:
+                torch.cuda.empty_cache()  # in memory of its own, not in a part of some that could be given back
+            self._buffer = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+            if self.transport is Transport.ipc:
+                uuid = str(torch.cuda.get_device_properties(device).uuid)
+                self._shared_place = uuid, reduce_tensor(self._buffer)[1]
+        return self._buffer[:num_bytes]
 
     def place(self, packed: Tensor) -> Any:
         """Where the engine's workers find the bytes (vllm_worker.BucketInfo.place), once they are written."""
@@ -58,6 +76,18 @@ class BucketRoom:
         path = self.folder / "bucket"
         shared_tensor(path, (len(packed),), torch.uint8).copy_(packed)
         return str(path)
+
+    def broadcast(self, packed: Tensor, group: Any) -> None:
+        """By NCCL, from what pack gave last; whatever this thread waits for, the trainer's stream does not."""
+        group.broadcast(packed, src=0, stream=self._stream)
+        if self._buffer is None or packed.data_ptr() != self._buffer.data_ptr():
+            self._stream.synchronize()  # its bytes are its owner's, who may let go of them
+
+    def end_update(self) -> None:
+        """By NCCL, the trainer's stream goes on behind the last bucket, and the buffer is given back."""
+        if self._stream:
+            torch.cuda.current_stream().wait_stream(self._stream)
+            self._buffer = None
 
 
 class MediaRoom:

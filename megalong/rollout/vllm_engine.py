@@ -26,7 +26,7 @@ from megalong.records import WeightBucket
 from megalong.rollout.engine import Request, RolloutEngineError, Sampled, Sampling
 from megalong.rollout.process_group import end_group
 from megalong.rollout.shared_memory import BucketRoom, MediaRoom, engine_folder
-from megalong.rollout.transfer import Transport, manifest_of, pack_bucket, packed_bytes
+from megalong.rollout.transfer import Transport, manifest_of, packed_bytes
 from megalong.rollout.vllm_model import write_config
 from megalong.rollout.weight_check import Update, WeightCheck
 
@@ -135,14 +135,13 @@ class VllmEngine:
         manifest = manifest_of(chosen.tensors)
         if self.settings.transport is not Transport.nccl:
             self._answer_all(sent)  # until then the engine reads the last bucket, where this one goes
-        packed = self._room.of(packed_bytes(manifest), device=next(iter(chosen.tensors.values())).device)
-        pack_bucket(chosen.tensors, packed)
+        num_bytes = packed_bytes(manifest)
+        packed = self._room.pack(chosen.tensors, num_bytes=num_bytes)
         sent.checksums.append(chosen.checksums_n)
-        self._send("update", {"manifest": manifest, "num_bytes": len(packed), "place": self._room.place(packed)})
+        self._send("update", {"manifest": manifest, "num_bytes": num_bytes, "place": self._room.place(packed)})
         sent.unanswered += 1
         if self.settings.transport is Transport.nccl:
-            stream = torch.cuda.current_stream()
-            self._together("update", lambda: self._group.broadcast(packed, src=0, stream=stream))
+            self._together("update", lambda: self._room.broadcast(packed, self._group))
             self._answer_all(sent, but=1)
 
     def _answer_all(self, sent: _Sent, *, but: int = 0) -> None:
@@ -153,6 +152,7 @@ class VllmEngine:
     def _finish_update(self, sent: _Sent) -> str | None:
         """What is wrong with the update that was sent."""
         self._answer_all(sent)
+        self._room.end_update()
         self._make_room()  # keys and values wake up where the buckets were gathered
         wrong = self._call("finish_update", [checksums_n.tolist() for checksums_n in sent.checksums])
         self._asleep = False

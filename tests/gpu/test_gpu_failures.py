@@ -1,14 +1,15 @@
-"""Failures on real GPUs: no memory left, a rank killed under NCCL, a rank that hangs while another waits in NCCL."""
+"""Failures on real GPUs: no memory left, a rank or an engine killed, a rank that hangs while another waits in NCCL."""
 
 from __future__ import annotations
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from faulty_runs import command_line
-from harness import DemoWorld, World, make_demo_world
+from harness import DemoWorld, World, make_demo_world, make_model_for_vllm
 from launched import run_script
 
 from megalong.metrics import read_jsonl
@@ -48,11 +49,28 @@ def test_a_rank_killed_under_nccl_starts_again(demo: DemoWorld, tmp_path: Path) 
     settings = {"RESTARTS": "1", "GPUS": "2", "RECIPE": str(demo.recipe), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "20"}
     more = ("grpo.steps=20", "checkpoint.save_every=1")
     settings |= {"CUDA_VISIBLE_DEVICES": "0,1"}
-    code, log = run_script("grpo_7b_8xa100.sh", *args, *more, folder=tmp_path, kill=1, **settings)
+    code, log = run_script("grpo_7b_8xa100.sh", *args, *more, folder=tmp_path, victim=1, **settings)
     assert code == 0, log[-8000:]
     assert "exitcode: -9" in log
     assert log.count("step 1 | loss") == 1  # it did not start over
     assert [row["step"] for row in read_jsonl(run_dir / "metrics.jsonl")] == list(range(1, 21))
+
+
+@two_gpus
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
+def test_a_killed_engine_ends_the_attempt_and_the_next_one_starts_another(demo: DemoWorld, tmp_path: Path) -> None:
+    model, run_dir = make_model_for_vllm(demo, tmp_path / "model"), tmp_path / "run"
+    args = [str(model), str(demo.rl), *demo.overrides(run_dir, task="grpo"), *PLAIN, "grpo.steps=60"]
+    args += ["rollout.engine=vllm", "model.dtype=bfloat16", "checkpoint.save_every=1"]
+    settings = {"RESTARTS": "1", "GPUS": "2", "ENGINE_GPUS": "1", "RECIPE": str(demo.recipe)}
+    code, log = run_script(
+        "grpo_7b_8xa100.sh", *args, folder=tmp_path, victim="engine", CUDA_VISIBLE_DEVICES="0,1", **settings
+    )
+    assert code == 0, log[-8000:]
+    assert "megalong grpo: rank 0, phase 'rollout': the vLLM engine (process " in log
+    assert "GPUs 1, exit code -9) ended in " in log
+    assert log.count("step 1 | loss") == 1  # it did not start over
+    assert [row["step"] for row in read_jsonl(run_dir / "metrics.jsonl")] == list(range(1, 61))
 
 
 @two_gpus

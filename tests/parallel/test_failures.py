@@ -10,6 +10,7 @@ from faulty_runs import command_line
 from harness import DemoWorld, World
 
 from megalong.engine.checkpoint import complete_checkpoints
+from megalong.metrics import read_jsonl
 
 SFT = ("sft.steps=4",)
 
@@ -91,6 +92,16 @@ def test_an_engine_that_dies_ends_the_run_on_every_rank(demo: DemoWorld, tmp_pat
     assert "line before the exit" in logs[0]
     assert message(logs[1]).startswith("megalong grpo: rank 1, phase 'rollout': another rank ended or does not answer")
     assert set(Path("/dev/shm").glob("megalong-engine-*")) <= before
+
+
+def test_a_run_whose_engine_died_goes_on_from_its_last_checkpoint(demo: DemoWorld, tmp_path: Path) -> None:
+    overrides = ("parallel.tp=2", "checkpoint.save_every=1")
+    assert fail(demo, tmp_path, task="grpo", overrides=(*overrides, "grpo.steps=1"))[0] == [0, 0]
+    more = (*overrides, "grpo.steps=2")
+    vllm = ("rollout.engine=vllm", "rollout.memory_share=0.1")
+    assert fail(demo, tmp_path, "engine_dies", task="grpo", overrides=(*more, *vllm))[0] == [1, 1]
+    assert fail(demo, tmp_path, task="grpo", overrides=more)[0] == [0, 0]
+    assert [row["step"] for row in read_jsonl(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
 
 
 def test_a_decoding_process_that_dies_ends_the_run_on_every_rank(demo: DemoWorld, tmp_path: Path) -> None:

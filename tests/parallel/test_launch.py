@@ -51,7 +51,7 @@ def test_a_killed_rank_starts_again_and_the_run_ends_the_same(
         script, environment = "grpo_7b_8xa100.sh", {"RECIPE": str(demo.recipe), "GPUS": "2"}
     else:
         script, args, environment = "slurm_multi_node.sbatch", ["grpo", str(demo.recipe), *args], {}
-    code, log = run_script(script, *args, folder=tmp_path, kill=1, RESTARTS="1", **environment)
+    code, log = run_script(script, *args, folder=tmp_path, victim=1, RESTARTS="1", **environment)
     assert code == 0, log[-8000:]
     assert "exitcode: -9" in log  # it was really killed
     assert log.count("step 1 | loss") == 1  # and did not start over

@@ -693,7 +693,7 @@ def test_a_colocated_engine_s_buffer_for_weights_stays_on_the_trainer_s_gpu(reci
         assert ENGINE_BUCKET not in planned(recipe, shape, task=task, overrides=overrides).memory, (task, overrides)
 
 
-def test_a_bucket_of_weights_is_a_gib_or_the_largest_tensor_and_no_more_than_all(shape: ModelShape) -> None:
+def test_a_bucket_of_weights_is_filled_up_or_the_largest_tensor_and_no_more_than_all(shape: ModelShape) -> None:
     assert costs.bucket_bytes(replace(shape, vocab=1000), element=2) == costs.WEIGHT_BUCKET_BYTES
     assert costs.bucket_bytes(replace(shape, vocab=1000, ffn=200_000), element=2) == 2 * 200_000 * 3584
     small = replace(shape, layers=1, hidden=64, vocab=100)

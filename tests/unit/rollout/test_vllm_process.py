@@ -9,9 +9,11 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import ClassVar
 
 import fake_server
 import pytest
@@ -253,13 +255,29 @@ def test_a_full_memory_folder_is_named(make: Make, monkeypatch: pytest.MonkeyPat
 # ---- collectives that the engine's workers take part in, over NCCL: tried with other things that wait
 
 
+@dataclass(frozen=True)
+class Stream:
+    """A CUDA stream, as far as buckets know it; `waits` has who waited for whom, and the broadcasts between."""
+
+    name: str
+    waits: ClassVar[list[tuple[str, str | int]]] = []
+
+    def wait_stream(self, other: Stream) -> None:
+        self.waits.append((self.name, other.name))
+
+    def synchronize(self) -> None:
+        self.waits.append(("host", self.name))
+
+
 class Group:
     """vLLM's communicator, as far as VllmEngine knows it."""
 
     def __init__(self, broadcast: Callable[[], None] = lambda: None) -> None:
         self.act, self.destroyed = broadcast, False
 
-    def broadcast(self, packed: torch.Tensor, *, src: int, stream: object) -> None:
+    def broadcast(self, packed: torch.Tensor, *, src: int, stream: Stream) -> None:
+        assert stream.name == "sending"
+        stream.waits.append(("broadcast", len(packed)))
         self.act()
 
     def destroy(self) -> None:
@@ -274,7 +292,9 @@ def wait_for_the_engine() -> None:
 @pytest.fixture
 def make_nccl(make: Make, monkeypatch: pytest.MonkeyPatch) -> Make:
     """As `make`; join: the trainer's part of making the group."""
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream("trainer"))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: Stream("sending"))
+    monkeypatch.setattr(Stream, "waits", [])
 
     def engine(fault: str, *, method: str, join: Callable[[dict], Group]) -> VllmEngine:
         module = ModuleType("nccl_engine")
@@ -330,6 +350,34 @@ def test_answers_that_come_before_a_collective_ends_are_not_lost(make_nccl: Make
     engine.load_weights(buckets(engine) * 2, version=3)
     assert engine.version == 3
     assert engine._answers == []
+
+
+def test_a_bucket_leaves_while_the_next_is_gathered_and_only_the_largest_tensors_as_they_are(make_nccl: Make) -> None:
+    """The trainer's stream waits for the sending one before it overwrites the buffer; who gathers waits for nobody."""
+    group = Group()
+    engine = make_nccl("", method="", join=lambda place: group)
+    (bucket,) = buckets(engine)
+    names = list(bucket.tensors)
+    large = max(names, key=lambda name: bucket.tensors[name].nbytes)
+    few, more = names[:2], [name for name in names[2:] if name != large]
+
+    def three() -> Iterator[WeightBucket]:
+        for chosen in (few, [large], more):
+            Stream.waits.append(("gathered", len(chosen)))
+            yield WeightBucket.of({name: bucket.tensors[name] for name in chosen})
+
+    engine.load_weights(three(), version=0)
+    sizes = [size for what, size in Stream.waits if what == "broadcast"]
+    assert sizes[1] == bucket.tensors[large].nbytes
+    assert sizes[2] > sizes[0] >= sum(bucket.tensors[name].nbytes for name in few)
+    written, packed = ("trainer", "sending"), ("sending", "trainer")
+    assert Stream.waits == [
+        ("gathered", 2), written, packed, ("broadcast", sizes[0]),
+        ("gathered", 1), packed, ("broadcast", sizes[1]), ("host", "sending"),
+        ("gathered", len(more)), written, packed, ("broadcast", sizes[2]),
+        written,  # the end of the update
+    ]  # fmt: skip
+    assert engine._room._buffer is None
 
 
 def test_a_bucket_is_gone_when_the_next_one_is_made(make: Make) -> None:
