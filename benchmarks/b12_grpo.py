@@ -14,6 +14,9 @@ log-probabilities.
 
     torchrun --nproc-per-node 2 benchmarks/b12_grpo.py FOLDER [--parts 256:10 512:10 512:1:mr_sp.mode=none ..]
         [--overrides a.b=c ..]
+
+--prepare --weights makes a folder that other commands take as well: `megalong check-sync FOLDER/recipe.yaml
+model.path=FOLDER/model data.train=FOLDER/train.jsonl ..`, and `megalong cache-embeddings`.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from b11_decode import write_clip, write_hour
+from convert_7b import write_weights
 from sessions import OUT_OF_MEMORY
 from steps import fill_randomly, free, is_out_of_memory, make_folder, peak_gb, reset_peak
 
@@ -125,11 +129,13 @@ class Session(Run):
         super().close()
 
 
-def prepare(folder: Path, *, videos: int, tiny: bool) -> None:
-    """Model folder without weights, videos, manifest; `ready` at the end. Keeps what an earlier call made."""
+def prepare(folder: Path, *, videos: int, tiny: bool, weights: bool) -> None:
+    """Model folder, videos, manifest; `ready` at the end. Keeps what an earlier call made."""
     if (folder / "ready").is_file():
         return
     make_folder(folder, layers=2 if tiny else 28, tiny=tiny)
+    if weights:
+        write_weights(folder / "model")
     train_tokenizer([THINKING_TEMPLATE, QUESTION], size=DemoModelSize(vocab=320)).save_pretrained(
         folder / "model" / "llm"
     )
@@ -230,13 +236,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--videos", type=int, default=10)
     parser.add_argument("--label", default="run", help="name of the run's folder in FOLDER")
     parser.add_argument("--prepare", action="store_true", help="make the folder, and no more")
+    parser.add_argument(
+        "--weights", action="store_true", help="in the folder, too (15 GB): for other commands, which read them"
+    )
     parser.add_argument("--json", type=Path, help="file for the rows, a line each")
     parser.add_argument("--overrides", nargs="*", default=[], metavar="a.b=c")
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO)
     if int(os.environ.get("RANK", "0")) == 0:
-        prepare(args.folder, videos=args.videos, tiny=args.tiny)
+        prepare(args.folder, videos=args.videos, tiny=args.tiny, weights=args.weights)
         if args.json:
             args.json.unlink(missing_ok=True)
     while not (args.folder / "ready").is_file():

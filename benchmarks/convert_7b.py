@@ -33,18 +33,24 @@ SHARD_BYTES = 5_000_000_000
 
 
 def make(hf: Path, layers: str) -> dict:
-    """Random weights, one file at a time. Every tensor is another window of one pool of random numbers."""
+    """A checkpoint of the 7B shapes with random weights."""
+    shutil.copytree(SHAPES, hf)
+    for config in hf.rglob("config.json"):
+        config.chmod(0o644)
+    llm = json.loads((hf / "llm/config.json").read_text())
+    (hf / "llm/config.json").write_text(json.dumps({**llm, "num_hidden_layers": int(layers)}))
+    return {"bytes": write_weights(hf)}
+
+
+def write_weights(hf: Path) -> int:
+    """Random weights for the sizes in a folder's JSON files, one file at a time; returns their bytes. Every tensor is
+    another window of one pool of random numbers."""
     import torch
 
     from checkpoints_tools.families import FILES
     from checkpoints_tools.places import read_blueprint
     from checkpoints_tools.safetensors_files import SafetensorsFile, Slot, reshard, write_index
 
-    shutil.copytree(SHAPES, hf)
-    for config in hf.rglob("config.json"):
-        config.chmod(0o644)
-    llm = json.loads((hf / "llm/config.json").read_text())
-    (hf / "llm/config.json").write_text(json.dumps({**llm, "num_hidden_layers": int(layers)}))
     blueprint = read_blueprint(hf)
     slots: dict[str, list[Slot]] = {folder: [] for folder in blueprint.folders}
     for place in blueprint.places:
@@ -68,9 +74,11 @@ def make(hf: Path, layers: str) -> dict:
             out = SafetensorsFile(hf / folder / file, members)
             for slot in members:
                 at = (at + 7919) % 100_003
-                out.put(slot.name, pool[at : at + slot.num_bytes // 2].view(slot.shape))
+                values = pool[at : at + slot.num_bytes // 2].view(slot.shape)
+                is_norm = len(slot.shape) == 1 and not slot.name.endswith("bias")
+                out.put(slot.name, values + 1 if is_norm else values)
             out.close()
-    return {"bytes": sum(slot.num_bytes for some in slots.values() for slot in some)}
+    return sum(slot.num_bytes for some in slots.values() for slot in some)
 
 
 def copy(source: Path, target: Path) -> dict:

@@ -7,7 +7,7 @@ of performance targets B6 (prefill of a group, hand-over of its embeddings) and 
 
     python benchmarks/rollout.py [--layers 28] [--prompt 131072] [--length 64] [--baselines] [--json FILE] [--tiny]
     torchrun --nproc-per-node 2 benchmarks/rollout.py --sync-only --overrides parallel.tp=2
-        parallel.sequence_parallel=true rollout.placement=disaggregated rollout.engine_tp=2
+        rollout.placement=disaggregated rollout.engine_tp=2
 
 Values are printed, and written to --json, as they come; what is under way goes to stderr, with the seconds since the
 start. --baselines: the other ways in the same engine, each checked first (rollout_baselines.py); --piecewise: with

@@ -32,19 +32,23 @@ PATCH = 4
 """Pixels; four patches are a block of 8 x 8 pixels, an embedding."""
 
 
-def write_qwen2_5_vl(folder: Path, *, texts: Iterable[str] = (), tied: bool = False, seed: int = 5) -> Path:
+def write_qwen2_5_vl(
+    folder: Path, *, texts: Iterable[str] = (), tied: bool = False, seed: int = 5, hidden: int = 32
+) -> Path:
     """Two decoder layers, three tower blocks of which one has full attention; windows of 2 x 2 embeddings."""
     tokenizer = make_tokenizer(texts)
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in (*VISION_TOKENS, "<|im_end|>")}
     text = {
         "vocab_size": len(tokenizer) + 1 - len(tokenizer) % 2,  # odd, so that tensor parallelism has to pad
-        "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "hidden_size": hidden, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 1e4, "mrope_section": [hidden // 32, hidden // 32, hidden // 16]
+        },
         "bos_token_id": None, "eos_token_id": ids["<|im_end|>"],
     }  # fmt: skip
     vision = {
-        "depth": 3, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 32,
+        "depth": 3, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": hidden,
         "patch_size": PATCH, "window_size": 4 * PATCH, "fullatt_block_indexes": [1], "tokens_per_second": 2,
     }  # fmt: skip
     config = Qwen2_5_VLConfig(

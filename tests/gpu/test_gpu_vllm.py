@@ -6,6 +6,7 @@ import importlib.util
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,19 @@ pytestmark = [
 ]
 
 
-def test_qwen3_vl_in_sync(tmp_path: Path) -> None:
-    """Deepstack levels are there after a sleep, and nothing of them is left where captured steps read them."""
-    demo = tiny_vl.make_world(tmp_path / "world", family="qwen3_vl")
-    model = tiny_vl.write_qwen3_vl(tmp_path / "model", head_dim=64)
+MODELS = {
+    # Deepstack levels are there after a sleep, and nothing of them is left where captured steps read them.
+    "qwen3_vl": (partial(tiny_vl.write_qwen3_vl, head_dim=64), "47"),
+    "qwen2_5_vl": (partial(tiny_vl.write_qwen2_5_vl, hidden=256), "27"),
+}
+"""Family -> a model whose heads are as wide as vLLM's attention takes them, and its LLM's tensors."""
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_sampler_and_trainer_in_sync(family: str, tmp_path: Path) -> None:
+    write, num_tensors = MODELS[family]
+    demo = tiny_vl.make_world(tmp_path / "world", family=family)
+    model = write(tmp_path / "model")
     overrides = (
         f"model.path={model}", "model.dtype=bfloat16", "model.attention=plain", "video.decoder=pyav",
         "rollout.engine=vllm", "rollout.placement=colocated", "rollout.memory_share=0.2", "rollout.cuda_graphs=true",
@@ -37,4 +47,4 @@ def test_qwen3_vl_in_sync(tmp_path: Path) -> None:
     )  # fmt: skip
     rows = dict(re.findall(r"^(\S.*?)  +(\S.*)$", done.stdout, flags=re.MULTILINE))
     assert done.returncode == 0, done.stdout + done.stderr  # a mean gap of at most 0.02 in bfloat16
-    assert (rows["tensors"], rows["greedy tokens unchanged"]) == ("47", "yes")
+    assert (rows["tensors"], rows["greedy tokens unchanged"]) == (num_tensors, "yes")
