@@ -17,7 +17,7 @@ install prefix-grouper).
 --calls also times the kernel's calls one by one: the prefix, the responses on the prefix, and the responses' own.
 
     python benchmarks/b1_attention.py [--prefix 32768 131072] [--responses 8] [--length 1024] [--kernels cudnn]
-        [--baselines repeated repeated_fa2 prefix_grouper flex] [--json FILE] [--plot FILE.png] [--tiny]
+        [--baselines repeated repeated_fa2 prefix_grouper flex] [--repeats 1] [--json FILE] [--plot FILE.png] [--tiny]
 """
 
 from __future__ import annotations
@@ -242,8 +242,13 @@ def allocated(*, peak: bool) -> float:
     return (torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()) / 1e9
 
 
-def measure(group: Group, kernel: str, baselines: Sequence[str], *, dtype: torch.dtype) -> dict[str, Any]:
-    """Our form and each baseline: gap to ours (which also warms it up), then median, spread and temporary memory."""
+def measure(
+    group: Group, kernel: str, baselines: Sequence[str], *, dtype: torch.dtype, most: int
+) -> dict[str, Any]:  # fmt: skip
+    """Our form and each baseline: gap to ours (which also warms it up), then median, spread and temporary memory.
+
+    most: passes of a form that are timed at most.
+    """
     parts = group.tensors(dtype=dtype)
     grad = torch.randn_like(parts[0])
     ours = results("shared", parts, grad, group, kernel)
@@ -267,7 +272,7 @@ def measure(group: Group, kernel: str, baselines: Sequence[str], *, dtype: torch
         held = allocated(peak=False)
         if DEVICE.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        repeats = 5 if row[f"{name}_first_s"] < 3 else 3
+        repeats = min(most, 5 if row[f"{name}_first_s"] < 3 else 3)
         times = seconds(partial(gradients, name, parts, grads, group, kernel), repeats=repeats)
         row[f"{name}_ms"] = 1e3 * statistics.median(times)
         row[f"{name}_spread"] = (1e3 * min(times), 1e3 * max(times))
@@ -339,6 +344,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--length", type=int, help="1024; 8 with --tiny")
     parser.add_argument("--kernels", nargs="+", choices=sorted(KERNELS), help="cudnn; cpu_flash with --tiny")
     parser.add_argument("--baselines", nargs="*", default=list(BASELINES), choices=list(BASELINES))
+    parser.add_argument("--repeats", type=int, default=5, help="most timed passes of a form; slow ones have 3")
     parser.add_argument("--calls", action="store_true", help="also time the kernel's calls one by one")
     parser.add_argument("--tiny", action="store_true", help="4 and 2 heads of width 8 in float32, for a CPU")
     parser.add_argument("--json")
@@ -358,7 +364,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{kernel}: error against float64: shared {ours:.2e}, repeated {theirs:.2e}", flush=True)
         for prefix in args.prefix or ([40] if args.tiny else [32768, 131072]):
             group = Group(prefix=prefix, lens=lens, **heads)
-            row = measure(group, kernel, args.baselines, dtype=dtype)
+            row = measure(group, kernel, args.baselines, dtype=dtype, most=args.repeats)
             calls = measure_calls(group, kernel, dtype=dtype) if args.calls else []
             rows.append({**row, "calls": calls, "shared_error": ours, "repeated_error": theirs})
     save(args.json, rows)

@@ -7,8 +7,9 @@ forward + backward (gradient of the sum of the log-probabilities). Writes b3_log
     python benchmarks/b3_logprob.py FOLDER [--sweep] [--phases]       # --plot-only draws again from the JSON
 
 Extra memory is the peak beyond inputs, gradients and results. TFLOP/s count the work that has to be done (1 product
-forward, 3 with the backward), whether or not a candidate makes the logits twice. Candidates are what is installed:
-liger-kernel's paths each say why they are absent when they are.
+forward, 3 with the backward), whether or not a candidate makes the logits twice. Candidates are what is installed: of
+liger-kernel and cut-cross-entropy (Apple's CCE) each says why it is absent when it is. verl's form is written out here:
+its package would bring a whole trainer.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ Candidate = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 """(hidden_RD, weight_VD, targets_R) -> logprobs_R and, where it has one, entropy_R; or the sum of logprobs, []."""
 LIGER = "liger"
 CHUNK = 1024  # rows a checkpointed chunk of eager PyTorch holds
+VERL_CHUNK = 512  # verl's default
 
 
 def ours(backend: str) -> Candidate:
@@ -57,6 +59,44 @@ def eager_chunked(hidden_RD: Tensor, weight_VD: Tensor, targets_R: Tensor) -> tu
         for hidden, targets in zip(hidden_RD.split(CHUNK), targets_R.split(CHUNK), strict=True)
     ]
     return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+
+class VerlChunks(torch.autograd.Function):
+    """The form of verl's FusedLinearForPPO: eager in chunks; the backward makes the softmax of each again.
+
+    A checkpoint makes the entropy again, too. verl's own rounds its results to bf16.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden_RD: Tensor, weight_VD: Tensor, targets_R: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(hidden_RD, weight_VD, targets_R)
+        chunks = zip(hidden_RD.split(VERL_CHUNK), targets_R.split(VERL_CHUNK), strict=True)
+        parts = [eager(hidden_CD, weight_VD, targets_C) for hidden_CD, targets_C in chunks]
+        logprobs_R, entropy_R = (torch.cat(part) for part in zip(*parts, strict=True))
+        ctx.mark_non_differentiable(entropy_R)
+        return logprobs_R, entropy_R
+
+    @staticmethod
+    def backward(ctx: Any, grad_R: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None]:
+        hidden_RD, weight_VD, targets_R = ctx.saved_tensors
+        grad_RD, grad_VD = torch.empty_like(hidden_RD), torch.zeros_like(weight_VD)
+        chunks = zip(*(part.split(VERL_CHUNK) for part in (grad_RD, hidden_RD, targets_R, grad_R)), strict=True)
+        for grad_CD, hidden_CD, targets_C, grad_C in chunks:
+            grad_CV = (hidden_CD @ weight_VD.t()).float().softmax(-1).neg_()
+            grad_CV[torch.arange(len(targets_C), device=targets_C.device), targets_C] += 1
+            grad_CV = (grad_CV * grad_C[:, None]).to(hidden_CD.dtype)
+            torch.mm(grad_CV, weight_VD, out=grad_CD)
+            grad_VD += grad_CV.t() @ hidden_CD
+        return grad_RD, grad_VD, None
+
+
+def cut_cross_entropy() -> Candidate:
+    """Apple's, in Triton: no entropy. Blocks of logits whose gradients all are small are left out of the backward."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    return lambda hidden_RD, weight_VD, targets_R: (
+        -linear_cross_entropy(hidden_RD, weight_VD, targets_R, reduction="none"),
+    )
 
 
 def liger_scaled_ce() -> Candidate:
@@ -112,7 +152,9 @@ OPTIONAL = {
     f"{LIGER} scaled CE, chunked": liger_scaled_ce_chunked,
     f"{LIGER} cross-entropy": liger_cross_entropy,
     f"{LIGER} GRPO": liger_grpo,
+    "cut cross-entropy": cut_cross_entropy,
 }
+"""Of packages that may be absent, or may not run with the torch and Triton that are here."""
 
 
 def inputs(rows: int, width: int, vocab: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -160,7 +202,7 @@ def check(candidates: dict[str, Candidate], shape: tuple[int, ...], dtype: torch
         try:
             found[name] = errors(run, parts, want)
         except Exception as error:  # a baseline's own failure is a result: it is printed and left out of the timing
-            if not name.startswith(LIGER):
+            if name not in OPTIONAL:
                 raise
             print(f"{name}: cannot run: {type(error).__name__}: {str(error)[:300]}", flush=True)
             del candidates[name]
@@ -318,7 +360,10 @@ def plot(found: dict, path: Path) -> None:
 
 
 def installed() -> tuple[dict[str, Candidate], dict[str, str]]:
-    candidates = {"ours": ours("triton"), "eager": eager, "eager chunked": eager_chunked, "ours, plain": ours("plain")}
+    candidates = {
+        "ours": ours("triton"), "eager": eager, "eager chunked": eager_chunked, "verl's form": VerlChunks.apply,
+        "ours, plain": ours("plain"),
+    }  # fmt: skip
     absent = {}
     for name, make in OPTIONAL.items():
         try:

@@ -5,13 +5,14 @@ gradients over the GPUs; the optimizer is left out.
 
     shared      one group, P tokens and G=8 responses of 512 (mr_sp.mode=shared_prefix), attention outputs kept
     repeated    the same with every response behind its own prompt (stage1+2, full recomputation), on the most GPUs
-    sequence    one sequence of 131,072 tokens, 512 of them a response, full recomputation, on 2 GPUs
+    sequence    one sequence of 131,072 tokens, 512 of them a response, full recomputation, on 2 GPUs and on the most
     stock       the same sequence and weights by megatron-core's own GPTModel (stock_megatron.py): Transformer Engine's
-                attention, cp=2 by its p2p, full recomputation. It computes its last layer on every row, ours on those
-                that predict a token
+                attention, cp by its p2p (a zigzag ring), full recomputation. It computes its last layer on every row,
+                ours on those that predict a token
 
     python benchmarks/b7_scaling.py [--prefix 131072 263168] [--gpus 1 2 4] [--kinds shared sequence stock]
         [--cp-a2a 1] [--json FILE] [--plot FILE.png]
+    python benchmarks/b7_scaling.py --gpus 4 --kinds sequence stock [--cp-a2a 1]     # both on rings: ours gathers keys
 """
 
 from __future__ import annotations
@@ -63,10 +64,10 @@ def compare(rows: Sequence[dict[str, Any]]) -> list[str]:
         first = min((r for r in measured if r["series"] == row["series"]), key=lambda r: r["world"])
         text = f"{row['name']:42} "
         if row["world"] > first["world"]:
-            text += (
-                f"{counted(first) / counted(row):.2f} times as fast as on {first['world']}; gradient norm "
-                f"{abs(row['grad_norm'] / first['grad_norm'] - 1):.1e} off, log-probabilities {gap(row, first):.1e}; "
-            )
+            text += f"{counted(first) / counted(row):.2f} times as fast as on {first['world']}; "
+            if row["kind"] != "stock":  # its gradients are not summed over the GPUs
+                text += f"gradient norm {abs(row['grad_norm'] / first['grad_norm'] - 1):.1e} off, "
+            text += f"log-probabilities {gap(row, first):.1e} off; "
         if row["kind"] == "repeated":
             same = [r for r in measured if (r["kind"], r["case"], r["world"]) == ("shared", row["case"], row["world"])]
             text += "".join(f"{counted(row) / counted(r):.2f} times the shared step; " for r in same)
@@ -88,7 +89,7 @@ def points(args: Any, *, gpus: int) -> list[dict[str, Any]]:
     cases = [("shared", prefix, args.responses) for prefix in prefixes]
     if gpus == max(args.gpus):
         cases += [("repeated", prefix, args.responses) for prefix in prefixes]
-    if gpus == 2 or args.gpus == [1]:
+    if gpus in (2, max(args.gpus)):
         cases.append(("sequence", whole - length, 1))
         # With tensor parallelism its head would have a share of the vocabulary, and of the rows.
         cases += [("stock", whole - length, 1)] if args.tp == 1 else []

@@ -233,14 +233,14 @@ class Bench:
         advantages_G = torch.randn(case.group, generator=generator)
         return pack_rollouts([rollout], [advantages_G], pack_tokens=1, share_prefix=mode not in REPEATED)
 
-    def loss(self, batches: Sequence[PolicyBatch], seen: list[Tensor] | None = None) -> LossOf:
-        """grpo's loss; the log-probabilities of each pack are appended to `seen`."""
+    def loss(self, batches: Sequence[PolicyBatch], seen: dict[int, Tensor] | None = None) -> LossOf:
+        """grpo's loss; `seen` takes the log-probabilities of each pack that this rank scores, by its index."""
         loss_of = grpo_loss(self, batches, loss_settings(self.config))
 
         def timed(index: int, logprobs_R: Tensor, entropy_R: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             result = loss_of(index, logprobs_R, entropy_R)
             if seen is not None:
-                seen.append(logprobs_R.detach().float().cpu())
+                seen[index] = logprobs_R.detach().float().cpu()
             self.watch.enter("backward")
             return result
 
@@ -260,19 +260,21 @@ class Bench:
         if selections:
             stage.prepare([sample_of(tuple(selections.values()))], selections)
         self.watch.enter("prepare")
-        seen: list[Tensor] = []
+        seen: dict[int, Tensor] = {}
         stats = self.trainer.train_step(tokens_of(batches), self.loss(batches, seen), temperature=1.0)
         self.watch.enter("")
-        everyone = gather_objects((self.watch.seconds, peak_gb(device)), group=self.layout.world)
-        phases = {name: max(part.get(name, 0.0) for part, _ in everyone) for name in self.watch.seconds}
+        everyone = gather_objects((self.watch.seconds, peak_gb(device), seen), group=self.layout.world)
+        phases = {name: max(part.get(name, 0.0) for part, _, _ in everyone) for name in self.watch.seconds}
+        for _, _, part in everyone:  # where packs are whole, a rank scores some of them
+            seen |= part
         return {
-            "seconds": max(sum(part.values()) for part, _ in everyone),
+            "seconds": max(sum(part.values()) for part, _, _ in everyone),
             "phases": phases,
-            "peak_gb": [peak for _, peak in everyone],
+            "peak_gb": [peak for _, peak, _ in everyone],
             "loss": stats.loss,
             "grad_norm": stats.grad_norm,
             "mean_nll": stats.metrics["sampler_gap_sum"],
-            "logprobs": some_of(torch.cat(seen).tolist()) if seen else [],
+            "logprobs": some_of(torch.cat([seen[index] for index in sorted(seen)]).tolist()),
         }
 
     def _put_frames(self, stage: VisionStage, selection: FrameSelection) -> None:

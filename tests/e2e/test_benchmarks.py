@@ -130,6 +130,59 @@ def test_b3_draws_what_it_wrote(tmp_path):
     assert (tmp_path / "b3.png").stat().st_size > 0
 
 
+def test_b3_gives_the_form_of_verl_the_gradients_of_eager(monkeypatch):
+    b3 = importlib.import_module("b3_logprob")
+    monkeypatch.setattr(b3, "VERL_CHUNK", 3)
+    generator = torch.Generator().manual_seed(0)
+    hidden_RD, weight_VD = (torch.randn(count, 16, generator=generator).requires_grad_() for count in (8, 50))
+    parts = (hidden_RD, weight_VD, torch.randint(50, (8,), generator=generator))
+    want, got = b3.results(b3.eager, parts), b3.results(b3.VerlChunks.apply, parts)
+    assert set(got) == {"grad_hidden", "grad_weight", "logprob", "entropy"}
+    for name, value in got.items():
+        torch.testing.assert_close(value, want[name])
+
+
+def time_blind_responses(folder: Path) -> None:
+    """figure1 on one mode, in which the responses do not see their prompt."""
+    sys.path.insert(0, str(BENCHMARKS))
+    bench = importlib.import_module("steps").Bench
+    right = bench.packs
+
+    def packs(self, case, *, mode):
+        found = right(self, case, mode=mode)
+        if mode != "shared_prefix":
+            return found
+        blind = [tuple(dataclasses.replace(part, parent=-1) for part in pack.tokens.segments) for pack in found]
+        return [
+            dataclasses.replace(pack, tokens=dataclasses.replace(pack.tokens, segments=segments))
+            for pack, segments in zip(found, blind, strict=True)
+        ]
+
+    bench.packs = packs
+    options = ["--gpus", "1", "--responses", "4", "--frames", "4", "--json", str(folder / "figure1.json")]
+    with pytest.raises(SystemExit, match=r"stage1\+2 full and shared_prefix keep_attention differ: .*nothing is timed"):
+        importlib.import_module("figure1").main(["--tiny", "--modes", "shared_prefix", *options])
+
+
+def test_a_mode_that_takes_another_step_is_not_timed(tmp_path):
+    run_world(1, time_blind_responses, tmp_path, folder=tmp_path / "world")
+    assert not (tmp_path / "figure1.json").exists()
+
+
+def test_b7_runs_plain_sequences_on_two_gpus_and_on_the_most():
+    b7 = importlib.import_module("b7_scaling")
+    parser = importlib.import_module("sessions").timing_options("")
+    found = {}
+    for gpus in ([1], [1, 2], [1, 2, 4], [4]):
+        args = parser.parse_args(["--tiny"])
+        vars(args).update(gpus=gpus, prefix=None, tp=1, cp_a2a=1, kinds=["sequence", "stock"])
+        found[tuple(gpus)] = [
+            (session["gpus"], point["kind"]) for session in b7.sessions(args) for point in session["points"]
+        ]
+    both = lambda *gpus: [(count, kind) for count in gpus for kind in ("sequence", "stock")]  # noqa: E731
+    assert found == {(1,): both(1), (1, 2): both(2), (1, 2, 4): both(2, 4), (4,): both(4)}
+
+
 def test_b7_and_longest_measure_their_points(rows):
     assert [(row["kind"], row["status"]) for row in rows["b7_scaling"]] == [
         ("shared", "measured"),
@@ -149,6 +202,8 @@ def test_b7_puts_stock_megatron_beside_the_same_sequence(rows, tmp_path):
     assert stock["logprobs"] == pytest.approx(ours["logprobs"], abs=2e-2)
     (line,) = b7.compare([ours, stock])
     assert "as fast as stock megatron-core" in line
+    (line,) = b7.compare([stock, {**stock, "world": 4}])  # its gradients are of each GPU alone
+    assert "gradient norm" not in line
     with pytest.raises(SystemExit, match="log-probabilities differ"):
         b7.compare([ours, {**stock, "logprobs": stock["logprobs"][::-1]}])
 
