@@ -1,7 +1,9 @@
 """Attention over a pack by an AttentionPlan: exact, each shared segment computed once.
 
-Forward: the causal calls write output and log-sum-exp of their rows, the unmasked calls are merged into them. Backward:
-the backward of each call with the merged output and log-sum-exp; gradients of keys and values add up over calls.
+Forward: the causal calls write output and log-sum-exp of their rows, the unmasked calls are merged into them. The rows
+below a shared segment have several calls each where a sequence of its own has one: what theirs give is rounded to
+bfloat16 once, merged, as in that one. Backward: the backward of each call with the merged output and log-sum-exp;
+gradients of keys and values add up over calls.
 """
 
 from __future__ import annotations
@@ -18,6 +20,13 @@ from torch import Tensor
 from megalong.attention.kernels import Kernel, choose_kernel
 from megalong.attention.tree import AttentionPlan, Call, Range
 from megalong.parallel.offload import Offload
+from megalong.parallel.split import shard_range
+
+FINE_KEYS = 32768
+"""Most keys of a call that is made in float16, which has no probability below 2^-25 of a row's largest: of more keys
+the lost ones could outweigh what is gained. Each range of keys has a largest of its own."""
+FINE = {"cuda": torch.float16, "cpu": torch.float32}
+"""By device: what kernels take whose output is rounded less than bfloat16's, an eighth of it in float16."""
 
 
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,7 +108,7 @@ class _Batch:
         if self.rows is None:
             target[:, :, self.first : self.last] = self.give(batch)
         else:
-            target.index_copy_(2, self.rows, self.give(batch))
+            target.index_copy_(2, self.rows, self.give(batch).to(target.dtype))
 
     def add(self, target: Tensor, batch: Tensor) -> None:
         """target[ranges] += batch. Ranges do not overlap."""
@@ -149,23 +158,73 @@ def _forward(
     query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, kernel: str, scale: float
 ) -> tuple[Tensor, Tensor]:
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    # A row has seen nothing yet; padding rows never will.
-    out, lse = torch.zeros_like(query), query.new_full(query.shape[:3], -torch.inf, dtype=wide)
-    lse[:, :, plan.num_rows :] = 0
+    # A row has seen nothing yet; padding rows never will. Every row that is not merged is in a causal call.
+    out, lse = torch.empty_like(query), query.new_full(query.shape[:3], -torch.inf, dtype=wide)
+    out[:, :, plan.num_rows :] = lse[:, :, plan.num_rows :] = 0
+    sums = {span: torch.zeros_like(_cut(query, span), dtype=wide) for span in _merged_spans(plan)}
+
+    def target_of(rows: Range) -> tuple[Tensor, int]:
+        """Where the output of these rows goes, and the row that it starts at."""
+        for (first, last), part in sums.items():
+            if first <= rows[0] < last:
+                return part, first
+        return out, 0
+
     for call in plan.causal:
         queries, keys = _batches(call, query.device)
+        target, start = target_of(call.queries[0])
         batch = queries.take(query), keys.take(key), keys.take(value)
-        out_b, lse_b = _kernel_of(kernel, call, query, plan).forward(*batch, causal=True, scale=scale)
-        queries.write(out, out_b)
+        if target is not out and keys.longest <= FINE_KEYS:
+            batch = _finer(*batch)
+        out_b, lse_b = _kernel_of(kernel, call, batch[0], plan).forward(*batch, causal=True, scale=scale)
+        places = _Batch(tuple((first - start, last - start) for first, last in call.queries), query.device)
+        places.write(target, out_b)
         queries.write(lse, lse_b)
     for call in plan.unmasked:
-        (rows,), (keys,) = call.queries, call.keys
-        out_c, lse_c = _kernel_of(kernel, call, query, plan).forward(
-            _cut(query, rows), _cut(key, keys), _cut(value, keys), causal=False, scale=scale
-        )
-        merged = merge(out_c, lse_c, _cut(out, rows), _cut(lse, rows))
-        out[:, :, rows[0] : rows[1]], lse[:, :, rows[0] : rows[1]] = merged
+        (rows,) = call.queries
+        target, start = target_of(rows)
+        out_r, lse_r = _cut(target, (rows[0] - start, rows[1] - start)), _cut(lse, rows)
+        for keys in _key_ranges(call, query):
+            batch = _cut(query, rows), _cut(key, keys), _cut(value, keys)
+            batch = _finer(*batch) if call.shared else batch
+            part = Call(call.queries, (keys,))
+            out_c, lse_c = _kernel_of(kernel, part, batch[0], plan).forward(*batch, causal=False, scale=scale)
+            merged = merge(out_r, lse_r, out_c, lse_c)
+            for place, value_r in zip((out_r, lse_r), merged, strict=True):
+                place.copy_(value_r)
+    for span, part in sums.items():
+        _cut(out, span).copy_(part)
     return out, lse
+
+
+def _merged_spans(plan: AttentionPlan) -> list[Range]:
+    """The rows below shared segments: ranges that do not overlap."""
+    spans: list[Range] = []
+    for call in plan.unmasked:
+        (rows,) = call.queries
+        # A segment comes before those below it, whose rows are among the rows below it.
+        if call.shared and not any(first <= rows[0] < last for first, last in spans):
+            spans.append(rows)
+    return spans
+
+
+def _finer(*batch: Tensor) -> tuple[Tensor, ...]:
+    """A call's bfloat16 inputs in FINE.
+
+    float16 holds them exactly from 6e-5 to 65,504; smaller ones are off by 3e-8 at most, a larger one becomes infinite,
+    and its step one that is skipped and counted.
+    """
+    if batch[0].dtype != torch.bfloat16:
+        return batch
+    return tuple(part.to(FINE[part.device.type]) for part in batch)
+
+
+def _key_ranges(call: Call, query: Tensor) -> list[Range]:
+    """The keys of a call in as few equal ranges as it is made in."""
+    ((first, last),) = call.keys
+    count = -(-(last - first) // FINE_KEYS) if call.shared and query.dtype == torch.bfloat16 else 1
+    ranges = (shard_range(last - first, index, count) for index in range(count))
+    return [(first + low, first + high) for low, high in ranges]
 
 
 def _backward(

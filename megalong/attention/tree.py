@@ -32,6 +32,7 @@ class Call:
 
     queries: tuple[Range, ...]  # of this rank's rows
     keys: tuple[Range, ...]  # of the pack's rows
+    shared: bool = False  # the keys of a segment, all of them, for the rows below it
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +115,7 @@ def _plan(roots: list[_Node], unordered: Iterator[_Piece]) -> AttentionPlan:
         # From the last row on: a piece that starts there is one that sees all.
         below = here(node.stop - 1, node.end) if node.children else (0, 0)
         if below[1] > below[0]:
-            unmasked.append(Call((below,), ((node.start, node.stop),)))
+            unmasked.append(Call((below,), ((node.start, node.stop),), shared=True))
     num_keys = roots[-1].end
     return AttentionPlan(num_keys, tuple(piece[1:] for piece in pieces), tuple(causal), tuple(unmasked))
 

@@ -11,6 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from megalong.attention import pack
 from megalong.attention.last_layer import row_spans
 from megalong.attention.pack import pack_attention
 from megalong.attention.reference import pack_attention_reference, visible
@@ -115,6 +116,42 @@ def assert_equal_to_separate(
         )
 
 
+BF16_GROUP = group(96, 16, 1, 24, 16)
+
+
+def bfloat16_errors(segments: list[Segment], *, seed: int) -> tuple[float, float]:
+    """Squared errors against float64, summed over the response rows: of the pack, and of sequences of their own."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = [
+        torch.randn(segments[-1].stop, count, 32, generator=generator, dtype=torch.bfloat16) for count in (4, 2, 2)
+    ]
+    attend, scale = ring_of(1, "plain"), 32**-0.5
+    exact = separate_sequences(*(part.double() for part in parts), segments, scale=scale)
+    prefix, *responses = segments
+    ours = (attend(*parts, segments, scale=scale).double() - exact)[prefix.stop :].square().sum()
+    theirs = 0.0
+    for segment in responses:
+        rows = torch.cat((torch.arange(prefix.stop), torch.arange(segment.start, segment.stop)))
+        whole = attend(*(part[rows] for part in parts), make_segments(((len(rows), ()),)), scale=scale)
+        theirs += (whole.double() - exact[rows])[prefix.stop :].square().sum()
+    return float(ours), float(theirs)
+
+
+@pytest.mark.parametrize("keys_of_a_call", [pack.FINE_KEYS, 40])
+@pytest.mark.parametrize(("fine", "limit"), [(torch.float32, 1.01), (torch.float16, 1.05)])
+def test_a_pack_in_bfloat16_is_as_close_as_sequences_of_their_own(
+    keys_of_a_call: int, fine: torch.dtype, limit: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each output is rounded to it once, however many calls it comes from; with bfloat16 calls it would be 2."""
+    monkeypatch.setattr(pack, "FINE_KEYS", keys_of_a_call)
+    monkeypatch.setitem(pack.FINE, "cpu", fine)
+    segments = make_segments((BF16_GROUP,))
+    ours, theirs = (
+        sum(part) for part in zip(*(bfloat16_errors(segments, seed=seed) for seed in range(8)), strict=True)
+    )
+    assert ours < limit * theirs
+
+
 CASES = {
     "one plain sequence": (group(5, 4),),
     "ragged, with a response of one token": (group(5, 3, 1, 4),),
@@ -126,6 +163,26 @@ CASES = {
     "one of the questions has one response": ((5, (group(2, 3), group(1, 4, 2))), group(3, 2, 2)),
     "a tree of depth three": ((3, ((2, (group(2, 1, 3), group(1, 2))), (4, ()))),),
 }
+
+
+@pytest.mark.parametrize("keys_of_a_call", [pack.FINE_KEYS, 3])
+@pytest.mark.parametrize("attend", [name for name in ATTENDS if name != "reference"])
+@pytest.mark.parametrize("forest", CASES.values(), ids=CASES.keys())
+def test_pack_in_bfloat16_differs_by_its_rounding(
+    forest: tuple[Tree, ...], attend: str, keys_of_a_call: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any tree and ring, where calls are of several precisions and the keys of one are cut."""
+    monkeypatch.setattr(pack, "FINE_KEYS", keys_of_a_call)
+    segments = make_segments(forest)
+    generator = torch.Generator().manual_seed(1)
+    parts = [
+        torch.randn(segments[-1].stop, count, HEAD_DIM, dtype=torch.bfloat16, generator=generator)
+        for count in (4, 2, 2)
+    ]
+    got = ATTENDS[attend](*parts, segments, scale=0.37)
+    want = separate_sequences(*(part.double() for part in parts), segments, scale=0.37)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.double(), want, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("attend", ATTENDS.values(), ids=ATTENDS.keys())

@@ -36,7 +36,7 @@ def test_a_group_is_three_calls() -> None:
         num_keys=18,
         rows=((0, 10), (10, 13), (13, 14), (14, 18)),
         causal=(Call(((0, 10),), ((0, 10),)), Call(((10, 13), (13, 14), (14, 18)), ((10, 13), (13, 14), (14, 18)))),
-        unmasked=(Call(((10, 18),), ((0, 10),)),),
+        unmasked=(Call(((10, 18),), ((0, 10),), shared=True),),
     )
 
 
@@ -67,7 +67,7 @@ def test_rows_that_predict_take_two_calls() -> None:
         num_keys=18,
         rows=((9, 10), (10, 12), (14, 17)),
         causal=(Call(((1, 3), (3, 6)), ((10, 12), (14, 17))),),
-        unmasked=(Call(((0, 6),), ((0, 10),)),),
+        unmasked=(Call(((0, 6),), ((0, 10),), shared=True),),
     )
 
 
