@@ -9,8 +9,8 @@ optimizer's part is left out of the times):
                 after another; --hf-sequences of them are timed, and the time is scaled to all of them
 
 B8 is the pass without gradients. First, at a small size, each form's log-probabilities and gradients are compared with
-those of float32 (B13): shared in float32 must agree to 1e-5, and shared in bfloat16 be at most a quarter further off
-than repeated, or nothing is timed.
+those of float32 (B13): shared in float32 must agree to 1e-5, and shared in bfloat16 be at most a twentieth further off
+than repeated, in the mean of several draws, or nothing is timed.
 
     python benchmarks/b2_train_step.py [--prefix 65536 131072] [--json FILE] [--plot FILE.png] [--tiny]
 """
@@ -22,6 +22,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,9 @@ from megalong.parallel.layout import destroy_layout
 from megalong.records import PolicyBatch
 
 FORMS = {"shared": ("shared_prefix", "keep_attention"), "repeated": ("stage1+2", "full")}
+DRAWS, LARGEST_RATIO = 3, 1.05
+"""Draws of tokens and advantages, of which one alone is a hundredth off; and the limit of their mean error's ratio,
+which is to be 1."""
 
 
 @torch.no_grad()
@@ -112,21 +116,28 @@ def outcome(bench: Bench, form: str, case: Case) -> tuple[Tensor, dict[str, Tens
 def check(folder: Path, *, case: Case, overrides: Sequence[str]) -> list[dict[str, Any]]:
     """Errors against float32 of the repeated form, row by row. Raises SystemExit when a form is too far off."""
     exact = Bench(folder, [*overrides, "model.dtype=float32", "model.layer_spec=local"], vision=False)
-    want_R, want = outcome(exact, "repeated", case)
-    rows = [compare("shared, float32", *outcome(exact, "shared", case), want_R, want)]
+    cases = [replace(case, seed=seed) for seed in range(1, 1 + DRAWS)]
+    wanted = [outcome(exact, "repeated", drawn) for drawn in cases]
+    rows = [compare("shared, float32", *outcome(exact, "shared", case), *wanted[0])]
     exact.close()
     destroy_layout()
     half = Bench(folder, overrides, vision=False)
-    for form in ("shared", "repeated"):
-        rows.append(compare(f"{form}, bfloat16", *outcome(half, form, case), want_R, want))
+    for form in FORMS:
+        for drawn, want in zip(cases, wanted, strict=True):
+            rows.append(compare(f"{form}, bfloat16", *outcome(half, form, drawn), *want))
     packs = half.packs(case, mode="stage1+2")
     half.close()
     model = hf_model(half)
     got_R = torch.cat(hf_step(half, model, packs, count=len(packs))).cpu()
-    rows.append(compare("hf, bfloat16", got_R, {n: p.grad for n, p in model.named_parameters()}, want_R, want))
+    got = {name: param.grad for name, param in model.named_parameters()}
+    rows.append(compare("hf, bfloat16", got_R, got, *wanted[0]))
     destroy_layout()
-    error = {row["form"]: row["gradient"] for row in rows}
-    if error["shared, float32"] > 1e-5 or error["shared, bfloat16"] > 1.25 * error["repeated, bfloat16"]:
+    error = {
+        form: statistics.mean(row["gradient"] for row in rows if row["form"] == f"{form}, bfloat16") for form in FORMS
+    }
+    ratio = error["shared"] / error["repeated"]
+    print(f"bfloat16 of {DRAWS} draws: error of shared {ratio:.3f} times that of repeated", flush=True)
+    if rows[0]["gradient"] > 1e-5 or ratio > LARGEST_RATIO:
         raise SystemExit("the shared form is further from float32 than it may be; nothing is timed")
     return rows
 

@@ -144,6 +144,7 @@ class Case:
     text: int
     group: int
     response: int
+    seed: int = 1  # of tokens and advantages
 
     def prompt(self, tokens_per_frame: int) -> int:
         return self.frames * tokens_per_frame + self.text
@@ -211,8 +212,8 @@ class Bench:
         )
 
     def packs(self, case: Case, *, mode: str) -> list[PolicyBatch]:
-        """The group's packs with fixed random tokens and advantages."""
-        generator = torch.Generator().manual_seed(1)
+        """The group's packs with the case's random tokens and advantages."""
+        generator = torch.Generator().manual_seed(case.seed)
         draw = lambda count: torch.randint(self.shape.vocab, (count,), generator=generator).tolist()  # noqa: E731
         selections = (self.selection(case.frames),) if case.frames else ()
         layout = self.stage(mode).videos

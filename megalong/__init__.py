@@ -1,7 +1,8 @@
 """Reinforcement learning on hour-long videos.
 
-flash-attn-4 compiles a kernel for a minute in a run's first step, unless it finds it on disk. It reads where when it is
-imported, which Transformer Engine does, too: hence here, before either.
+What flash-attn-4 and Transformer Engine read when they are imported is set here, before either. flash-attn-4 compiles a
+kernel for a minute in a run's first step, unless it finds it on disk; Transformer Engine, which imports it, looks for
+cuDNN below CUDNN_HOME, and below an empty one on the whole disk, for many minutes without a word.
 """
 
 import os
@@ -12,3 +13,6 @@ os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
 os.environ.setdefault(
     "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"megalong_{os.getuid()}_flash_attn_4")
 )
+for _name in ("CUDNN_HOME", "CUDNN_PATH", "CUDA_HOME", "CUDA_PATH"):
+    if os.environ.get(_name) == "":
+        del os.environ[_name]

@@ -149,6 +149,20 @@ def test_two_packages_of_one_name_are_told_apart(there: str, missing: str, monke
         choose(missing)
 
 
+@pytest.mark.parametrize(("given", "seen"), [("", None), ("/opt/cudnn", "/opt/cudnn")])
+def test_an_empty_place_of_cudnn_is_none(given: str, seen: str | None) -> None:
+    """Transformer Engine would search the whole disk for it."""
+    code = "import os, megalong; print(os.environ.get('CUDNN_HOME'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "CUDNN_HOME": given},
+        check=True,
+    )
+    assert done.stdout.strip() == str(seen)
+
+
 @pytest.mark.parametrize("chosen", [None, "0"])
 def test_flash_attn_4_keeps_what_it_compiles_on_disk_unless_told_not_to(chosen: str | None) -> None:
     names = [f"FLASH_ATTENTION_CUTE_DSL_CACHE_{name}" for name in ("ENABLED", "DIR")]
