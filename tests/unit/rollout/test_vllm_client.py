@@ -95,8 +95,8 @@ def test_buckets_by_cuda_ipc_go_through_one_buffer(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(synchronize=lambda: waited.append(True)))
     room, places, addresses = BucketRoom(Transport.ipc, tmp_path), [], []
     for num_bytes in (100, 40, 100, 200, 150):
-        packed = room.of(num_bytes, device=torch.device("cpu"))
-        assert len(packed) == num_bytes
+        packed = room.pack({"w": torch.full((num_bytes,), num_bytes, dtype=torch.uint8)}, num_bytes=num_bytes)
+        assert packed.tolist() == [num_bytes] * num_bytes
         places.append(room.place(packed))
         addresses.append(packed.data_ptr())
         del packed
