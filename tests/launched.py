@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -11,6 +12,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal
+
+from harness import DemoWorld, make_model_for_vllm
 
 from megalong.metrics import read_jsonl
 from megalong.rollout.vllm_engine import SERVER
@@ -108,6 +111,21 @@ def run_script(
     finally:
         end_all(launched, folder)
     return code, (folder / "log").read_text()
+
+
+def kill_engine(demo: DemoWorld, folder: Path, *overrides: str, steps: int, **environment: str) -> str:
+    """GRPO whose vLLM engine is killed once: it starts again from its last checkpoint, and ends. Returns its log."""
+    model, run_dir = make_model_for_vllm(demo, folder / "model"), folder / "run"
+    args = [str(model), str(demo.rl), *demo.overrides(run_dir, task="grpo"), *overrides]
+    args += ["rollout.engine=vllm", f"grpo.steps={steps}", "checkpoint.save_every=1"]
+    settings = {"RESTARTS": "1", "RECIPE": str(demo.recipe), **environment}
+    code, log = run_script("grpo_7b_8xa100.sh", *args, folder=folder, victim="engine", limit=400, **settings)
+    assert code == 0, log[-8000:]
+    said = r"rank 0, phase '\w+': the vLLM engine \(process \d+, GPUs .*, exit code -9\) (ended|hung up) in "
+    assert re.search(said, log), log[-8000:]
+    assert log.count("step 1 | loss") == 1  # it did not start over
+    assert [row["step"] for row in read_jsonl(run_dir / "metrics.jsonl")] == list(range(1, steps + 1))
+    return log
 
 
 def end_all(launched: subprocess.Popen, folder: Path) -> None:

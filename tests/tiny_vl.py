@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from harness import DemoWorld, ask_twice
 from PIL import Image
 from tokenizers import AddedToken
+from torch import Tensor
 from transformers import (
     PreTrainedModel,
     Qwen2_5_VLConfig,
@@ -19,6 +22,8 @@ from transformers import (
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
+from transformers.models.qwen3_vl import modeling_qwen3_vl
 
 from megalong.config.demo_data import DemoDataConfig, DemoQuestionsConfig
 from megalong.data.demo_videos import make_demo_data
@@ -176,3 +181,30 @@ def make_world(folder: Path, *, family: str) -> DemoWorld:
 
 
 WRITERS = {"qwen2_5_vl": write_qwen2_5_vl, "qwen3_vl": write_qwen3_vl}
+
+
+@contextmanager
+def float64_towers() -> Iterator[None]:
+    """The stock towers rotate, and Qwen2.5-VL's normalises, in float32 whatever they are given.
+
+    And they round gradients on the way back. Inside this context they compute in the dtype of their input.
+    """
+    with ExitStack() as stack:
+        for module in (modeling_qwen2_5_vl, modeling_qwen3_vl):
+            wide = as_given(module.apply_rotary_pos_emb_vision)
+            stack.enter_context(mock.patch.object(module, "apply_rotary_pos_emb_vision", wide))
+        norm = modeling_qwen2_5_vl.Qwen2_5_VLRMSNorm
+        stack.enter_context(mock.patch.object(norm, "forward", normalise))
+        yield
+
+
+def as_given(rotate: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    def rotate_wide(*args: Tensor) -> tuple[Tensor, Tensor]:
+        with mock.patch.object(Tensor, "float", lambda tensor: tensor):
+            return rotate(*args)
+
+    return rotate_wide
+
+
+def normalise(norm: modeling_qwen2_5_vl.Qwen2_5_VLRMSNorm, hidden: Tensor) -> Tensor:
+    return torch.nn.functional.rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon)

@@ -7,7 +7,8 @@ log-sum-exp. The video prefix of G rollouts costs one pass instead of G.
 
 Cut over a ring of r ranks, each rank takes its share of every segment's rows against the keys of the whole pack:
 segments that others see, and long leaves, in 2r zigzag chunks (chunk j and chunk 2r-1-j: every rank has the same
-number of key/query pairs); short leaves side by side, since nearly all their work is on the ancestors' keys.
+number of key/query pairs); leaves of at most a quarter of what is above them side by side, since nearly all their work
+is on the ancestors' keys: at worst, a rank of four has an eighth more than the mean.
 
 A plan may also be of some rows alone (plan_rows): those whose result is read, where the others are keys and no more.
 """
@@ -207,7 +208,8 @@ def _pieces(roots: list[_Node], rank: int, size: int) -> Iterator[_Piece]:
 
 
 def _is_short_leaf(node: _Node) -> bool:
-    return not node.children and node.stop - node.start <= node.depth
+    """Whose work is to at least eight ninths on the keys above it."""
+    return not node.children and 4 * (node.stop - node.start) <= node.depth
 
 
 def _zigzag(node: _Node, rank: int, size: int) -> list[Range]:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from faulty_runs import command_line
-from harness import DemoWorld, World, make_demo_world, make_model_for_vllm
-from launched import run_script
+from harness import DemoWorld, World, make_demo_world
+from launched import kill_engine, run_script
 
 from megalong.metrics import read_jsonl
 
@@ -59,18 +59,9 @@ def test_a_rank_killed_under_nccl_starts_again(demo: DemoWorld, tmp_path: Path) 
 @two_gpus
 @pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
 def test_a_killed_engine_ends_the_attempt_and_the_next_one_starts_another(demo: DemoWorld, tmp_path: Path) -> None:
-    model, run_dir = make_model_for_vllm(demo, tmp_path / "model"), tmp_path / "run"
-    args = [str(model), str(demo.rl), *demo.overrides(run_dir, task="grpo"), *PLAIN, "grpo.steps=60"]
-    args += ["rollout.engine=vllm", "model.dtype=bfloat16", "checkpoint.save_every=1"]
-    settings = {"RESTARTS": "1", "GPUS": "2", "ENGINE_GPUS": "1", "RECIPE": str(demo.recipe)}
-    code, log = run_script(
-        "grpo_7b_8xa100.sh", *args, folder=tmp_path, victim="engine", CUDA_VISIBLE_DEVICES="0,1", **settings
-    )
-    assert code == 0, log[-8000:]
-    assert "megalong grpo: rank 0, phase 'rollout': the vLLM engine (process " in log
-    assert "GPUs 1, exit code -9) ended in " in log
-    assert log.count("step 1 | loss") == 1  # it did not start over
-    assert [row["step"] for row in read_jsonl(run_dir / "metrics.jsonl")] == list(range(1, 61))
+    gpus = {"GPUS": "2", "ENGINE_GPUS": "1", "CUDA_VISIBLE_DEVICES": "0,1"}
+    log = kill_engine(demo, tmp_path, *PLAIN, "model.dtype=bfloat16", steps=60, **gpus)
+    assert "GPUs 1, exit code -9" in log
 
 
 @two_gpus

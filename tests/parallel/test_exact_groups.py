@@ -23,13 +23,13 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from recorded_runs import Recorded, assert_equal_runs, is_tower_key_bias, recording
 from torch import Tensor
-from transformers.models.qwen3_vl import modeling_qwen3_vl
 
 from megalong.config.tree import SHARDED, Dtype, MrSpMode, OptimizerConfig
 from megalong.data.packing import pack_rollouts
 from megalong.engine.build import TORCH_DTYPE
 from megalong.grpo import grpo_loss, loss_settings, temperature, tokens_of
 from megalong.metrics import PhaseTimer
+from megalong.models.names import canonical
 from megalong.parallel.collectives import gather_objects
 from megalong.parallel.layout import make_layout
 from megalong.records import FrameSelection, PolicyBatch, RolloutGroup
@@ -41,7 +41,7 @@ BASE = (
     "model.train_tower=true", "model.train_projector=true", "video.cache_embeddings=false", "video.num_frames=6",
     "data.thinking=false", "grpo.kl_coef=0.1",
 )  # fmt: skip
-FAMILIES = ("longvila", "qwen3_vl")  # 1-D RoPE; M-RoPE, with deepstack
+FAMILIES = ("longvila", "qwen2_5_vl", "qwen3_vl")  # 1-D RoPE; M-RoPE in sections; interleaved, with deepstack
 STEPS = (1, 3)
 """Tower steps of each video: with one, most ranks have no frame; three cannot be dealt evenly."""
 ASKED = ("what is shown", "where does it end, and why")
@@ -162,7 +162,7 @@ def record_trials(
     with (
         mock.patch("megalong.run.make_layout", cache(make_layout)),
         mock.patch.dict(TORCH_DTYPE, {Dtype.float32: torch.float64}),
-        float64_towers(),
+        tiny_vl.float64_towers(),
     ):
         for number, ((family, layout), together) in enumerate(cases.items()):
             config = worlds[family].config(folder / str(number), *BASE, *layout.overrides, task="grpo")
@@ -170,19 +170,6 @@ def record_trials(
                 run.trainer.settings = OptimizerConfig(lr=0.0)  # the checkpoint's weights for every trial
                 done |= {trial: train(run, trial.case, separate=separate) for trial in together}
     return done
-
-
-@contextmanager
-def float64_towers() -> Iterator[None]:
-    """The stock Qwen3-VL tower rotates in float32 whatever it is given, and rounds gradients on their way back."""
-    rotate = modeling_qwen3_vl.apply_rotary_pos_emb_vision
-
-    def rotate_wide(*args: Tensor) -> tuple[Tensor, Tensor]:
-        with mock.patch.object(Tensor, "float", Tensor.double):
-            return rotate(*args)
-
-    with mock.patch.object(modeling_qwen3_vl, "apply_rotary_pos_emb_vision", rotate_wide):
-        yield
 
 
 def train(run: Run, case: Case, *, separate: bool) -> Recorded:
@@ -353,5 +340,5 @@ def test_what_is_compared_is_there(separate: dict[Trial, Recorded]) -> None:
             for name, gradient in recorded.gradients.items()
             if not is_tower_key_bias(name)
         }
-        vision = {name for name in sizes if not name.startswith(("llm/", "lm_head.", "model.language_model."))}
+        vision = {name for name in sizes if not canonical(name).startswith(("llm/", "lm_head.", "model."))}
         assert {name for name, size in sizes.items() if size < 1e-6} == (set() if videos else vision)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from faulty_runs import train
 from harness import DemoWorld, make_model_for_vllm, run_world
-from launched import run_script
+from launched import kill_engine, run_script
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from megalong.metrics import read_jsonl
@@ -85,3 +85,8 @@ def test_each_node_samples_with_an_engine_of_its_own(demo: DemoWorld, tmp_path: 
     rows = read_jsonl(run_dir / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2]
     assert all(row["sampler_gap_max"] < 1e-3 for row in rows), "both had the weights of the step"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+def test_a_killed_engine_ends_the_attempt_and_the_next_one_starts_another(demo: DemoWorld, tmp_path: Path) -> None:
+    kill_engine(demo, tmp_path, "rollout.memory_share=0.1", steps=12, GPUS="1")
