@@ -131,14 +131,14 @@ class Session(Run):
 
 def prepare(folder: Path, *, videos: int, tiny: bool, weights: bool) -> None:
     """Model folder, videos, manifest; `ready` at the end. Keeps what an earlier call made."""
-    if (folder / "ready").is_file():
+    ready, model = folder / "ready", folder / "model"
+    if not ready.is_file():
+        make_folder(folder, layers=2 if tiny else 28, tiny=tiny)
+    if weights and not [*model.rglob("*.safetensors")]:
+        write_weights(model)
+    if ready.is_file():
         return
-    make_folder(folder, layers=2 if tiny else 28, tiny=tiny)
-    if weights:
-        write_weights(folder / "model")
-    train_tokenizer([THINKING_TEMPLATE, QUESTION], size=DemoModelSize(vocab=320)).save_pretrained(
-        folder / "model" / "llm"
-    )
+    train_tokenizer([THINKING_TEMPLATE, QUESTION], size=DemoModelSize(vocab=320)).save_pretrained(model / "llm")
     (folder / "recipe.yaml").write_text(RECIPE)
 
     def write(number: int) -> dict[str, str]:
@@ -153,7 +153,7 @@ def prepare(folder: Path, *, videos: int, tiny: bool, weights: bool) -> None:
     with ThreadPoolExecutor() as pool:
         rows = list(pool.map(write, range(videos)))
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "ready").touch()
+    ready.touch()
 
 
 def table(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

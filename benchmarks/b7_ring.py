@@ -33,7 +33,7 @@ from torch.distributed import ProcessGroup
 
 from megalong.attention.context import RingPlan, gather_keys, ring_plan
 from megalong.attention.kernels import Kernel, choose_kernel
-from megalong.attention.pack import merge, pack_attention
+from megalong.attention.pack import merge_into, pack_attention
 from megalong.attention.tree import encode_segments
 from megalong.parallel.collectives import gather_objects
 from megalong.parallel.layout import ContextGroups, destroy_layout, make_layout
@@ -99,7 +99,7 @@ class _Responses(torch.autograd.Function):
         out, lse = kernel_for(own[0], own[1]).forward(*own, causal=True, scale=how["scale"])
         out, lse = together(out), together(lse)
         for part, lse_part in zip(deal(there, group), deal(lse_there, group), strict=True):
-            out, lse = merge(part, lse_part, out, lse)
+            merge_into(out, lse, part, lse_part)
         ctx.save_for_backward(everyone, *shards, *own, out, lse)
         return out
 
@@ -199,9 +199,9 @@ def measure(prefix: int, heads: Sequence[int], width: int, args: Any, context: C
 
 
 def compare(ours: Sequence[Tensor], theirs: Sequence[Tensor], *, group: ProcessGroup) -> float:
-    """Largest difference of output or a gradient relative to its norm, over the ranks."""
+    """Largest difference of output or a gradient relative to its norm, over the ranks; NaN where one is."""
     found = [float((a.double() - b.double()).norm() / b.double().norm()) for a, b in zip(ours, theirs, strict=True)]
-    return max(gather_objects(max(found), group=group))
+    return float(torch.tensor(gather_objects(found, group=group)).max())
 
 
 def exchange(keys: Sequence[Tensor], plan: RingPlan, context: ContextGroups) -> None:

@@ -331,7 +331,8 @@ def profiled(session: Session, found: dict[str, float]) -> float:
         seconds = session.sync()
     busy = {"gather": 0.0, "broadcast": 0.0, "": 0.0}
     for event in profile.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
+        # torch marks a collective's stretch beside its kernel.
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
             kind = next(kind for kind in busy if kind in event.name.lower())
             busy[kind] += event.time_range.elapsed_us() / 1e6
     found |= {f"profiled sync, {kind or 'copies and checksums'}, s": value for kind, value in busy.items()}

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from megalong.engine.weights_io import _joined
+from megalong.engine.weights_io import gather_entry
 from megalong.records import MEDIA_TOKEN
 from megalong.rollout import vllm_engine
 from megalong.rollout.engine import Request, Sampled
@@ -135,12 +135,13 @@ def vllm_sync(session: Session, *, packed: bool) -> float:
 
     engine, device = session.engine, session.bench.layout.device
     layout, table = session.bench.layout, session.model.weight_table()
+    parameters = dict(session.model.named_parameters())
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
-        for full_name, tensor in _joined(session.model, table, layout):
-            name = engine.weights.name_of(full_name)
-            if name is not None:
-                yield name, tensor
+        for entry in table:
+            whole = gather_entry(entry, parameters[entry.megatron].detach(), layout)
+            names = [engine.weights.name_of(name) for name in entry.hf]
+            yield from ((name, tensor) for name, tensor in zip(names, whole, strict=True) if name is not None)
 
     described = [(name, str(item.dtype).removeprefix("torch."), list(item.shape)) for name, item in tensors()]
     names, dtypes, shapes = map(list, zip(*described, strict=True))

@@ -90,7 +90,7 @@ def kill(victim: Victim, *, launched: subprocess.Popen, folder: Path) -> None:
     processes = descendants(folder)
     parents, engines = {}, []
     for pid in processes:
-        with suppress(FileNotFoundError):  # a helper that is gone meanwhile
+        with suppress(OSError):  # a helper that is gone meanwhile
             parents[pid] = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
             engines += [pid] if SERVER.encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0") else []
     # A rank's helpers have its environment, too.

@@ -2,8 +2,10 @@
 
 Forward: the causal calls write output and log-sum-exp of their rows, the unmasked calls are merged into them. The rows
 below a shared segment have several calls each where a sequence of its own has one: what theirs give is rounded to
-bfloat16 once, merged, as in that one. Backward: the backward of each call with the merged output and log-sum-exp;
-gradients of keys and values add up over calls.
+bfloat16 once, merged, as in that one (but for a causal call of more than FINE_KEYS).
+
+Backward: the backward of each call with the merged output and log-sum-exp; gradients of keys and values add up over
+calls.
 """
 
 from __future__ import annotations
@@ -29,11 +31,16 @@ FINE = {"cuda": torch.float16, "cpu": torch.float32}
 """By device: what kernels take whose output is rounded less than bfloat16's, an eighth of it in float16."""
 
 
-def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over the union of two key sets from the results on each. out [.., t, d], lse [.., t]."""
-    lse = torch.logaddexp(lse_a, lse_b)
-    weight_a, weight_b = ((part - lse).exp()[..., None] for part in (lse_a, lse_b))
-    return (weight_a * out_a + weight_b * out_b).to(out_a.dtype), lse
+def merge_into(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> None:
+    """Attention over the union of two key sets, from the results on each, in place of the first. out, more
+    [.., t, d], lse [.., t]; out and more may differ in dtype."""
+    whole = torch.logaddexp(lse, more_lse)
+    weight, more_weight = ((part - whole).exp()[..., None] for part in (lse, more_lse))
+    if out.dtype == lse.dtype:
+        out.mul_(weight).addcmul_(more.to(out.dtype), more_weight)
+    else:
+        out.copy_(weight * out + more_weight * more)
+    lse.copy_(whole)
 
 
 class KeptOutputs:
@@ -85,7 +92,7 @@ class _Batch:
         self.first, self.last = ranges[0][0], ranges[-1][1]
         side_by_side = all(a[1] == b[0] for a, b in zip(ranges, ranges[1:], strict=False))
         self.rows = None if side_by_side else _rows_of(ranges, device)
-        self.places = None if self.even else _places_of(ranges, device)
+        self.places = None if self.even else _places_of(tuple(lengths), device)
 
     def take(self, rows: Tensor) -> Tensor:
         """[1, H, t, ...] -> [count, H, longest, ...] of the ranges, zeros in the padding."""
@@ -126,10 +133,9 @@ def _rows_of(ranges: tuple[Range, ...], device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=32)
-def _places_of(ranges: tuple[Range, ...], device: torch.device) -> Tensor:
-    """Where those rows are in the padded batch."""
-    longest = max(last - first for first, last in ranges)
-    places = [torch.arange(last - first) + index * longest for index, (first, last) in enumerate(ranges)]
+def _places_of(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where the rows of ranges of these lengths are in the padded batch."""
+    places = [torch.arange(length) + index * max(lengths) for index, length in enumerate(lengths)]
     return torch.cat(places).to(device)
 
 
@@ -183,15 +189,14 @@ def _forward(
     for call in plan.unmasked:
         (rows,) = call.queries
         target, start = target_of(rows)
+        fine = target is not out
         out_r, lse_r = _cut(target, (rows[0] - start, rows[1] - start)), _cut(lse, rows)
-        for keys in _key_ranges(call, query):
+        for keys in _key_ranges(call, query) if fine else call.keys:
             batch = _cut(query, rows), _cut(key, keys), _cut(value, keys)
-            batch = _finer(*batch) if call.shared else batch
+            batch = _finer(*batch) if fine else batch
             part = Call(call.queries, (keys,))
             out_c, lse_c = _kernel_of(kernel, part, batch[0], plan).forward(*batch, causal=False, scale=scale)
-            merged = merge(out_r, lse_r, out_c, lse_c)
-            for place, value_r in zip((out_r, lse_r), merged, strict=True):
-                place.copy_(value_r)
+            merge_into(out_r, lse_r, out_c, lse_c)
     for span, part in sums.items():
         _cut(out, span).copy_(part)
     return out, lse
@@ -220,9 +225,9 @@ def _finer(*batch: Tensor) -> tuple[Tensor, ...]:
 
 
 def _key_ranges(call: Call, query: Tensor) -> list[Range]:
-    """The keys of a call in as few equal ranges as it is made in."""
+    """The keys of a call in as few equal ranges as it is made in, finer."""
     ((first, last),) = call.keys
-    count = -(-(last - first) // FINE_KEYS) if call.shared and query.dtype == torch.bfloat16 else 1
+    count = -(-(last - first) // FINE_KEYS) if query.dtype == torch.bfloat16 else 1
     ranges = (shard_range(last - first, index, count) for index in range(count))
     return [(first + low, first + high) for low, high in ranges]
 

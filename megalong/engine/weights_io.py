@@ -123,7 +123,6 @@ def load_hf_weights(model: nn.Module, table: Sequence[Entry], reader: Checkpoint
         raise ValueError(f"the weight table does not fill {sorted(parameters)}")
 
 
-@torch.no_grad()
 def export_weights(
     model: nn.Module, table: Sequence[Entry], layout: ParallelLayout, *, bucket_bytes: int = WEIGHT_BUCKET_BYTES
 ) -> Iterator[WeightBucket]:
@@ -136,7 +135,7 @@ def export_weights(
     for stage in range(layout.pp_size):
         # What several stages hold, the vision side and a tied head, is sent by the first of them.
         entries = [entry for entry in table if entry.hf[0] not in sent] if stage == layout.pp_rank else []
-        buckets = _buckets(_joined(model, entries, layout), bucket_bytes)
+        buckets = _buckets(model, entries, layout, bucket_bytes)
         if layout.pp_size > 1:
             buckets = _from_stage(buckets, stage, layout)
         for bucket in buckets:
@@ -145,32 +144,42 @@ def export_weights(
             del bucket  # its memory is the next one's
 
 
-def _joined(model: nn.Module, table: Sequence[Entry], layout: ParallelLayout) -> Iterator[tuple[str, Tensor]]:
-    """Whole tensors of the table by name (collective over the tensor-parallel group)."""
+def _buckets(
+    model: nn.Module, table: Sequence[Entry], layout: ParallelLayout, bucket_bytes: int
+) -> Iterator[WeightBucket]:
+    # No torch.no_grad() on a generator: its wrapper keeps what was yielded while the next is made.
     parameters = dict(model.named_parameters())
-    for entry in table:
-        local = parameters[entry.megatron].detach()
-        shards = local[None]
-        if layout.tp_size > 1 and not isinstance(entry, Replicated):
-            shards = local.new_empty((layout.tp_size, *local.shape))
-            dist.all_gather_into_tensor(shards.flatten(0, 1), local.contiguous(), group=layout.tp)
-        whole = entry.join(shards)
-        del shards  # a copy of what was joined, where that is no view
-        yield from zip(entry.hf, whole, strict=True)
-
-
-def _buckets(tensors: Iterator[tuple[str, Tensor]], bucket_bytes: int) -> Iterator[WeightBucket]:
     bucket: dict[str, Tensor] = {}
     held = 0
-    for name, tensor in tensors:
-        size = tensor.numel() * tensor.element_size()
-        if bucket and held + size > bucket_bytes:
+    for entry in table:
+        local = parameters[entry.megatron].detach()
+        # Before it is gathered: its memory is that of the bucket that has no room for it.
+        if bucket and held + local.nbytes * _num_shards(entry, layout) > bucket_bytes:
             yield WeightBucket.of(bucket)
             bucket, held = {}, 0
-        bucket[name] = tensor
-        held += size
+        whole = gather_entry(entry, local, layout)
+        for name, tensor in zip(entry.hf, whole, strict=True):
+            if bucket and held + tensor.nbytes > bucket_bytes:
+                yield WeightBucket.of(bucket)
+                bucket, held = {}, 0
+            bucket[name] = tensor
+            held += tensor.nbytes
+        del whole, tensor
     if bucket:
         yield WeightBucket.of(bucket)
+
+
+def gather_entry(entry: Entry, local: Tensor, layout: ParallelLayout) -> tuple[Tensor, ...]:
+    """Whole tensors of an entry, of which this rank has `local` (collective over the tensor-parallel group)."""
+    shards = local[None]
+    if _num_shards(entry, layout) > 1:
+        shards = local.new_empty((layout.tp_size, *local.shape))
+        dist.all_gather_into_tensor(shards.flatten(0, 1), local.contiguous(), group=layout.tp)
+    return entry.join(shards)
+
+
+def _num_shards(entry: Entry, layout: ParallelLayout) -> int:
+    return 1 if isinstance(entry, Replicated) else layout.tp_size
 
 
 def _from_stage(buckets: Iterator[WeightBucket], stage: int, layout: ParallelLayout) -> Iterator[WeightBucket]:

@@ -183,6 +183,19 @@ def test_b7_runs_plain_sequences_on_two_gpus_and_on_the_most():
     assert found == {(1,): both(1), (1, 2): both(2), (1, 2, 4): both(2, 4), (4,): both(4)}
 
 
+def time_a_ring(folder: Path) -> None:
+    sys.path.insert(0, str(BENCHMARKS))
+    importlib.import_module("b7_ring").main(["--tiny", "--json", str(folder / "ring.json")])
+
+
+def test_b7_ring_compares_both_ways_before_it_times_them(tmp_path):
+    run_world(2, time_a_ring, tmp_path, folder=tmp_path / "world")
+    (row,) = json.loads((tmp_path / "ring.json").read_text())["rows"]
+    assert (row["world"], row["prefix"]) == (2, 96)
+    assert 0 < row["gap"] < 1e-12  # float64, by other sums
+    assert min(row[f"{name}_ms"] for name in ("keys", "queries", "exchange")) > 0
+
+
 def test_b7_and_longest_measure_their_points(rows):
     assert [(row["kind"], row["status"]) for row in rows["b7_scaling"]] == [
         ("shared", "measured"),
