@@ -129,16 +129,14 @@ class Session(Run):
         super().close()
 
 
-def prepare(folder: Path, *, videos: int, tiny: bool, weights: bool) -> None:
-    """Model folder, videos, manifest; `ready` at the end. Keeps what an earlier call made."""
-    ready, model = folder / "ready", folder / "model"
-    if not ready.is_file():
-        make_folder(folder, layers=2 if tiny else 28, tiny=tiny)
-    if weights and not [*model.rglob("*.safetensors")]:
-        write_weights(model)
-    if ready.is_file():
+def prepare(folder: Path, *, videos: int, tiny: bool) -> None:
+    """Model folder without weights, videos, manifest; `ready` at the end. Keeps what an earlier call made."""
+    if (folder / "ready").is_file():
         return
-    train_tokenizer([THINKING_TEMPLATE, QUESTION], size=DemoModelSize(vocab=320)).save_pretrained(model / "llm")
+    make_folder(folder, layers=2 if tiny else 28, tiny=tiny)
+    train_tokenizer([THINKING_TEMPLATE, QUESTION], size=DemoModelSize(vocab=320)).save_pretrained(
+        folder / "model" / "llm"
+    )
     (folder / "recipe.yaml").write_text(RECIPE)
 
     def write(number: int) -> dict[str, str]:
@@ -153,7 +151,7 @@ def prepare(folder: Path, *, videos: int, tiny: bool, weights: bool) -> None:
     with ThreadPoolExecutor() as pool:
         rows = list(pool.map(write, range(videos)))
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    ready.touch()
+    (folder / "ready").touch()
 
 
 def table(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -245,7 +243,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO)
     if int(os.environ.get("RANK", "0")) == 0:
-        prepare(args.folder, videos=args.videos, tiny=args.tiny, weights=args.weights)
+        prepare(args.folder, videos=args.videos, tiny=args.tiny)
+        if args.weights and not [*(args.folder / "model").rglob("*.safetensors")]:
+            write_weights(args.folder / "model")
         if args.json:
             args.json.unlink(missing_ok=True)
     while not (args.folder / "ready").is_file():

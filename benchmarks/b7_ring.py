@@ -21,13 +21,12 @@ from __future__ import annotations
 
 import os
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from steps import free, machine, parser_of, peak_gb, reset_peak, save
+from steps import Watch, free, machine, parser_of, peak_gb, reset_peak, save
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -36,7 +35,7 @@ from megalong.attention.kernels import Kernel, choose_kernel
 from megalong.attention.pack import merge_into, pack_attention
 from megalong.attention.tree import encode_segments
 from megalong.parallel.collectives import gather_objects
-from megalong.parallel.layout import ContextGroups, destroy_layout, make_layout
+from megalong.parallel.layout import ContextGroups, ParallelLayout, destroy_layout, make_layout
 from megalong.records import Segment
 
 LARGEST_GAP = {torch.float64: 1e-12, torch.bfloat16: 2e-2}
@@ -160,8 +159,8 @@ def both_ways(form: Form, parts: Sequence[Tensor], upstream: Tensor) -> list[Ten
     return [out.detach(), *torch.autograd.grad(out, parts, upstream)]
 
 
-def measure(prefix: int, heads: Sequence[int], width: int, args: Any, context: ContextGroups) -> dict[str, Any]:
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+def measure(prefix: int, heads: Sequence[int], width: int, args: Any, layout: ParallelLayout) -> dict[str, Any]:
+    context, device = layout.context, layout.device
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float64
     length = args.length or (8 if args.tiny else 1024)
     if args.responses % context.ring_size:
@@ -188,7 +187,7 @@ def measure(prefix: int, heads: Sequence[int], width: int, args: Any, context: C
     times = {name: [] for name in works}
     for _ in range(5):
         for name, work in works.items():
-            times[name].append(seconds(work, device, context.ring))
+            times[name].append(seconds(work, layout))
     return {
         "name": f"{context.ring_size} GPUs, {heads[0]}/{heads[1]} heads, P={prefix:,}",
         "prefix": prefix, "heads": list(heads), "world": context.ring_size, "gap": gap,
@@ -210,16 +209,14 @@ def exchange(keys: Sequence[Tensor], plan: RingPlan, context: ContextGroups) -> 
     torch.autograd.grad(whole, keys, whole.detach())
 
 
-def seconds(work: Callable[[], object], device: torch.device, group: ProcessGroup) -> float:
+def seconds(work: Callable[[], object], layout: ParallelLayout) -> float:
     """Of the slowest rank."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    watch = Watch(layout.device)
     dist.barrier()
-    start = time.perf_counter()
+    watch.enter("work")
     work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return max(gather_objects(time.perf_counter() - start, group=group))
+    watch.enter("")
+    return max(gather_objects(watch.seconds["work"], group=layout.context.ring))
 
 
 WAYS = {"keys": keys_to_queries, "queries": queries_to_keys}
@@ -243,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     layout = make_layout(tp=1, cp=int(os.environ.get("WORLD_SIZE", "1")), pp=1, seed=1)
     rows = []
     for prefix in args.prefix or ([96] if args.tiny else [131072]):
-        rows.append(measure(prefix, args.heads, 16 if args.tiny else 128, args, layout.context))
+        rows.append(measure(prefix, args.heads, 16 if args.tiny else 128, args, layout))
         if layout.is_main:
             print(line(rows[-1]), flush=True)
             save(args.json, rows)

@@ -1,8 +1,8 @@
 """Weight tables: one declarative list per family maps Megatron's tensors to Hugging Face's, in both directions.
 
 The same table serves the initial load, weight sync to the sampler, and export. An entry
-knows how its Hugging Face tensors are cut over tensor-parallel ranks and how the cuts, one after another or stacked to
-[ranks, ..], are put together again. What is cut or joined may share the memory of what was given.
+knows how its Hugging Face tensors are cut over tensor-parallel ranks and how the cuts are put together again. What is
+cut or joined may share the memory of what was given.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from torch import Tensor
 
 from megalong.models.gpt_shape import GptShape
 
+Shards = Sequence[Tensor] | Tensor
+"""The cuts of a tensor in the order of the ranks: one after another, or stacked to [ranks, ..]."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Replicated:
@@ -27,7 +30,7 @@ class Replicated:
     def cut(self, tensors: Sequence[Tensor], *, rank: int, size: int) -> Tensor:
         return tensors[0]
 
-    def join(self, shards: Sequence[Tensor] | Tensor) -> tuple[Tensor, ...]:
+    def join(self, shards: Shards) -> tuple[Tensor, ...]:
         return (shards[0],)
 
 
@@ -41,7 +44,7 @@ class Rows:
     def cut(self, tensors: Sequence[Tensor], *, rank: int, size: int) -> Tensor:
         return tensors[0].chunk(size)[rank]
 
-    def join(self, shards: Sequence[Tensor] | Tensor) -> tuple[Tensor, ...]:
+    def join(self, shards: Shards) -> tuple[Tensor, ...]:
         return (_whole(shards),)
 
 
@@ -55,7 +58,7 @@ class Columns:
     def cut(self, tensors: Sequence[Tensor], *, rank: int, size: int) -> Tensor:
         return tensors[0].chunk(size, dim=1)[rank]
 
-    def join(self, shards: Sequence[Tensor] | Tensor) -> tuple[Tensor, ...]:
+    def join(self, shards: Shards) -> tuple[Tensor, ...]:
         return (_whole(shards, dim=1),)
 
 
@@ -73,7 +76,7 @@ class VocabRows:
         padded = F.pad(tensors[0], (0, 0, 0, padding)) if padding else tensors[0]
         return padded.chunk(size)[rank]
 
-    def join(self, shards: Sequence[Tensor] | Tensor) -> tuple[Tensor, ...]:
+    def join(self, shards: Shards) -> tuple[Tensor, ...]:
         return (_whole(shards)[: self.vocab],)
 
 
@@ -87,7 +90,7 @@ class GatedRows:
     def cut(self, tensors: Sequence[Tensor], *, rank: int, size: int) -> Tensor:
         return torch.cat([tensor.chunk(size)[rank] for tensor in tensors])
 
-    def join(self, shards: Sequence[Tensor] | Tensor) -> tuple[Tensor, ...]:
+    def join(self, shards: Shards) -> tuple[Tensor, ...]:
         halves = [shard.chunk(2) for shard in shards]
         return _whole([half[0] for half in halves]), _whole([half[1] for half in halves])
 
@@ -110,14 +113,14 @@ class QkvRows:
         by_kv_head = [tensor.reshape(self.kv_heads, -1, *tensor.shape[1:]) for tensor in tensors]
         return torch.cat(by_kv_head, dim=1).flatten(0, 1).chunk(size)[rank]
 
-    def join(self, shards: Sequence[Tensor] | Tensor) -> tuple[Tensor, ...]:
+    def join(self, shards: Shards) -> tuple[Tensor, ...]:
         whole = _whole(shards)
         whole = whole.reshape(self.kv_heads, -1, *whole.shape[1:])
         sizes = (self.heads // self.kv_heads * self.head_dim, self.head_dim, self.head_dim)
         return tuple(part.reshape(-1, *part.shape[2:]).contiguous() for part in whole.split(sizes, dim=1))
 
 
-def _whole(shards: Sequence[Tensor] | Tensor, dim: int = 0) -> Tensor:
+def _whole(shards: Shards, dim: int = 0) -> Tensor:
     """A single shard is the whole, not a copy, and so are stacked ones: it may be the largest tensor of the model."""
     if len(shards) == 1:
         return shards[0]
