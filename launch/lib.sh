@@ -6,9 +6,6 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 PYTHON=${PYTHON:-python3} RESTARTS=${RESTARTS:-0}
 # On SIGTERM a run saves and exits; torchrun would kill it 30 s later, too soon for a checkpoint of 90 GB.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-270}
-# Processes that start again need a store of their own: in torchrun's, which is shared by default, they would find the
-# addresses of the ones that ended (pytorch/pytorch#135712).
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 # Run a command, or with MEGALONG_DRY_RUN=1 only print it.
 run() {

@@ -37,8 +37,8 @@ class Origin:
     init_from: str | None  # the checkpoint that model.init_from meant then: its reference policy, too
 
     def to_extra(self) -> dict[str, Any]:
-        """For the `extra` of a checkpoint."""
-        return {"origin": asdict(self)}
+        """For the `extra` of a checkpoint, with the launch that saves it."""
+        return {"origin": asdict(self), "launch": _launch()}
 
 
 def origin_of(config: RunConfig, task: Task) -> Origin:
@@ -81,13 +81,23 @@ def resume_point(config: RunConfig) -> Path | None:
     """
     folder = checkpoint_folder(config)
     checkpoints = complete_checkpoints(folder)
-    first_start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-    if checkpoints and first_start and not config.checkpoint.resume:
+    if checkpoints and not config.checkpoint.resume and not _of_this_launch(checkpoints[-1]):
         raise CheckpointError(
             f"checkpoint.resume=false, but {folder} holds {checkpoints[-1].name} of an earlier run; delete {folder} to "
             "start over, choose another logger.run_dir, or set checkpoint.resume=true to continue"
         )
     return checkpoints[-1] if checkpoints else None
+
+
+def _launch() -> str:
+    """Which torchrun, on one node or on several, started this process; "none", as it says itself, without an id."""
+    return os.environ.get("TORCHELASTIC_RUN_ID", "none")
+
+
+def _of_this_launch(checkpoint: Path) -> bool:
+    """TORCHELASTIC_RESTART_COUNT alone does not say it: of several nodes each counts its own failures."""
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    return restarted or (_launch() != "none" and read_extra(checkpoint).get("launch") == _launch())
 
 
 def resumed_origin(start: Path, config: RunConfig, task: Task, *, keeps_reference: bool) -> Origin:

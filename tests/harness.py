@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed import TCPStore
 
 from megalong.attention.shard import PackShard
 from megalong.config.demo_data import DemoDataConfig, DemoQuestionsConfig
@@ -160,9 +160,11 @@ class World:
         context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
         if not torch.cuda.is_available():
             context.set_forkserver_preload(["megalong.grpo", "megalong.sft"])
-        port = _free_port()
+        # As torchrun's: bound before its port is told, so that nothing else takes it in between.
+        self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.processes = [
-            context.Process(target=_work, args=(rank, size, port, folder, function, args)) for rank in range(size)
+            context.Process(target=_work, args=(rank, size, self.store.port, folder, function, args))
+            for rank in range(size)
         ]
         for process in self.processes:
             process.start()
@@ -203,8 +205,9 @@ def run_world(size: int, function: Callable[..., Any], *args: Any, folder: Path)
 def _work(rank: int, size: int, port: int, folder: Path, function: Callable[..., Any], args: Sequence[Any]) -> None:
     os.setsid()  # helpers that megatron starts are found, and ended, by this group
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True",
+    )  # fmt: skip
     with (folder / f"rank{rank}.log").open("w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
@@ -223,12 +226,6 @@ def _kill_group(pid: int) -> None:
         os.killpg(pid, signal.SIGKILL)
     except ProcessLookupError:
         return
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def forward_pack(trainer: Trainer, tokens: TokenBatch, *, temperature: float) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -38,9 +37,8 @@ def launch(script: str, *args: str, folder: Path, **environment: str) -> subproc
     (folder / "scontrol").write_text("#!/bin/sh\necho localhost\n")
     for name in ("srun", "scontrol"):
         (folder / name).chmod(0o755)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    # torchrun binds it seconds later: below what the system gives to those who ask for any port, by process.
+    port = 20000 + os.getpid() % 10000
     slurm = {
         "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "two", "SLURM_JOB_ID": "7",
         "GPUS_PER_NODE": "1", "PORT": str(port),

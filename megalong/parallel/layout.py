@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 
 from megalong.config.errors import ConfigError
 from megalong.parallel.cpu import enable_megatron_on_cpu
+from megalong.parallel.rendezvous import meet
 
 MORE_MINUTES = 5.0
 """How much longer than a phase a collective may last: a rank that is stuck says so itself before the others give up."""
@@ -100,11 +101,10 @@ def start_process_group(*, timeout: datetime.timedelta) -> torch.device:
     else:
         enable_megatron_on_cpu()
     if not dist.is_initialized():
-        options = {"backend": "nccl" if use_gpu else "gloo", "timeout": timeout}
-        if "RANK" in os.environ:
-            dist.init_process_group(**options)
-        else:
-            dist.init_process_group(**options, store=dist.HashStore(), rank=0, world_size=1)
+        store, rank, world_size = meet(timeout=timeout) if "RANK" in os.environ else (dist.HashStore(), 0, 1)
+        dist.init_process_group(
+            "nccl" if use_gpu else "gloo", store=store, rank=rank, world_size=world_size, timeout=timeout
+        )
     return torch.device("cuda", local_rank) if use_gpu else torch.device("cpu")
 
 

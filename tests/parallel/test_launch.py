@@ -47,6 +47,8 @@ def test_a_killed_rank_starts_again_and_the_run_ends_the_same(
 ) -> None:
     run_dir = tmp_path / "run"
     args = [str(demo.folder / "model"), str(demo.rl), *demo.overrides(run_dir, task="grpo"), *OVERRIDES]
+    # Not from another run's checkpoints; where only the other node's process was killed, too, these are its own.
+    args.append("checkpoint.resume=false")
     if nodes == 1:
         script, environment = "grpo_7b_8xa100.sh", {"RECIPE": str(demo.recipe), "GPUS": "2"}
     else:
@@ -56,6 +58,7 @@ def test_a_killed_rank_starts_again_and_the_run_ends_the_same(
     assert "exitcode: -9" in log  # it was really killed
     assert log.count("step 1 | loss") == 1  # and did not start over
     assert "Traceback" not in log
+    assert "but " + str(run_dir / "checkpoints") not in log  # nor took its own checkpoints for another run's
     assert history(run_dir) == history(uninterrupted)
     ours, expected = weights(run_dir), weights(uninterrupted)
     assert len(ours) > 20
