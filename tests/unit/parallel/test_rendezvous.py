@@ -45,7 +45,7 @@ def test_each_attempt_has_a_name_of_its_own_that_all_its_ranks_know(server: TCPS
 
 
 def test_what_dead_ranks_left_is_answered_and_not_taken(server: TCPStore) -> None:
-    """Attempts that ended while they met: rank 0 never came; ranks 1 and 2 died before and after they had its answer."""
+    """Of attempts that ended while they met: rank 0 never came; rank 2 died before it had the answer, rank 1 after."""
     server.set("here/1", "dead")
     assert len(set(attempts(server, 3, late=random.Random(1)))) == 1
     server.set("here/2", "dead")
