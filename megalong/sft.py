@@ -91,7 +91,7 @@ def token_mean_loss(run: Run, packs: Sequence[TokenBatch]) -> LossOf:
 
 def log_step(run: Run, step: int, stats: StepStats, num_dropped: int, *, seconds: float) -> None:
     """Metrics every task has; run.timer's phases and what stats.metrics holds come on top."""
-    run.logger.timeline(step, timeline_row(run.timer.take_spans(), run.vision.take_decoding()))
+    run.logger.timeline(step, timeline_row(run.timer.take_spans(), run.vision.fetches.take_spans()))
     run.logger.log(
         step,
         {

@@ -24,13 +24,14 @@ def host_shortages(plan: Plan) -> Iterator[str]:
     videos = plan.videos
     if videos is None:
         return
-    for what, needed, allowed, fits, settings in (
-        ("embeddings", videos.step_store, videos.host_store + videos.gpu_store, videos.store_fits,
-         "video.cache_gib or video.cache_gpu_gib"),
-        ("decoded frames", videos.step_frames, videos.frame_store, videos.frames_fit, "video.frame_cache_gib"),
+    one = "a video takes" if videos.host_store else "a step's videos take"  # frames of a frozen tower: one at a time
+    for whose, what, needed, allowed, fits, settings in (
+        ("a step's videos take", "embeddings", videos.step_store, videos.host_store + videos.gpu_store,
+         videos.store_fits, "video.cache_gib or video.cache_gpu_gib"),
+        (one, "decoded frames", videos.least_frames, videos.frame_store, videos.frames_fit, "video.frame_cache_gib"),
     ):  # fmt: skip
         if not fits:
             yield (
-                f"a step's videos take up to {needed / GIB:.3f} GiB of a process's store of {what}, which has "
+                f"{whose} up to {needed / GIB:.3f} GiB of a process's store of {what}, which has "
                 f"{allowed / GIB:.3f}; raise {settings}, or lower the batch size or the frames of a video"
             )

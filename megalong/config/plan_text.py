@@ -136,13 +136,13 @@ def _videos_text(videos: VideoPlan, layout: Layout, task: Task) -> list[str]:
         ]
     if videos.disk_store:
         rows.append(("videos that video.cache_dir_gib has room for", f"{videos.disk_store // videos.embeddings:,}"))
-    frames, verdict = f"{videos.step_frames / GIB:,.2f} GiB", _verdict(fits=videos.frames_fit)
+    needed = "a video's, at least" if videos.host_store else of_step
     decoded = [
         ("host memory per process, at most", f"{videos.frame_store / GIB:,.2f} GiB"),
-        (of_step, f"{frames}, {verdict}"),
+        (needed, f"{videos.least_frames / GIB:,.2f} GiB, {_verdict(fits=videos.frames_fit)}"),
     ]
     if task in TRAINING:
-        decoded.append(("beside it the next step's, decoded ahead", frames))
+        decoded.append(("a step's, decoded ahead as far as there is room", f"{videos.step_frames / GIB:,.2f} GiB"))
     off = "" if videos.host_store else " (off)"
     return [_table(f"embedding store{off}", rows), _table("decoded frames", decoded)]
 

@@ -25,7 +25,8 @@ class VideoPlan:
     step_store: int  # of both, what a step needs
     disk_store: int  # disk that video.cache_dir may fill, for all processes; 0: there is none
     frame_store: int  # host memory that decoded frames may fill
-    step_frames: int  # of it, what a step needs
+    step_frames: int  # what all frames of a step take: they are decoded ahead as far as there is room
+    least_frames: int  # what must have room
 
     @property
     def store_fits(self) -> bool:
@@ -33,7 +34,7 @@ class VideoPlan:
 
     @property
     def frames_fit(self) -> bool:
-        return self.step_frames <= self.frame_store
+        return self.least_frames <= self.frame_store
 
 
 def video_bytes(vision: VisionShape, *, frames: int, element: int) -> int:
@@ -78,7 +79,7 @@ def plan_videos(
     # Videos of a step stay in memory, and those of the step that is being sampled for.
     batches = 1 + config.rollout.steps_off_policy if task == "grpo" else 1
     # Where nothing is shared every rank decodes all frames.
-    of_rank = -(-frames // (1 if config.mr_sp.mode is MrSpMode.none else replica))
+    of_rank = -(-frames // (1 if config.mr_sp.mode is MrSpMode.none else replica)) * vision.frame_bytes
     # Pinned host memory comes in powers of two.
     share = 1 << (-(-embeddings // replica) - 1).bit_length()
     return VideoPlan(
@@ -90,6 +91,7 @@ def plan_videos(
         step_store=batches * videos * share if kept else 0,
         disk_store=round(config.video.cache_dir_gib * GIB) if kept and config.video.cache_dir else 0,
         frame_store=round(config.video.frame_cache_gib * GIB),
-        # All of a step are decoded before the first is encoded, and let go then, where embeddings are kept instead.
-        step_frames=(1 if kept else batches) * videos * of_rank * vision.frame_bytes,
+        step_frames=videos * of_rank,
+        # Where embeddings are kept, frames are let go as they are encoded.
+        least_frames=of_rank if kept else batches * videos * of_rank,
     )

@@ -192,7 +192,9 @@ class VideoConfig:
     counts anew after every 1/64 of it. `megalong cache-embeddings` deletes nothing that it has found or made itself: it
     ends with an error when that does not fit."""
     frame_cache_gib: float = 16.0
-    """Host-memory budget of decoded frames (this rank's share of each video of a step, uint8)."""
+    """Host-memory budget of decoded frames (this rank's share of each video, uint8), those decoded ahead included. It
+    must hold a video's for a frozen tower, whose embeddings are kept, else a step's; with room for more, those of the
+    next step are decoded while this one trains."""
 
 
 @dataclass

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import time
 import zlib
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -25,8 +22,9 @@ from megalong.parallel.layout import ParallelLayout
 from megalong.parallel.split import shard_range
 from megalong.records import Dropped, FrameSelection, Prompt, Sample
 from megalong.vision.disk import open_disk_store
+from megalong.vision.fetches import Fetches
 from megalong.vision.settings import VisionSettings
-from megalong.vision.store import ByteStore, FileContents, file_digest, selection_key
+from megalong.vision.store import ByteStore, FileContents, encoder_digest, file_digest, selection_key
 from megalong.vision.tiers import EmbeddingPart, EmbeddingStore
 
 
@@ -59,8 +57,7 @@ class VisionStage:
         self.decoder = open_decoder(settings.decoder if encoder is not None else VideoDecoder.pyav, layout.device)
         self.decoded_elsewhere: dict[str, str] = {}  # files of the replica that its decoder refused -> why
         self._pool = ThreadPoolExecutor(max_workers=settings.decode_workers, thread_name_prefix="decode")
-        self._decoded: deque[tuple[float, float]] = deque()
-        self._running: dict[str, Future[np.ndarray | EmbeddingPart]] = {}
+        self.fetches = Fetches[np.ndarray | EmbeddingPart](self._pool)
         self._indexing: dict[str, Future[tuple[VideoIndex, str]]] = {}  # with the file's digest
         self._indexed: dict[str, FrameSelection | str] = {}  # path -> its frames, or why it cannot be read
         self._contents = FileContents()
@@ -107,41 +104,57 @@ class VisionStage:
         return mine
 
     def prefetch(self, selections: Sequence[FrameSelection]) -> None:
-        """Start reading from disk, or decoding, this rank's share of the videos that are not in memory yet."""
+        """Start reading from disk, or decoding, this rank's share of the videos that are not in memory yet: in this
+        order, and as many as decoded frames have room for beside those of the step in progress."""
+        missing = {}
         for key, selection in self._by_content(selections).items():
-            if key in self.frames or key in self._running or self._has_embeds(selection):
-                continue
-            first, last = self._share(selection)
-            self._running[key] = self._pool.submit(self._fetch, selection, first, last)
+            if key in self.frames:
+                self.frames.get(key)  # used last, so that the others make room first
+            elif key not in self.fetches and not self._has_embeds(selection):
+                missing[key] = selection
+        for key, selection in missing.items():
+            if not self.frames.fits(self.fetches.num_bytes + self._share_bytes(selection)):
+                return
+            self._start(key, selection)
 
     def prepare(self, samples: Sequence[Sample], selections: dict[str, FrameSelection]) -> list[Dropped]:
         """Decode (and, for a frozen tower, encode) what the samples need and no store has.
 
-        Afterwards embeddings() serves every sample that is not in the returned list, until release().
+        Afterwards embeddings() serves every sample that is not in the returned list, until release(). A frozen tower's
+        frames are let go as they are encoded, so that a step's videos need not fit into video.frame_cache_gib at once.
         """
         wanted = self._by_content([selections[path] for sample in samples for path in sample.videos])
         self.frames.pin(wanted)
         self.embeds.pin(self.embed_key(selection) for selection in wanted.values())
-        self.prefetch(list(wanted.values()))
         reasons: dict[str, str] = {}  # by content
-        for key in wanted:
-            if key not in self._running:
-                continue
-            try:
-                fetched = self._running.pop(key).result()
-            except DecodeError as error:
-                reasons[key] = error.reason
-                continue
-            if isinstance(fetched, EmbeddingPart):
-                self.embeds.put(self.embed_key(wanted[key]), fetched)
-            else:
+        pending: list[FrameSelection] = []  # decoded, and to be encoded
+        items = [(key, selection) for key, selection in wanted.items() if not self._has_embeds(selection)]
+        items.sort(key=lambda item: item[0] not in self.fetches)  # what is under way holds memory until it is taken
+        for at, (key, selection) in enumerate(items):
+            if key not in self.frames:
+                self.prefetch([later for _, later in items[at:]])
+                if key not in self.fetches:
+                    self._encode_into_store(pending)
+                    self.fetches.drop_others(wanted)  # of a later step
+                    self._start(key, selection)
+                try:
+                    fetched = self.fetches.take(key)
+                except DecodeError as error:
+                    reasons[key] = error.reason
+                    continue
+                if isinstance(fetched, EmbeddingPart):
+                    self.embeds.put(self.embed_key(selection), fetched)
+                    continue
                 self.frames.put(key, fetched, num_bytes=fetched.nbytes)
+            if self.settings.frozen:
+                pending.append(selection)
+                # A few at a time: the embeddings of a batch of hours would not fit on the device at once.
+                if sum(len(item.frames) for item in pending) >= 4 * self.settings.tower_batch_frames:
+                    self._encode_into_store(pending)
+        self._encode_into_store(pending)
         for bad, elsewhere in gather_objects((reasons, self.decoder.fallbacks), group=self.layout.replica_host):
             reasons.update(bad)
             self.decoded_elsewhere.update(elsewhere)
-        if self.settings.frozen:
-            readable = [selection for key, selection in wanted.items() if key not in reasons]
-            self._encode_into_store([item for item in readable if not self._has_embeds(item)])
         bad = {path: key for path, item in selections.items() if (key := self.key(item)) in reasons}
         return _drops(samples, {path: reasons[key] for path, key in bad.items()})
 
@@ -207,17 +220,13 @@ class VisionStage:
                 first += len(rows_nD)
         return [found[key] for key in keys]
 
-    def take_decoding(self) -> list[tuple[float, float]]:
-        """Begin and end, by time.perf_counter(), of what the decoding threads have finished since the last call."""
-        return [self._decoded.popleft() for _ in range(len(self._decoded))]
-
     def weights_changed(self) -> None:
         """Call after the tower or the projector was loaded: embeddings made before no longer match any key."""
         self.embeds.clear()
-        self._running.clear()  # what was fetched from disk for the old weights
+        self.fetches.clear()  # what was fetched from disk for the old weights
         if self.encoder is None:
             return
-        self._weights_digest = _encoder_digest(self.encoder)
+        self._weights_digest = encoder_digest(self.encoder)
 
     def __enter__(self) -> VisionStage:
         return self
@@ -243,15 +252,18 @@ class VisionStage:
         """One selection for each content key: several paths may name the same content."""
         return {self.key(selection): selection for selection in selections}
 
+    def _share_bytes(self, selection: FrameSelection) -> int:
+        first, last = self._share(selection)
+        return (last - first) * selection.height * selection.width * 3
+
+    def _start(self, key: str, selection: FrameSelection) -> None:
+        """Raises StoreFullError where the frames of the step in progress leave no room."""
+        self.frames.make_room(self.fetches.num_bytes + self._share_bytes(selection))
+        fetch = partial(self._fetch, selection, *self._share(selection))
+        self.fetches.start(key, fetch, num_bytes=self._share_bytes(selection))
+
     def _fetch(self, selection: FrameSelection, first: int, last: int) -> np.ndarray | EmbeddingPart:
         """Frames [first, last), or what the disk store has in their place. Runs on a thread."""
-        started = time.perf_counter()
-        try:
-            return self._fetch_now(selection, first, last)
-        finally:
-            self._decoded.append((started, time.perf_counter()))
-
-    def _fetch_now(self, selection: FrameSelection, first: int, last: int) -> np.ndarray | EmbeddingPart:
         disk = self.embeds.disk
         if disk is not None and first < last:
             start, stop = self._rows(selection, (0, first)), self._rows(selection, (0, last))
@@ -267,21 +279,16 @@ class VisionStage:
         return self.settings.frozen and self.embed_key(selection) in self.embeds
 
     @torch.no_grad()
-    def _encode_into_store(self, selections: Sequence[FrameSelection]) -> None:
-        """This rank's share of each video; nothing is sent anywhere."""
-        frames = 0
-        pending: list[FrameSelection] = []
-        for index, selection in enumerate(selections):
-            pending.append(selection)
-            frames += len(selection.frames)
-            # A few at a time: the embeddings of a batch of hours would not fit on the device at once.
-            if frames >= 4 * self.settings.tower_batch_frames or index == len(selections) - 1:
-                counts = [self._rows(item, self._share(item)) for item in pending]
-                for item, local_nD in zip(pending, self._encode_local(pending).split(counts), strict=True):
-                    start = self._rows(item, (0, self._share(item)[0]))
-                    self.embeds.put(self.embed_key(item), EmbeddingPart(start, local_nD))
-                    self.frames.drop(self.key(item))
-                pending, frames = [], 0
+    def _encode_into_store(self, pending: list[FrameSelection]) -> None:
+        """This rank's share of each video, whose frames and places in the list are free then; nothing is sent."""
+        if not pending:
+            return
+        counts = [self._rows(item, self._share(item)) for item in pending]
+        for item, local_nD in zip(pending, self._encode_local(pending).split(counts), strict=True):
+            start = self._rows(item, (0, self._share(item)[0]))
+            self.embeds.put(self.embed_key(item), EmbeddingPart(start, local_nD))
+            self.frames.drop(self.key(item))
+        pending.clear()
 
     def _local_rows(self, selections: Sequence[FrameSelection]) -> Tensor:
         """[M, D'] embeddings of this rank's frames, selection after selection."""
@@ -379,15 +386,6 @@ class VisionStage:
         turn = zlib.crc32(self.key(selection).encode()) % size
         parts = [shard_range(len(selection.frames) // step, (rank + turn) % size, size) for rank in range(size)]
         return [(first * step, last * step) for first, last in parts]
-
-
-def _encoder_digest(encoder: nn.Module) -> str:
-    """Of all that makes frames into embeddings: weights, their names, shapes and dtypes, and the encoder's settings."""
-    digest = hashlib.sha256(encoder.settings.encode())
-    for name, tensor in encoder.state_dict().items():
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _drops(samples: Sequence[Sample], reasons: dict[str, str]) -> list[Dropped]:

@@ -9,6 +9,9 @@ from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Generic, TypeVar
 
+import torch
+from torch import nn
+
 from megalong.data.video_index import DecodeError
 from megalong.records import FrameSelection
 
@@ -122,6 +125,15 @@ def file_digest(path: str) -> str:
         return _file_digest(path, stat.st_size, stat.st_mtime_ns)
     except OSError as error:
         raise DecodeError(path, f"cannot be read: {error.strerror}") from error
+
+
+def encoder_digest(encoder: nn.Module) -> str:
+    """Of all that makes frames into embeddings: weights, their names, shapes and dtypes, and the encoder's settings."""
+    digest = hashlib.sha256(encoder.settings.encode())
+    for name, tensor in encoder.state_dict().items():
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 @lru_cache(maxsize=4096)

@@ -66,7 +66,10 @@ def test_stores_that_a_step_s_videos_have_no_room_for(
     config = load_config(recipe, (*one, "grpo.batch_size=64", "video.frame_cache_gib=0.001"))
     embeddings, frames = host_shortages(plan(config, "grpo", shape))
     assert "up to 32.000 GiB of a process's store of embeddings, which has 16.000; raise video.cache_gib" in embeddings
-    assert "up to 9.188 GiB of a process's store of decoded frames, which has 0.001; raise video.frame_cac" in frames
+    assert "a video takes up to 0.144 GiB of a process's store of decoded frames, which has 0.001; raise v" in frames
+    anew = load_config(recipe, (*one, "grpo.batch_size=64", "video.frame_cache_gib=1", "video.cache_embeddings=false"))
+    (all_frames,) = host_shortages(plan(anew, "grpo", shape))
+    assert "a step's videos take up to 9.188 GiB of a process's store of decoded frames, which has 1" in all_frames
     with caplog.at_level(logging.WARNING):
         warn_of_memory(config, "grpo", shape, world_size=4, card=H200)
     assert [record.args for record in caplog.records] == [(embeddings,), (frames,)]

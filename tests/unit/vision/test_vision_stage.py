@@ -377,10 +377,77 @@ def test_new_weights_and_new_content_make_new_embeddings(make: object, tmp_path:
     assert (another.embeddings([selections[path]]) - before).abs().max() > 0.01
 
 
+CLIP_BYTES = 7 * SIZE * SIZE * 3
+
+
+@pytest.fixture
+def most(monkeypatch: pytest.MonkeyPatch) -> dict[VisionStage, int]:
+    """The most bytes of frames that a stage had in memory or had promised a place, at any time."""
+    seen: dict[VisionStage, int] = {}
+
+    def watched(stage: VisionStage, *args: object) -> None:
+        start(stage, *args)
+        seen[stage] = max(seen.get(stage, 0), stage.fetches.num_bytes + stage.frames.bytes_used)
+
+    start = VisionStage._start
+    monkeypatch.setattr(VisionStage, "_start", watched)
+    return seen
+
+
+@pytest.mark.parametrize("clips", [1, 2, 3, 8])
+def test_a_step_of_any_size_keeps_decoded_frames_within_their_budget(
+    make: object, videos: dict[str, str], decoded: list[str], most: dict[VisionStage, int], clips: int
+) -> None:
+    """Of a frozen tower; frames decoded ahead, and what an earlier step left over, count too."""
+    batch = [sample("1", videos["c"]), sample("2", videos["a"], videos["b"]), sample("3", videos["c"])]
+    stage, free = make(frame_store_bytes=clips * CLIP_BYTES), make()
+    selections, _ = stage.select(batch, CHOOSE)
+    stage.prefetch(list(selections.values()))
+    assert stage.fetches.num_bytes == min(clips, 3) * CLIP_BYTES
+    assert ready(stage, batch) == ready(free, batch) == (selections, [])
+    assert most == {stage: min(clips, 3) * CLIP_BYTES, free: 3 * CLIP_BYTES}
+    for item in selections.values():
+        torch.testing.assert_close(stage.embeddings([item]), direct(stage, item))
+    assert sorted(decoded) == sorted("abc" * 2)
+    assert (stage.frames.bytes_used, stage.fetches.num_bytes) == (0, 0)
+
+
+def test_what_was_decoded_ahead_makes_room_for_a_step_that_does_not_need_it(
+    make: object, videos: dict[str, str], decoded: list[str], most: dict[VisionStage, int]
+) -> None:
+    stage = make(frame_store_bytes=2 * CLIP_BYTES)
+    batch, ahead = [sample("1", videos["a"])], [sample("2", videos["b"]), sample("3", videos["c"])]
+    stage.prefetch(list(stage.select(ahead, CHOOSE)[0].values()))
+    ready(stage, batch)
+    ready(stage, ahead)
+    assert decoded.count("a") == 1
+    assert most == {stage: 2 * CLIP_BYTES}
+    for item in stage.select([*batch, *ahead], CHOOSE)[0].values():
+        torch.testing.assert_close(stage.embeddings([item]), direct(stage, item))
+
+
+def test_frames_of_a_trained_tower_s_next_step_are_decoded_as_far_as_there_is_room(
+    make: object, videos: dict[str, str], decoded: list[str], most: dict[VisionStage, int]
+) -> None:
+    """They are kept beside those of the step in progress, and those of the step before make room first."""
+    stage = make(frozen=False, frame_store_bytes=2 * CLIP_BYTES)
+    steps = [[sample(name, videos[name])] for name in "abcb"]
+    for step, later in zip(steps, [*steps[1:], []], strict=True):
+        selections, _ = ready(stage, step)
+        stage.prefetch(list(stage.select(later, CHOOSE)[0].values()))
+        for item in selections.values():
+            torch.testing.assert_close(stage.embeddings([item]), direct(stage, item))
+        stage.release()
+    assert decoded == ["a", "b", "c"]  # b was not thrown out for c
+    assert most == {stage: 2 * CLIP_BYTES}
+
+
 def test_a_batch_larger_than_the_frame_budget_names_its_setting(make: object, videos: dict[str, str]) -> None:
-    stage = make(frozen=False, frame_store_bytes=7 * SIZE * SIZE * 3)
-    with pytest.raises(StoreFullError, match=r"raise video\.frame_cache_gib"):
-        ready(stage, [sample("1", videos["a"], videos["b"])])
+    """Frames of a trained tower are needed all at once; of a frozen one those of a video."""
+    for frozen, room in ((False, CLIP_BYTES), (True, CLIP_BYTES - 1)):
+        stage = make(frozen=frozen, frame_store_bytes=room)
+        with pytest.raises(StoreFullError, match=r"raise video\.frame_cache_gib"):
+            ready(stage, [sample("1", videos["a"], videos["b"])])
 
 
 def test_embeddings_over_their_budget_name_their_setting(make: object, videos: dict[str, str]) -> None:
