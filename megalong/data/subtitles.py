@@ -5,7 +5,8 @@ from __future__ import annotations
 import html
 import re
 
-_TIMING = re.compile(r"^\s*(?:(\d+):)?(\d{1,2}):(\d{2})[.,]\d{1,3}\s*-->")
+_TIME = r"(?:(\d+):)?(\d{1,2}):(\d{2})[.,](\d{1,3})"
+_TIMING = re.compile(rf"^\s*{_TIME}\s*-->(?:\s*{_TIME})?")
 # <i>, <c.yellow>, <00:01:02.500> and SubRip's {\an8}: styling, not speech.
 _MARKUP = re.compile(r"</?[A-Za-z0-9][^<>]*>|\{\\[^{}]*\}")
 
@@ -13,12 +14,13 @@ _MARKUP = re.compile(r"</?[A-Za-z0-9][^<>]*>|\{\\[^{}]*\}")
 def parse_subtitles(text: str) -> str:
     """Return one line "[mm:ss] text" per cue, in file order; the minutes go on past 59.
 
-    A cue is a timing line and the lines up to the next empty one or the next timing line, joined by spaces.
-    Everything outside a cue (numbers, the WEBVTT header, NOTE, STYLE and REGION blocks) is left out, so are cues
-    without text. Raises ValueError when there is no timing line at all.
+    A cue is a timing line and the lines up to the next empty one or the next timing line, joined by spaces. Lines that
+    stay on the screen from the cue before, as in automatic captions that roll, are not said again. Everything outside a
+    cue (numbers, the WEBVTT header, NOTE, STYLE and REGION blocks) is left out, so are cues without text. Raises
+    ValueError when there is no timing line at all.
     """
     is_vtt = text.startswith("WEBVTT")
-    cues: list[tuple[str, list[str]]] = []
+    cues: list[tuple[int, int, list[str]]] = []  # begin and end in ms, lines
     rows: list[str] = []  # of the cue that is open; outside a cue nobody reads them
     for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n"):
         if match := _TIMING.match(line):
@@ -26,8 +28,8 @@ def parse_subtitles(text: str) -> str:
             if not is_vtt and rows and rows[-1].strip().isdecimal():
                 rows.pop()
             rows = []
-            minutes = int(match[1] or 0) * 60 + int(match[2])
-            cues.append((f"[{minutes:02d}:{match[3]}]", rows))
+            begin = _milliseconds(*match.groups()[:4])
+            cues.append((begin, _milliseconds(*match.groups()[4:]) if match[7] else begin, rows))
         # Automatic captions in WebVTT have lines of one space inside a cue; there only length 0 is empty.
         elif not (line if is_vtt else line.strip(" \t")):
             rows = []
@@ -35,5 +37,22 @@ def parse_subtitles(text: str) -> str:
             rows.append(line)
     if not cues:
         raise ValueError("no cue found, expected timing lines such as 00:01:02,500 --> 00:01:05,000")
-    spoken = ((start, html.unescape(_MARKUP.sub("", " ".join(rows))).split()) for start, rows in cues)
-    return "\n".join(" ".join([start, *words]) for start, words in spoken if words)
+    spoken, before, until = [], [], -1
+    for begin, end, rows in cues:
+        shown = [line for row in rows if (line := " ".join(html.unescape(_MARKUP.sub("", row)).split()))]
+        stays = _overlap(before, shown) if begin <= until else 0
+        if shown[stays:]:
+            seconds = begin // 1000
+            spoken.append(f"[{seconds // 60:02d}:{seconds % 60:02d}] {' '.join(shown[stays:])}")
+        before, until = shown, end
+    return "\n".join(spoken)
+
+
+def _milliseconds(hours: str | None, minutes: str, seconds: str, fraction: str) -> int:
+    return ((int(hours or 0) * 60 + int(minutes)) * 60 + int(seconds)) * 1000 + int(fraction.ljust(3, "0"))
+
+
+def _overlap(before: list[str], shown: list[str]) -> int:
+    """How many lines at the end of `before` are those at the beginning of `shown`, at most."""
+    most = min(len(before), len(shown))
+    return next((count for count in range(most, 0, -1) if before[-count:] == shown[:count]), 0)

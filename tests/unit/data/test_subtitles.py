@@ -83,3 +83,48 @@ def test_cues_without_text_are_no_lines():
 def test_text_without_cues_is_refused(text):
     with pytest.raises(ValueError, match="no cue found"):
         parse_subtitles(text)
+
+
+ROLLING = """WEBVTT
+Kind: captions
+
+00:00:00.160 --> 00:00:02.550 align:start position:0%
+ 
+hello<00:00:00.400><c> everyone</c>
+
+00:00:02.550 --> 00:00:02.560 align:start position:0%
+hello everyone
+ 
+
+00:00:02.560 --> 00:00:04.000 align:start position:0%
+hello everyone
+and<00:00:03.000><c> welcome</c>
+
+00:00:04.000 --> 00:00:04.010 align:start position:0%
+and welcome
+ 
+
+00:00:04.010 --> 00:00:06.000 align:start position:0%
+and welcome
+back<00:00:05.000><c> back</c>
+"""
+
+
+def test_lines_that_stay_on_the_screen_are_said_once():
+    """As YouTube's automatic captions roll: each cue shows the line before, and one shows it alone for 10 ms."""
+    assert parse_subtitles(ROLLING) == "[00:00] hello everyone\n[00:02] and welcome\n[00:04] back back"
+
+
+@pytest.mark.parametrize(
+    ("cues", "expected"),
+    [
+        ("00:01.000 --> 00:02.000\nNo.\n\n00:02.040 --> 00:03.000\nNo.\n", "[00:01] No.\n[00:02] No."),
+        ("00:01.000 --> 00:02.000\nA\nB\n\n00:02.000 --> 00:03.000\nA\nC\n", "[00:01] A B\n[00:02] A C"),
+        ("00:01.000 --> 00:02.000\nB\nA\n\n00:01.500 --> 00:03.000\nA\nA\n", "[00:01] B A\n[00:01] A"),
+        ("00:01.5 --> 00:02.5\nA\n\n00:02.500 --> 00:03.000\nA\nB\n", "[00:01] A\n[00:02] B"),
+        ("00:01.000 -->\nA\n\n00:02.000 --> 00:03.000\nA\n", "[00:01] A\n[00:02] A"),
+    ],
+    ids=["said again after a gap", "not the line that stays", "while it stays", "one digit", "no end"],
+)
+def test_what_is_said_again_is_kept(cues, expected):
+    assert parse_subtitles(f"WEBVTT\n\n{cues}") == expected
