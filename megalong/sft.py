@@ -90,13 +90,15 @@ def token_mean_loss(run: Run, packs: Sequence[TokenBatch]) -> LossOf:
 
 
 def log_step(run: Run, step: int, stats: StepStats, num_dropped: int, *, seconds: float) -> None:
-    """Metrics every task has; run.timer's phases and what stats.metrics holds come on top."""
+    """Metrics every task has; run.timer's phases and what stats.metrics holds come on top.
+
+    A step whose samples were all dropped has no loss and no gradient: zeros would pass for measured ones.
+    """
     run.logger.timeline(step, timeline_row(run.timer.take_spans(), run.vision.fetches.take_spans()))
     run.logger.log(
         step,
         {
-            "loss": stats.loss,
-            "grad_norm": stats.grad_norm,
+            **({"loss": stats.loss, "grad_norm": stats.grad_norm} if stats.num_tokens else {}),
             "learning_rate": stats.learning_rate,
             "skipped": float(run.trainer.num_skipped),
             "dropped": float(num_dropped),

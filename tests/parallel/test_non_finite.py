@@ -71,7 +71,7 @@ def test_too_many_skips_in_a_row_stop_every_rank(ranks: tuple[Path, list[dict[st
     assert [row["skipped"] for row in read_jsonl(folder / "too_many" / "metrics.jsonl")] == [0, 0, 1]
 
 
-def test_a_step_whose_samples_were_all_dropped_has_no_rewards(demo: DemoWorld, tmp_path: Path) -> None:
+def test_a_step_whose_samples_were_all_dropped_has_no_rewards_and_no_loss(demo: DemoWorld, tmp_path: Path) -> None:
     """Zeros would pass for measured ones, in the curve and the table of the run, too."""
     run_dir, manifest = tmp_path / "run", tmp_path / "long.jsonl"
     rows = [json.loads(line) for line in demo.rl.read_text().splitlines()]
@@ -80,7 +80,8 @@ def test_a_step_whose_samples_were_all_dropped_has_no_rewards(demo: DemoWorld, t
     data = (f"data.train={manifest}", f"data.video_dir={demo.rl.parent}", "data.shuffle=false", "grpo.steps=3")
     run_world(2, train, demo, run_dir, "grpo", data, "no_checkpoints", folder=tmp_path)
     first, lost, last = read_jsonl(run_dir / "metrics.jsonl")
-    measured = {"reward", "response_tokens", "truncated", "policy_lag", "groups_with_spread", "entropy"}
+    measured = {"loss", "grad_norm", "entropy", "reward", "response_tokens", "truncated", "policy_lag"}
+    measured.add("groups_with_spread")
     assert lost["dropped"] == 4
     assert not measured & lost.keys()
     assert measured < first.keys()
