@@ -92,7 +92,8 @@ def fill(
                 for path in mine[at : at + 1 + config.data.decode_workers]:
                     if path not in ahead:
                         ahead[path] = vision.select([alone(users[path][0], path)], choose)
-                        vision.prefetch(list(ahead[path][0].values()))
+                # All, in the order of their turns: what had no room before comes first.
+                vision.prefetch([item for found, _ in ahead.values() for item in found.values()])
                 selections, dropped = ahead.pop(mine[at])
                 _fill_one(vision, users[mine[at]], mine[at], selections, dropped, done=done)
             bar.update(sum(gather_objects(len(mine[first : first + ROUND]), group=layout.world)))

@@ -79,7 +79,8 @@ def plan_videos(
     # Videos of a step stay in memory, and those of the step that is being sampled for.
     batches = 1 + config.rollout.steps_off_policy if task == "grpo" else 1
     # Where nothing is shared every rank decodes all frames.
-    of_rank = -(-frames // (1 if config.mr_sp.mode is MrSpMode.none else replica)) * vision.frame_bytes
+    sharers = 1 if config.mr_sp.mode is MrSpMode.none else replica
+    of_rank = -(-frames // vision.frames_per_step // sharers) * vision.frames_per_step * vision.frame_bytes
     # Pinned host memory comes in powers of two.
     share = 1 << (-(-embeddings // replica) - 1).bit_length()
     return VideoPlan(

@@ -8,16 +8,17 @@ import re
 _TIME = r"(?:(\d+):)?(\d{1,2}):(\d{2})[.,](\d{1,3})"
 _TIMING = re.compile(rf"^\s*{_TIME}\s*-->(?:\s*{_TIME})?")
 # <i>, <c.yellow>, <00:01:02.500> and SubRip's {\an8}: styling, not speech.
+_WORD_TIME = re.compile(rf"<{_TIME}>")
 _MARKUP = re.compile(r"</?[A-Za-z0-9][^<>]*>|\{\\[^{}]*\}")
 
 
 def parse_subtitles(text: str) -> str:
     """Return one line "[mm:ss] text" per cue, in file order; the minutes go on past 59.
 
-    A cue is a timing line and the lines up to the next empty one or the next timing line, joined by spaces. Lines that
-    stay on the screen from the cue before, as in automatic captions that roll, are not said again. Everything outside a
-    cue (numbers, the WEBVTT header, NOTE, STYLE and REGION blocks) is left out, so are cues without text. Raises
-    ValueError when there is no timing line at all.
+    A cue is a timing line and the lines up to the next empty one or the next timing line, joined by spaces. In
+    automatic captions that roll, which have words with times or cues of at most 10 ms, lines that stay on the screen
+    from the cue before are not said again. Everything outside a cue (numbers, the WEBVTT header, NOTE, STYLE and REGION
+    blocks) is left out, so are cues without text. Raises ValueError when there is no timing line at all.
     """
     is_vtt = text.startswith("WEBVTT")
     cues: list[tuple[int, int, list[str]]] = []  # begin and end in ms, lines
@@ -37,14 +38,16 @@ def parse_subtitles(text: str) -> str:
             rows.append(line)
     if not cues:
         raise ValueError("no cue found, expected timing lines such as 00:01:02,500 --> 00:01:05,000")
-    spoken, before, until = [], [], -1
+    rolls = _WORD_TIME.search(text) is not None or any(0 < end - begin <= 10 for begin, end, _ in cues)
+    spoken, before, since, until = [], [], 0, -1
     for begin, end, rows in cues:
-        shown = [line for row in rows if (line := " ".join(html.unescape(_MARKUP.sub("", row)).split()))]
-        stays = _overlap(before, shown) if begin <= until else 0
+        shown = html.unescape(_MARKUP.sub("", "\n".join(rows))).split("\n")
+        shown = [line for part in shown if (line := " ".join(part.split()))]
+        stays = _overlap(before, shown) if rolls and since <= begin <= until else 0
         if shown[stays:]:
             seconds = begin // 1000
             spoken.append(f"[{seconds // 60:02d}:{seconds % 60:02d}] {' '.join(shown[stays:])}")
-        before, until = shown, end
+        before, since, until = shown, begin, end
     return "\n".join(spoken)
 
 

@@ -3,7 +3,8 @@
 torchrun keeps one store for all attempts of a run (RESTARTS): its port is bound before anybody is told, so no other
 program can take it in between, but the keys of the attempt that ended, addresses of dead processes among them, are
 still there. Each attempt therefore has a prefix of its own. Nothing that torchrun says is one: on several nodes
-TORCHELASTIC_RESTART_COUNT counts a node's own failures, and differs between them.
+TORCHELASTIC_RESTART_COUNT counts a node's own failures, and differs between them. torchrun ends the ranks of an attempt
+before it starts those of the next.
 """
 
 from __future__ import annotations

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from megalong.config.tree import VideoDecoder
 from megalong.data.video import DecodeError, VideoIndex
@@ -26,6 +25,7 @@ from megalong.vision.fetches import Fetches
 from megalong.vision.settings import VisionSettings
 from megalong.vision.store import ByteStore, FileContents, encoder_digest, file_digest, selection_key
 from megalong.vision.tiers import EmbeddingPart, EmbeddingStore
+from megalong.vision.tower import encode_nothing, run_tower
 
 
 class VisionStage:
@@ -103,19 +103,18 @@ class VisionStage:
         }
         return mine
 
-    def prefetch(self, selections: Sequence[FrameSelection]) -> None:
+    def prefetch(self, selections: Sequence[FrameSelection]) -> bool:
         """Start reading from disk, or decoding, this rank's share of the videos that are not in memory yet: in this
-        order, and as many as decoded frames have room for beside those of the step in progress."""
-        missing = {}
-        for key, selection in self._by_content(selections).items():
-            if key in self.frames:
-                self.frames.get(key)  # used last, so that the others make room first
-            elif key not in self.fetches and not self._has_embeds(selection):
-                missing[key] = selection
-        for key, selection in missing.items():
-            if not self.frames.fits(self.fetches.num_bytes + self._share_bytes(selection)):
-                return
-            self._start(key, selection)
+        order, and as many as decoded frames have room for beside those of the step in progress. Whether all were."""
+        wanted = self._by_content(selections)
+        for key, selection in wanted.items():
+            if key in self.frames or key in self.fetches or self._has_embeds(selection):
+                continue
+            num_bytes = self._frame_bytes(selection)
+            if not self.frames.fits(self.fetches.num_bytes + num_bytes, beside=wanted):
+                return False
+            self._start(key, selection, num_bytes=num_bytes, beside=wanted)
+        return True
 
     def prepare(self, samples: Sequence[Sample], selections: dict[str, FrameSelection]) -> list[Dropped]:
         """Decode (and, for a frozen tower, encode) what the samples need and no store has.
@@ -132,20 +131,21 @@ class VisionStage:
         items.sort(key=lambda item: item[0] not in self.fetches)  # what is under way holds memory until it is taken
         for at, (key, selection) in enumerate(items):
             if key not in self.frames:
-                self.prefetch([later for _, later in items[at:]])
+                later = [item for _, item in items[at:]]
+                if not self.prefetch(later):
+                    self.fetches.drop_others(wanted)  # of a later step, in the way of this one's
+                    self.prefetch(later)
                 if key not in self.fetches:
                     self._encode_into_store(pending)
-                    self.fetches.drop_others(wanted)  # of a later step
-                    self._start(key, selection)
+                    self.prefetch(later)
+                if key not in self.fetches:
+                    self._start(key, selection, num_bytes=self._frame_bytes(selection))  # says what has no room
                 try:
-                    fetched = self.fetches.take(key)
+                    if not self._take(key, selection, pending):
+                        continue
                 except DecodeError as error:
                     reasons[key] = error.reason
                     continue
-                if isinstance(fetched, EmbeddingPart):
-                    self.embeds.put(self.embed_key(selection), fetched)
-                    continue
-                self.frames.put(key, fetched, num_bytes=fetched.nbytes)
             if self.settings.frozen:
                 pending.append(selection)
                 # A few at a time: the embeddings of a batch of hours would not fit on the device at once.
@@ -252,15 +252,30 @@ class VisionStage:
         """One selection for each content key: several paths may name the same content."""
         return {self.key(selection): selection for selection in selections}
 
-    def _share_bytes(self, selection: FrameSelection) -> int:
+    def _frame_bytes(self, selection: FrameSelection) -> int:
+        """Of this rank's share of the frames; none where the disk store has embeddings in their place."""
         first, last = self._share(selection)
+        start, stop = self._rows(selection, (0, first)), self._rows(selection, (0, last))
+        disk = self.embeds.disk
+        if disk is not None and first < last and disk.holds(self.embed_key(selection), start, stop):
+            return 0
         return (last - first) * selection.height * selection.width * 3
 
-    def _start(self, key: str, selection: FrameSelection) -> None:
+    def _start(self, key: str, selection: FrameSelection, *, num_bytes: int, beside: Container[str] = ()) -> None:
         """Raises StoreFullError where the frames of the step in progress leave no room."""
-        self.frames.make_room(self.fetches.num_bytes + self._share_bytes(selection))
-        fetch = partial(self._fetch, selection, *self._share(selection))
-        self.fetches.start(key, fetch, num_bytes=self._share_bytes(selection))
+        self.frames.make_room(self.fetches.num_bytes + num_bytes, beside=beside)
+        self.fetches.start(key, partial(self._fetch, selection, *self._share(selection)), num_bytes=num_bytes)
+
+    def _take(self, key: str, selection: FrameSelection, pending: list[FrameSelection]) -> bool:
+        """Put what was fetched where it belongs, and keep no other reference to it. Whether it is frames."""
+        fetched = self.fetches.take(key)
+        if isinstance(fetched, EmbeddingPart):
+            self.embeds.put(self.embed_key(selection), fetched)
+            return False
+        if not self.frames.fits(fetched.nbytes):  # in the place of embeddings that were damaged
+            self._encode_into_store(pending)
+        self.frames.put(key, fetched, num_bytes=fetched.nbytes)
+        return True
 
     def _fetch(self, selection: FrameSelection, first: int, last: int) -> np.ndarray | EmbeddingPart:
         """Frames [first, last), or what the disk store has in their place. Runs on a thread."""
@@ -310,7 +325,7 @@ class VisionStage:
                 held += count
             first += count
         if not chosen:
-            return self._encode_nothing(selections[0])
+            return encode_nothing(self.encoder, selections[0], step=self.videos.frames_per_step)
         local_ND = self._local_rows(chosen)
         return local_ND.index_select(0, local_n.to(local_ND.device))
 
@@ -335,35 +350,17 @@ class VisionStage:
             if first < last:
                 by_size.setdefault((selection.height, selection.width), []).append(index)
         if not by_size:
-            return self._encode_nothing(selections[0])
+            return encode_nothing(self.encoder, selections[0], step=self.videos.frames_per_step)
         pieces: dict[int, Tensor] = {}
         for indexes in by_size.values():
             clips = [self.frames.get(self.key(selections[index])) for index in indexes]
             on_device = [torch.from_numpy(clip).to(self.layout.device, non_blocking=True) for clip in clips]
             frames_FHWC = torch.cat(on_device)
-            rows_ND = self._run_tower(frames_FHWC).flatten(0, 1)
+            rows_ND = run_tower(self.encoder, frames_FHWC, self.settings, step=self.videos.frames_per_step)
             self.frames_encoded += len(frames_FHWC)
             counts = [self._rows(selections[index], (0, len(clip))) for index, clip in zip(indexes, clips, strict=True)]
             pieces.update(zip(indexes, rows_ND.split(counts), strict=True))
         return torch.cat([pieces[index] for index in sorted(pieces)])
-
-    def _encode_nothing(self, selection: FrameSelection) -> Tensor:
-        """[0, D']: a blank step of which nothing is kept. The tower takes no empty batch, and the embeddings must need
-        a gradient here when they do on the other ranks, which meet this one in the collectives of the backward."""
-        shape = (self.videos.frames_per_step, selection.height, selection.width, 3)
-        blank_FHWC = torch.zeros(shape, dtype=torch.uint8, device=self.layout.device)
-        return self.encoder(blank_FHWC).flatten(0, 1)[:0]
-
-    def _run_tower(self, frames_FHWC: Tensor) -> Tensor:
-        """[F / frames_per_step, tokens per step, D'] of frames of one size, a few at a time.
-
-        settings.recompute: what a batch computes is computed again in its backward.
-        """
-        step = self.videos.frames_per_step
-        batch = max(step, self.settings.tower_batch_frames // step * step)
-        again = self.settings.recompute and torch.is_grad_enabled()
-        run = partial(checkpoint, self.encoder, use_reentrant=False) if again else self.encoder
-        return torch.cat([run(part) for part in frames_FHWC.split(batch)])
 
     def _rows(self, selection: FrameSelection, frames: tuple[int, int]) -> int:
         """Embeddings of frames [first, last) of the selection."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from functools import lru_cache
 from typing import Generic, TypeVar
 
@@ -58,19 +58,20 @@ class ByteStore(Generic[Item]):
         """Pinned keys but those in `keep` may be evicted from now on."""
         self._pinned.intersection_update(keep)
 
-    def fits(self, num_bytes: int) -> bool:
-        """Whether this many bytes have room beside the pinned items."""
-        return self._pinned_bytes() + num_bytes <= self.budget_bytes
+    def fits(self, num_bytes: int, *, beside: Container[str] = ()) -> bool:
+        """Whether this many bytes have room beside the pinned items, and those of the keys."""
+        return self._bytes_of(beside) + num_bytes <= self.budget_bytes
 
-    def make_room(self, num_bytes: int) -> None:
-        """Evict until this many bytes are free. Raises StoreFullError when pinned items leave no room."""
-        if not self.fits(num_bytes):
+    def make_room(self, num_bytes: int, *, beside: Container[str] = ()) -> None:
+        """Evict until this many bytes are free. Raises StoreFullError when pinned items, and those of the keys, leave
+        no room."""
+        if not self.fits(num_bytes, beside=beside):
+            held = self._bytes_of(beside)
             raise StoreFullError(
-                f"{num_bytes / GIB:.3f} GiB of {self.what} do not fit beside the {self._pinned_bytes() / GIB:.3f} GiB "
-                f"that the step in progress needs: raise {self.setting} (now {self.budget_bytes / GIB:.3f}) or lower "
-                "the batch size"
+                f"{num_bytes / GIB:.3f} GiB of {self.what} do not fit beside the {held / GIB:.3f} GiB that the step in "
+                f"progress needs: raise {self.setting} (now {self.budget_bytes / GIB:.3f}) or lower the batch size"
             )
-        evictable = iter([key for key in self._items if key not in self._pinned])
+        evictable = iter([key for key in self._items if key not in self._pinned and key not in beside])
         while self.bytes_used + num_bytes > self.budget_bytes:
             key = next(evictable)
             item = self.drop(key)
@@ -101,8 +102,9 @@ class ByteStore(Generic[Item]):
         self._items.clear()
         self.bytes_used = 0
 
-    def _pinned_bytes(self) -> int:
-        return sum(size for key, (_, size) in self._items.items() if key in self._pinned)
+    def _bytes_of(self, keys: Container[str]) -> int:
+        """Of the pinned items and those of the keys."""
+        return sum(size for key, (_, size) in self._items.items() if key in self._pinned or key in keys)
 
 
 class FileContents(dict[str, str]):

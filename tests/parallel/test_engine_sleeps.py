@@ -24,7 +24,7 @@ from megalong.grpo import train_grpo
 from megalong.records import ScoredGroup, WeightBucket
 from megalong.rollout.engine import Request, RolloutEngine, Sampled, Sampling
 from megalong.sft import train_sft
-from megalong.vision.encode import VisionStage
+from megalong.vision import encode
 
 
 class Sleeper:
@@ -100,7 +100,7 @@ def watched(task: str, demo: DemoWorld, run_dir: Path, overrides: tuple[str, ...
     with (
         mock.patch.object(run_module, "build_engine", build),
         mock.patch.object(grpo, "has_spread", half_have_spread),
-        mock.patch.object(VisionStage, "_run_tower", guarded(VisionStage._run_tower)),
+        mock.patch.object(encode, "run_tower", guarded(encode.run_tower)),
         mock.patch.object(Trainer, "logprobs", guarded(Trainer.logprobs)),
         mock.patch.object(Trainer, "train_step", guarded(Trainer.train_step)),
     ):
@@ -123,6 +123,6 @@ TASKS = {
 @pytest.mark.parametrize("task", TASKS)
 def test_the_engine_sleeps_while_the_trainer_works(task: str, demo: DemoWorld, tmp_path: Path) -> None:
     (seen,) = run_world(1, watched, task, demo, tmp_path / "run", TASKS[task], folder=tmp_path)
-    assert seen["_run_tower"] > 2
+    assert seen["run_tower"] > 2
     assert seen["logprobs"] > 2
     assert (seen["train_step"] > 1) is (task != "eval")

@@ -401,6 +401,8 @@ def test_the_decoded_frames_of_a_step(recipe: Path, shape: ModelShape) -> None:
     assert planned(recipe, shape, overrides=ahead).videos.least_frames == 450 * frame
     anew = (*ahead, "video.cache_embeddings=false")
     assert planned(recipe, shape, overrides=anew).videos.least_frames == 2 * 4 * 450 * frame
+    pooled = replace(shape, vision=replace(shape.vision, frames_per_step=8))
+    assert planned(recipe, pooled).videos.least_frames == 456 * frame, "a rank has whole steps of the tower"
     whole = planned(recipe, shape, overrides=("mr_sp.mode=none",))
     assert whole.videos.least_frames == 4 * 3600 * frame, "every rank decodes all"
     evaluated = ("eval.manifest=e.jsonl", "eval.batch_prompts=3")

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 
 from megalong.data.subtitles import parse_subtitles
@@ -112,7 +114,12 @@ back<00:00:05.000><c> back</c>
 
 def test_lines_that_stay_on_the_screen_are_said_once():
     """As YouTube's automatic captions roll: each cue shows the line before, and one shows it alone for 10 ms."""
-    assert parse_subtitles(ROLLING) == "[00:00] hello everyone\n[00:02] and welcome\n[00:04] back back"
+    expected = "[00:00] hello everyone\n[00:02] and welcome\n[00:04] back back"
+    assert parse_subtitles(ROLLING) == expected
+    # Converted to SubRip the words have no times any more.
+    cues = re.sub(r"<[^>]*>| align.*", "", ROLLING.partition("\n\n")[2]).replace("\n \n", "\n").split("\n\n")
+    srt = "\n\n".join(f"{number}\n{cue.strip()}" for number, cue in enumerate(cues, start=1)).replace(".", ",")
+    assert parse_subtitles(srt) == expected
 
 
 @pytest.mark.parametrize(
@@ -120,11 +127,25 @@ def test_lines_that_stay_on_the_screen_are_said_once():
     [
         ("00:01.000 --> 00:02.000\nNo.\n\n00:02.040 --> 00:03.000\nNo.\n", "[00:01] No.\n[00:02] No."),
         ("00:01.000 --> 00:02.000\nA\nB\n\n00:02.000 --> 00:03.000\nA\nC\n", "[00:01] A B\n[00:02] A C"),
+        ("10:00.000 --> 10:04.000\nA\n\n00:01.000 --> 00:02.000\nA\n", "[10:00] A\n[00:01] A"),
         ("00:01.000 --> 00:02.000\nB\nA\n\n00:01.500 --> 00:03.000\nA\nA\n", "[00:01] B A\n[00:01] A"),
         ("00:01.5 --> 00:02.5\nA\n\n00:02.500 --> 00:03.000\nA\nB\n", "[00:01] A\n[00:02] B"),
         ("00:01.000 -->\nA\n\n00:02.000 --> 00:03.000\nA\n", "[00:01] A\n[00:02] A"),
     ],
-    ids=["said again after a gap", "not the line that stays", "while it stays", "one digit", "no end"],
+    ids=["after a gap", "not the line that stays", "another track", "while it stays", "one digit", "no end"],
 )
-def test_what_is_said_again_is_kept(cues, expected):
-    assert parse_subtitles(f"WEBVTT\n\n{cues}") == expected
+def test_of_captions_that_roll_only_what_stays_is_left_out(cues, expected):
+    assert parse_subtitles(f"WEBVTT\n\n{cues}\n59:00.000 --> 59:00.010\n\n") == expected
+
+
+@pytest.mark.parametrize("header", ["", "WEBVTT\n\n"])
+def test_subtitles_that_do_not_roll_lose_nothing(header):
+    cues = ("1.000 --> 00:02.000\nNo.", "2.000 --> 00:03.000\nNo.", "3.000 --> 00:04.000\nNo.\nYes.")
+    text = header + "\n\n".join(f"00:0{cue}" for cue in cues)
+    assert parse_subtitles(text) == "[00:01] No.\n[00:02] No.\n[00:03] No. Yes."
+
+
+def test_a_tag_over_two_lines_is_no_speech():
+    assert (
+        parse_subtitles("1\n00:00:01,000 --> 00:00:02,000\n<font\ncolor=red>Hello\nyou</font>\n") == "[00:01] Hello you"
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -218,6 +219,9 @@ def test_slurm_script(tmp_path: Path) -> None:
     }
     args = ("grpo", "launch/recipes/grpo_7b_512f.yaml", "/ckpt", "train.jsonl", "grpo.batch_size=64")
     (command,) = commands(dry_run(str(spooled), *args, **slurm))
+    at = command.index("--rdzv-id") + 1
+    assert re.fullmatch(r"77-\d{10}", command[at])  # a launch's own, for all nodes
+    command[at] = "77"
     assert command == [
         *("srun", "--kill-on-bad-exit=1", *TORCHRUN, "--nnodes", "4", "--nproc-per-node", "8", "--max-restarts", "0"),
         *("--rdzv-id", "77", "--rdzv-backend", "c10d", "--rdzv-endpoint", "gpu01:29500"),

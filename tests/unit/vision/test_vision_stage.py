@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -17,9 +19,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from megalong import cache_embeddings
 from megalong.config.tree import FrameSampling
 from megalong.data import video_decoder
 from megalong.data.video import DecodeError, decode_frames, probe, select_frames
+from megalong.metrics import PhaseTimer
 from megalong.models.longvila.layout import SquareFrames
 from megalong.records import Dropped, FrameSelection, Sample
 from megalong.vision.encode import VisionStage
@@ -385,8 +389,8 @@ def most(monkeypatch: pytest.MonkeyPatch) -> dict[VisionStage, int]:
     """The most bytes of frames that a stage had in memory or had promised a place, at any time."""
     seen: dict[VisionStage, int] = {}
 
-    def watched(stage: VisionStage, *args: object) -> None:
-        start(stage, *args)
+    def watched(stage: VisionStage, *args: object, **settings: object) -> None:
+        start(stage, *args, **settings)
         seen[stage] = max(seen.get(stage, 0), stage.fetches.num_bytes + stage.frames.bytes_used)
 
     start = VisionStage._start
@@ -440,6 +444,72 @@ def test_frames_of_a_trained_tower_s_next_step_are_decoded_as_far_as_there_is_ro
         stage.release()
     assert decoded == ["a", "b", "c"]  # b was not thrown out for c
     assert most == {stage: 2 * CLIP_BYTES}
+
+
+def test_encoded_frames_are_gone_when_the_next_are_decoded(
+    make: object, videos: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not only from the store."""
+    clips: list[weakref.ref] = []
+    alive: list[int] = []
+
+    def watched(selection: FrameSelection, **arguments: int) -> object:
+        gc.collect()
+        alive.append(sum(clip() is not None for clip in clips))
+        clip = decode_frames(selection, **arguments)
+        clips.append(weakref.ref(clip.frames_FHWC))
+        return clip
+
+    monkeypatch.setattr(video_decoder, "decode_frames", watched)
+    stage = make(frame_store_bytes=CLIP_BYTES)
+    ready(stage, [sample("1", videos["a"], videos["b"], videos["c"])])
+    assert alive == [0, 0, 0]
+
+
+def test_what_is_read_from_disk_needs_no_room_for_frames(
+    make: object, videos: dict[str, str], decoded: list[str], tmp_path: Path
+) -> None:
+    batch = [sample(name, videos[name]) for name in "abc"]
+    first, second = make(embed_folder=str(tmp_path)), make(embed_folder=str(tmp_path), frame_store_bytes=CLIP_BYTES - 1)
+    selections, _ = ready(first, batch)
+    for item in selections.values():
+        first.embeds.save(first.embed_key(item))
+    assert second.select(batch, CHOOSE)[0] == selections
+    assert second.prefetch(list(selections.values()))
+    assert second.fetches.num_bytes == 0
+    assert ready(second, batch) == (selections, [])
+    assert len(decoded) == 3
+    for item in selections.values():
+        assert torch.equal(second.embeddings([item]), first.embeddings([item]))
+
+
+def test_frames_that_the_next_step_needs_are_not_thrown_out_for_its_others(
+    make: object, videos: dict[str, str], decoded: list[str], most: dict[VisionStage, int]
+) -> None:
+    stage = make(frozen=False, frame_store_bytes=2 * CLIP_BYTES)
+    first, now, later = [sample("1", videos["a"])], [sample("2", videos["b"])], [sample("3", videos["a"], videos["c"])]
+    for batch in (first, now):
+        stage.release()
+        ready(stage, batch)
+    assert not stage.prefetch(list(stage.select(later, CHOOSE)[0].values()))  # b is in use
+    assert decoded == ["a", "b"]
+    stage.release()
+    ready(stage, later)
+    assert decoded == ["a", "b", "c"]
+    assert most == {stage: 2 * CLIP_BYTES}
+
+
+def test_a_look_ahead_that_has_no_room_for_all_decodes_nothing_twice(
+    make: object, videos: dict[str, str], decoded: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of `megalong cache-embeddings`."""
+    paths = [write_video(tmp_path / f"{at}.mp4", 8 + at, shade=9 * at) for at in range(9)]
+    stage = make(frame_store_bytes=2 * CLIP_BYTES, embed_folder=str(tmp_path / "cache"))
+    monkeypatch.setattr(cache_embeddings, "frame_chooser", lambda *_: CHOOSE)
+    config = SimpleNamespace(data=SimpleNamespace(decode_workers=5))
+    samples = [sample(path, path) for path in paths]
+    done = cache_embeddings.fill(stage, config, samples, stage.layout, PhaseTimer())
+    assert (done.encoded, sorted(decoded)) == (9, [str(at) for at in range(9)])
 
 
 def test_a_batch_larger_than_the_frame_budget_names_its_setting(make: object, videos: dict[str, str]) -> None:
