@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from b1_attention import largest_gap
 from steps import Watch, free, machine, parser_of, peak_gb, reset_peak, save
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -199,8 +200,7 @@ def measure(prefix: int, heads: Sequence[int], width: int, args: Any, layout: Pa
 
 def compare(ours: Sequence[Tensor], theirs: Sequence[Tensor], *, group: ProcessGroup) -> float:
     """Largest difference of output or a gradient relative to its norm, over the ranks; NaN where one is."""
-    found = [float((a.double() - b.double()).norm() / b.double().norm()) for a, b in zip(ours, theirs, strict=True)]
-    return float(torch.tensor(gather_objects(found, group=group)).max())
+    return float(torch.tensor(gather_objects(largest_gap(ours, theirs), group=group)).max())
 
 
 def exchange(keys: Sequence[Tensor], plan: RingPlan, context: ContextGroups) -> None:

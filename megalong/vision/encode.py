@@ -106,15 +106,7 @@ class VisionStage:
     def prefetch(self, selections: Sequence[FrameSelection]) -> bool:
         """Start reading from disk, or decoding, this rank's share of the videos that are not in memory yet: in this
         order, and as many as decoded frames have room for beside those of the step in progress. Whether all were."""
-        wanted = self._by_content(selections)
-        for key, selection in wanted.items():
-            if key in self.frames or key in self.fetches or self._has_embeds(selection):
-                continue
-            num_bytes = self._frame_bytes(selection)
-            if not self.frames.fits(self.fetches.num_bytes + num_bytes, beside=wanted):
-                return False
-            self._start(key, selection, num_bytes=num_bytes, beside=wanted)
-        return True
+        return self._begin(self._by_content(selections))
 
     def prepare(self, samples: Sequence[Sample], selections: dict[str, FrameSelection]) -> list[Dropped]:
         """Decode (and, for a frozen tower, encode) what the samples need and no store has.
@@ -128,25 +120,14 @@ class VisionStage:
         reasons: dict[str, str] = {}  # by content
         pending: list[FrameSelection] = []  # decoded, and to be encoded
         items = [(key, selection) for key, selection in wanted.items() if not self._has_embeds(selection)]
-        items.sort(key=lambda item: item[0] not in self.fetches)  # what is under way holds memory until it is taken
-        for at, (key, selection) in enumerate(items):
-            if key not in self.frames:
-                later = [item for _, item in items[at:]]
-                if not self.prefetch(later):
-                    self.fetches.drop_others(wanted)  # of a later step, in the way of this one's
-                    self.prefetch(later)
-                if key not in self.fetches:
-                    self._encode_into_store(pending)
-                    self.prefetch(later)
-                if key not in self.fetches:
-                    self._start(key, selection, num_bytes=self._frame_bytes(selection))  # says what has no room
-                try:
-                    if not self._take(key, selection, pending):
-                        continue
-                except DecodeError as error:
-                    reasons[key] = error.reason
-                    continue
-            if self.settings.frozen:
+        missing = dict(sorted(items, key=lambda item: item[0] not in self.fetches))  # first what holds memory
+        for key, selection in list(missing.items()):
+            try:
+                is_decoded = key in self.frames or self._fetch_next(missing, pending, keep=wanted)
+            except DecodeError as error:
+                is_decoded, reasons[key] = False, error.reason
+            del missing[key]
+            if is_decoded and self.settings.frozen:
                 pending.append(selection)
                 # A few at a time: the embeddings of a batch of hours would not fit on the device at once.
                 if sum(len(item.frames) for item in pending) >= 4 * self.settings.tower_batch_frames:
@@ -252,23 +233,29 @@ class VisionStage:
         """One selection for each content key: several paths may name the same content."""
         return {self.key(selection): selection for selection in selections}
 
-    def _frame_bytes(self, selection: FrameSelection) -> int:
-        """Of this rank's share of the frames; none where the disk store has embeddings in their place."""
-        first, last = self._share(selection)
-        start, stop = self._rows(selection, (0, first)), self._rows(selection, (0, last))
-        disk = self.embeds.disk
-        if disk is not None and first < last and disk.holds(self.embed_key(selection), start, stop):
-            return 0
-        return (last - first) * selection.height * selection.width * 3
+    def _begin(self, wanted: dict[str, FrameSelection]) -> bool:
+        """See prefetch(). wanted: by content."""
+        for key, selection in wanted.items():
+            if key in self.frames or key in self.fetches or self._has_embeds(selection):
+                continue
+            num_bytes = self._frame_bytes(selection)
+            if not self.frames.fits(self.fetches.num_bytes + num_bytes, beside=wanted):
+                return False
+            self._start(key, selection, num_bytes=num_bytes, beside=wanted)
+        return True
 
-    def _start(self, key: str, selection: FrameSelection, *, num_bytes: int, beside: Container[str] = ()) -> None:
-        """Raises StoreFullError where the frames of the step in progress leave no room."""
-        self.frames.make_room(self.fetches.num_bytes + num_bytes, beside=beside)
-        self.fetches.start(key, partial(self._fetch, selection, *self._share(selection)), num_bytes=num_bytes)
-
-    def _take(self, key: str, selection: FrameSelection, pending: list[FrameSelection]) -> bool:
-        """Put what was fetched where it belongs, and keep no other reference to it. Whether it is frames."""
-        fetched = self.fetches.take(key)
+    def _fetch_next(self, missing: dict[str, FrameSelection], pending: list[FrameSelection], keep: Container) -> bool:
+        """Wait for the first of the missing videos, as many others under way as have room, and put what came where it
+        belongs. Whether it is frames. keep: keys of the step; others under way make room where it lacks."""
+        key, selection = next(iter(missing.items()))
+        if not self._begin(missing):
+            self.fetches.drop_others(keep)
+            if not self._begin(missing) and key not in self.fetches:
+                self._encode_into_store(pending)
+                self._begin(missing)
+        if key not in self.fetches:
+            self._start(key, selection, num_bytes=self._frame_bytes(selection))  # says what has no room
+        fetched = self.fetches.take(key)  # no other reference to it remains
         if isinstance(fetched, EmbeddingPart):
             self.embeds.put(self.embed_key(selection), fetched)
             return False
@@ -277,11 +264,25 @@ class VisionStage:
         self.frames.put(key, fetched, num_bytes=fetched.nbytes)
         return True
 
-    def _fetch(self, selection: FrameSelection, first: int, last: int) -> np.ndarray | EmbeddingPart:
-        """Frames [first, last), or what the disk store has in their place. Runs on a thread."""
+    def _frame_bytes(self, selection: FrameSelection) -> int:
+        """Of this rank's share of the frames; none where the disk store has embeddings in their place."""
+        first, last = self._share(selection)
+        disk = self.embeds.disk
+        if disk is not None and first < last and disk.holds(self.embed_key(selection), *self._share_rows(selection)):
+            return 0
+        return (last - first) * selection.height * selection.width * 3
+
+    def _start(self, key: str, selection: FrameSelection, *, num_bytes: int, beside: Container[str] = ()) -> None:
+        """Raises StoreFullError where the frames of the step in progress leave no room."""
+        self.frames.make_room(self.fetches.num_bytes + num_bytes, beside=beside)
+        self.fetches.start(key, partial(self._fetch, selection), num_bytes=num_bytes)
+
+    def _fetch(self, selection: FrameSelection) -> np.ndarray | EmbeddingPart:
+        """This rank's share of the frames, or what the disk store has in their place. Runs on a thread."""
+        first, last = self._share(selection)
         disk = self.embeds.disk
         if disk is not None and first < last:
-            start, stop = self._rows(selection, (0, first)), self._rows(selection, (0, last))
+            start, stop = self._share_rows(selection)
             embeds_nD = disk.read(self.embed_key(selection), start, stop)
             if embeds_nD is not None:
                 return EmbeddingPart(start, embeds_nD)
@@ -300,8 +301,7 @@ class VisionStage:
             return
         counts = [self._rows(item, self._share(item)) for item in pending]
         for item, local_nD in zip(pending, self._encode_local(pending).split(counts), strict=True):
-            start = self._rows(item, (0, self._share(item)[0]))
-            self.embeds.put(self.embed_key(item), EmbeddingPart(start, local_nD))
+            self.embeds.put(self.embed_key(item), EmbeddingPart(self._share_rows(item)[0], local_nD))
             self.frames.drop(self.key(item))
         pending.clear()
 
@@ -370,6 +370,11 @@ class VisionStage:
     def _share(self, selection: FrameSelection) -> tuple[int, int]:
         """Frames [first, last) of the selection that this rank decodes and encodes."""
         return self._shares(selection)[self.layout.replica_rank]
+
+    def _share_rows(self, selection: FrameSelection) -> tuple[int, int]:
+        """Those frames' embeddings [start, stop) of the selection's."""
+        first, last = (self._rows(selection, (0, frame)) for frame in self._share(selection))
+        return first, last
 
     def _shares(self, selection: FrameSelection) -> list[tuple[int, int]]:
         """Frames [first, last) that each rank of the replica decodes and encodes: whole tower steps.
