@@ -112,7 +112,6 @@ def test_the_timeline_holds_the_seconds_of_the_metrics(stage: str, twice: list[P
     lines = read_jsonl(folder / "timeline.jsonl")
     metrics = {row["step"]: row for row in read_jsonl(folder / "metrics.jsonl")}
     assert [line["step"] for line in lines] == list(metrics)
-    whole = in_phases = 0.0
     for line in lines:
         by_lane: dict[str, list[dict]] = {}
         for span in line["spans"]:
@@ -126,9 +125,6 @@ def test_the_timeline_holds_the_seconds_of_the_metrics(stage: str, twice: list[P
         seconds = {name: value for name, value in metrics[line["step"]].items() if name.startswith("seconds/")}
         summed = {name: sum(s["end"] - s["begin"] for s in main if f"seconds/{s['phase']}" == name) for name in seconds}
         assert summed == pytest.approx(seconds, abs=1e-6)
-        assert sum(seconds.values()) <= line["seconds"] + 1e-6
-        whole += line["seconds"]
-        in_phases += sum(seconds.values())
-    assert in_phases >= 0.9 * whole  # of all steps: one may have been kept waiting between two phases
+        assert 0.9 * line["seconds"] <= sum(seconds.values()) <= line["seconds"] + 1e-6
     assert any(span["lane"] == "decoding ahead" for line in lines for span in line["spans"])
     assert (folder / "timeline.png").stat().st_size > 5_000
